@@ -1,0 +1,43 @@
+"""The exceptions mmkit raises on purpose: each is an `MMKitError` and also the builtin a caller would expect.
+
+A message says what was given, what was expected, and what to do next.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class MMKitError(Exception):
+    """Base class: `except MMKitError` catches everything mmkit raises on purpose."""
+
+
+class InputError(MMKitError, ValueError):
+    """An argument, image, clip, data set or configuration cannot be used."""
+
+
+class CheckpointError(MMKitError, ValueError):
+    """A weight or adapter file is unreadable, unsafe, or belongs to another model."""
+
+
+class NotMergeableError(MMKitError, ValueError):
+    """An adapter cannot be folded into the weights; nothing was changed. `sites` names the places."""
+
+    def __init__(self, message: str, sites: Iterable[str] = ()):
+        super().__init__(message)
+        self.sites = tuple(sites)
+
+
+class BackendUnavailableError(MMKitError, ImportError):
+    """An optional package or device that was asked for is missing; the message names the pip command."""
+
+
+def nearest(name: str, candidates: Iterable[str], n: int = 5) -> str:
+    """A sentence fragment that offers the known names closest to `name`, for error messages."""
+    known = sorted(set(candidates))
+    close = difflib.get_close_matches(name, known, n=n, cutoff=0.4)
+    if close:
+        return f"Did you mean {', '.join(map(repr, close))}?"
+    shown = ", ".join(map(repr, known[:12]))
+    return f"Known: {shown}{', ...' if len(known) > 12 else ''}." if known else "None are known."

@@ -1,0 +1,99 @@
+"""Names that resolve to code: adapters, models, pipeline tasks and apps.
+
+A table row is a name and where its object lives ("module:attribute"); the module is imported when the name is first used,
+so the core lists what the domains offer without importing them. Other packages add names with a decorator at import
+time or through an entry point group, without touching mmkit.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import importlib
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from typing import Any, TypeVar
+
+from mmkit.errors import InputError, nearest
+
+T = TypeVar("T")
+
+
+class Registry:
+    """A table of names whose objects are imported on first use.
+
+    Args:
+        kind: what a name stands for, used in messages ("adapter", "model", ...).
+        known: name -> "module:attribute".
+        entry_point_group: entry points that installed packages may add names through.
+    """
+
+    def __init__(self, kind: str, known: dict[str, str], entry_point_group: str | None = None):
+        self.kind = kind
+        self._known: dict[str, Any] = dict(known)
+        self._group = entry_point_group
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """Decorator: make `name` resolve to the decorated object. Two objects under one name are an error."""
+
+        def add(obj: T) -> T:
+            home = f"{getattr(obj, '__module__', '')}:{getattr(obj, '__qualname__', '')}"
+            present = self._known.get(name)
+            taken = present if isinstance(present, str) else present and f"{present.__module__}:{present.__qualname__}"
+            if taken and taken != home:
+                raise InputError(f"{self.kind} {name!r} is already registered by {taken}; choose another name.")
+            self._known[name] = obj
+            return obj
+
+        return add
+
+    def names(self, pattern: str = "") -> list[str]:
+        """All names, sorted; `pattern` is a substring or a shell-style wildcard."""
+        self._read_entry_points()
+        wild = pattern if any(c in pattern for c in "*?[") else f"*{pattern}*"
+        return sorted(n for n in self._known if fnmatch.fnmatch(n, wild))
+
+    def get(self, name: str) -> Any:
+        """The object behind `name`. Raises `InputError` with the nearest names when there is none."""
+        if name not in self._known:
+            self._read_entry_points()
+        if name not in self._known:
+            raise InputError(f"Unknown {self.kind} {name!r}. {nearest(name, self._known)}")
+        target = self._known[name]
+        if isinstance(target, str):
+            module, _, attribute = target.partition(":")
+            target = getattr(importlib.import_module(module), attribute)
+            self._known[name] = target
+        return target
+
+    def _read_entry_points(self) -> None:
+        if self._group:
+            for point in entry_points(group=self._group):
+                self._known.setdefault(point.name, f"{point.module}:{point.attr}")
+
+
+ADAPTERS = Registry(
+    "adapter",
+    {
+        "ssf": "mmkit.adapters.ssf:SSF",
+        "bitfit": "mmkit.adapters.bitfit:BitFit",
+        "linear_probe": "mmkit.adapters.linear_probe:LinearProbe",
+        "peft": "mmkit.adapters.peft_bridge:PeftAdapter",
+    },
+    entry_point_group="mmkit.adapters",
+)
+
+MODELS = Registry("model", {}, entry_point_group="mmkit.models")
+
+TASKS = Registry(
+    "task",
+    {
+        "image-classification": "mmkit.pipelines:ImageClassificationPipeline",
+    },
+)
+
+APPS = Registry(
+    "app",
+    {
+        "finetune": "mmkit.apps.finetune:APP",
+    },
+)

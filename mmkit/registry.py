@@ -82,7 +82,16 @@ ADAPTERS = Registry(
     entry_point_group="mmkit.adapters",
 )
 
-MODELS = Registry("model", {}, entry_point_group="mmkit.models")
+MODELS = Registry(
+    "model",
+    {
+        "squeeze_sam_base": "mmkit.vision.squeeze_sam:squeeze_sam_base",
+        "squeeze_sam_small": "mmkit.vision.squeeze_sam:squeeze_sam_small",
+        "squeeze_sam_tiny": "mmkit.vision.squeeze_sam:squeeze_sam_tiny",
+        "squeeze_sam_photo": "mmkit.vision.squeeze_sam:squeeze_sam_photo",
+    },
+    entry_point_group="mmkit.models",
+)
 
 TASKS = Registry(
     "task",

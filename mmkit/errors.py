@@ -33,6 +33,14 @@ class BackendUnavailableError(MMKitError, ImportError):
     """An optional package or device that was asked for is missing; the message names the pip command."""
 
 
+class TrainingError(MMKitError, RuntimeError):
+    """Training could not go on. `step` (1-based), `files` of the batch, and `saved`: the folder of the state before it."""
+
+    def __init__(self, message: str, step: int = 0, files: Iterable[str] = (), saved: object = None):
+        super().__init__(message)
+        self.step, self.files, self.saved = step, tuple(files), saved
+
+
 def nearest(name: str, candidates: Iterable[str], n: int = 5) -> str:
     """A sentence fragment that offers the known names closest to `name`, for error messages."""
     known = sorted(set(candidates))

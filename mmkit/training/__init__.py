@@ -1,0 +1,36 @@
+"""Training: one `fit` for one device or many, with exact resume. Names are resolved on first use."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+_LAZY = {
+    "FitConfig": "mmkit.training.fit",
+    "FitResult": "mmkit.training.fit",
+    "StepInfo": "mmkit.training.fit",
+    "fit": "mmkit.training.fit",
+    "load_trained": "mmkit.training.checkpoint",
+    "accuracy": "mmkit.training.metrics",
+    "confusion_matrix": "mmkit.training.metrics",
+    "predict_logits": "mmkit.training.metrics",
+}
+__all__ = sorted(_LAZY)
+
+if TYPE_CHECKING:
+    from mmkit.training.checkpoint import load_trained as load_trained
+    from mmkit.training.fit import FitConfig as FitConfig
+    from mmkit.training.fit import FitResult as FitResult
+    from mmkit.training.fit import StepInfo as StepInfo
+    from mmkit.training.fit import fit as fit
+    from mmkit.training.metrics import accuracy as accuracy
+    from mmkit.training.metrics import confusion_matrix as confusion_matrix
+    from mmkit.training.metrics import predict_logits as predict_logits
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'mmkit.training' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_LAZY[name]), name)
+    globals()[name] = value  # over the submodule of the same name, which the import has just bound
+    return value

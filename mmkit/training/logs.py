@@ -1,0 +1,78 @@
+"""Log files of a run: `log.csv` (one row per step), `history.csv` (one row per evaluation), optional TensorBoard."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+from mmkit.checkpoints import atomic_write
+from mmkit.errors import BackendUnavailableError
+
+
+class RunLog:
+    """Append rows to CSV files in `folder`; after a resume, rows beyond `step` are dropped first.
+
+    Raises `BackendUnavailableError` when TensorBoard is asked for and not installed.
+    """
+
+    def __init__(self, folder: Path, step: int, tensorboard: bool) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self._writer = None
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise BackendUnavailableError("TensorBoard logs need `pip install tensorboard`.") from None
+            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        self._rows: dict[str, Any] = {}
+        for name in ("log", "history"):
+            _drop_rows(folder / f"{name}.csv", step)
+
+    def add(self, name: str, row: dict[str, float]) -> None:
+        """Append `row` to `<name>.csv`; the first row decides the columns. A crash loses no flushed row."""
+        if name not in self._rows:
+            path = self.folder / f"{name}.csv"
+            columns = _columns(path)
+            file = open(path, "a", newline="", encoding="utf-8")  # noqa: SIM115 - closed by close()
+            writer = csv.DictWriter(file, columns or list(row), extrasaction="ignore")
+            if not columns:
+                writer.writeheader()
+            self._rows[name] = (file, writer)
+        file, writer = self._rows[name]
+        writer.writerow({k: f"{v:.9g}" if isinstance(v, float) else v for k, v in row.items()})
+        file.flush()
+        if self._writer is not None:
+            for key, value in row.items():
+                if key not in ("step", "epoch"):
+                    self._writer.add_scalar(f"{name}/{key}", value, int(row["step"]))
+
+    def close(self) -> None:
+        """Close all files."""
+        for file, _ in self._rows.values():
+            file.close()
+        self._rows = {}
+        if self._writer is not None:
+            self._writer.close()
+
+
+def _columns(path: Path) -> list[str]:
+    if not path.is_file():
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        return next(csv.reader(file), [])
+
+
+def _drop_rows(path: Path, step: int) -> None:
+    """Keep the rows up to `step`; a row torn by a crash goes as well. At step 0 the file is removed."""
+    columns = _columns(path)
+    if not columns or step == 0:
+        path.unlink(missing_ok=True)
+        return
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = [r for r in csv.DictReader(file) if None not in r.values() and int(r["step"]) <= step]
+    with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)

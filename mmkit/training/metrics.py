@@ -1,0 +1,87 @@
+"""Metrics of classification and the default loss and evaluation of `fit`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mmkit.errors import InputError
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits in a model's output: a tensor, an object or dict with `logits`, or the first of a tuple."""
+    if isinstance(output, Tensor):
+        return output
+    found = output.get("logits") if isinstance(output, dict) else getattr(output, "logits", None)
+    if found is None and isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
+        found = output[0]
+    if found is None:
+        raise InputError(
+            f"The model returned {type(output).__name__} without logits; pass loss_fn and metrics_fn to fit."
+        )
+    return found
+
+
+def split_batch(batch: Any) -> tuple[Any, Tensor]:
+    """`(inputs, targets)` of a batch; raises `InputError` for other layouts."""
+    if isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[1], Tensor):
+        return batch[0], batch[1]
+    raise InputError(
+        "The default loss and metrics need batches (images, integer targets); pass loss_fn and metrics_fn to fit."
+    )
+
+
+class CrossEntropyLoss:
+    """The default `loss_fn`: cross entropy of `model(images)` `(B, K)` against targets `(B,)` int or `(B, K)` soft."""
+
+    def __init__(self, label_smoothing: float = 0.0) -> None:
+        self.label_smoothing = label_smoothing
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        images, targets = split_batch(batch)
+        return F.cross_entropy(logits_of(model(images)).float(), targets, label_smoothing=self.label_smoothing)
+
+
+def accuracy_sums(model: nn.Module, loader: Iterable[Any]) -> Tensor:
+    """`(correct, summed cross entropy, examples)` over `loader`, float64 on the CPU; sums can be added over processes."""
+    total = torch.zeros(3, dtype=torch.float64)
+    for batch in loader:
+        images, targets = split_batch(batch)
+        logits = logits_of(model(images)).float()
+        if targets.ndim != 1 or targets.is_floating_point():
+            raise InputError("The default metrics need integer targets (B,); pass metrics_fn to fit.")
+        loss = F.cross_entropy(logits, targets, reduction="sum")
+        correct = (logits.argmax(1) == targets).sum()
+        total += torch.tensor([correct.item(), loss.item(), len(targets)], dtype=torch.float64)
+    return total
+
+
+def accuracy(model: nn.Module, loader: Iterable[Any]) -> dict[str, float]:
+    """Top-1 accuracy in 0..1 and mean cross entropy over `loader`: the default `metrics_fn`."""
+    return metrics_from_sums(accuracy_sums(model, loader))
+
+
+def metrics_from_sums(sums: Tensor) -> dict[str, float]:
+    """`{"accuracy", "loss"}` from the result of `accuracy_sums`."""
+    correct, loss, count = sums.tolist()
+    return {"accuracy": correct / max(count, 1), "loss": loss / max(count, 1)}
+
+
+@torch.no_grad()
+def predict_logits(model: nn.Module, images: Iterable[Tensor], device: torch.device | str = "cpu") -> Tensor:
+    """Logits `(N, K)` on the CPU for an iterable of image batches `(B, C, H, W)`, in eval mode (restored after)."""
+    training = model.training
+    model.eval()
+    try:
+        return torch.cat([logits_of(model(batch.to(device))).float().cpu() for batch in images])
+    finally:
+        model.train(training)
+
+
+def confusion_matrix(predictions: Tensor, targets: Tensor, num_classes: int) -> Tensor:
+    """Counts `(num_classes, num_classes)`, row = target, column = prediction, from integer tensors `(N,)`."""
+    return torch.bincount(targets * num_classes + predictions, minlength=num_classes**2).view(num_classes, num_classes)

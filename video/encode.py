@@ -1,0 +1,81 @@
+"""Writing video files that browsers play."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from mmkit.checkpoints import atomic_write
+from mmkit.errors import InputError
+
+
+def write_video(
+    path: str | os.PathLike[str],
+    frames: np.ndarray[Any, Any] | Tensor | Iterable[np.ndarray[Any, Any]],
+    *,
+    fps: float = 25.0,
+    codec: str = "libx264",
+    options: dict[str, str] | None = None,
+) -> Path:
+    """Write frames as a video that browsers play (H.264, yuv420p); odd sizes lose their last row or column.
+
+    Args:
+        path: its suffix chooses the container (.mp4, .mkv, .webm with `codec="libvpx"`, ...).
+        frames: uint8 `(T, H, W, 3)`, RGB, an array, a tensor, or an iterable of `(H, W, 3)` arrays.
+        fps: frames per second.
+        codec, options: the encoder and its options; the default is CRF 18.
+
+    Raises:
+        InputError: no frames, wrong type or shape, or a codec that does not exist here.
+    """
+    import av
+
+    path = Path(path).expanduser()
+    if isinstance(frames, Tensor):
+        frames = frames.cpu().numpy()
+    if not fps > 0:
+        raise InputError(f"fps must be positive, not {fps}.")
+    with atomic_write(path) as temporary:
+        try:
+            with av.open(os.fspath(temporary), "w", format=_container_format(path)) as container:
+                stream = container.add_stream(
+                    codec, rate=Fraction(fps).limit_denominator(1001), options=_encoder(codec, options)
+                )
+                shape = None
+                for frame in frames:
+                    frame = np.asarray(frame)
+                    if frame.ndim != 3 or frame.shape[2] != 3 or frame.dtype != np.uint8 or min(frame.shape[:2]) < 2:
+                        raise InputError(
+                            f"Frames must be uint8 (H, W, 3) of at least 2x2, not {frame.dtype} {frame.shape}."
+                        )
+                    if shape is None:
+                        shape = frame.shape
+                        stream.height, stream.width = frame.shape[0] // 2 * 2, frame.shape[1] // 2 * 2
+                        stream.pix_fmt = "yuv420p"
+                    elif frame.shape != shape:
+                        raise InputError(f"All frames must have one size: {shape} came first, then {frame.shape}.")
+                    even = np.ascontiguousarray(frame[: stream.height, : stream.width])
+                    container.mux(stream.encode(av.VideoFrame.from_ndarray(even, format="rgb24")))
+                if shape is None:
+                    raise InputError("There are no frames to write.")
+                container.mux(stream.encode(None))
+        except av.error.FFmpegError as error:
+            raise InputError(f"{path} cannot be written with codec {codec!r}: {error}.") from error
+    return path
+
+
+def _container_format(path: Path) -> str:
+    known = {".mkv": "matroska", ".webm": "webm", ".avi": "avi", ".mov": "mov", ".mp4": "mp4", ".m4v": "mp4"}
+    if path.suffix.lower() not in known:
+        raise InputError(f"{path}: write videos as one of {sorted(known)}.")
+    return known[path.suffix.lower()]
+
+
+def _encoder(codec: str, options: dict[str, str] | None) -> dict[str, str]:
+    return dict(options) if options is not None else ({"crf": "18", "preset": "veryfast"} if codec == "libx264" else {})

@@ -6,9 +6,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 _LAZY = {
-    "FitConfig": "mmkit.training.fit",
-    "FitResult": "mmkit.training.fit",
-    "StepInfo": "mmkit.training.fit",
+    "FitConfig": "mmkit.training.config",
+    "FitResult": "mmkit.training.config",
+    "StepInfo": "mmkit.training.config",
     "fit": "mmkit.training.fit",
     "load_trained": "mmkit.training.checkpoint",
     "accuracy": "mmkit.training.metrics",
@@ -19,9 +19,9 @@ __all__ = sorted(_LAZY)
 
 if TYPE_CHECKING:
     from mmkit.training.checkpoint import load_trained as load_trained
-    from mmkit.training.fit import FitConfig as FitConfig
-    from mmkit.training.fit import FitResult as FitResult
-    from mmkit.training.fit import StepInfo as StepInfo
+    from mmkit.training.config import FitConfig as FitConfig
+    from mmkit.training.config import FitResult as FitResult
+    from mmkit.training.config import StepInfo as StepInfo
     from mmkit.training.fit import fit as fit
     from mmkit.training.metrics import accuracy as accuracy
     from mmkit.training.metrics import confusion_matrix as confusion_matrix

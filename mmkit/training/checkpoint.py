@@ -53,31 +53,43 @@ def shard_like(target: Tensor, value: Tensor) -> Tensor:
     if hasattr(target, "full_tensor"):
         from torch.distributed.tensor import distribute_tensor
 
-        return distribute_tensor(value, target.device_mesh, target.placements)
+        return distribute_tensor(value, target.device_mesh, target.placements)  # type: ignore[attr-defined]
     return value
+
+
+def _trained(module: nn.Module) -> dict[str, Tensor]:
+    """What training can change: the trainable parameters and the persistent buffers."""
+    state: dict[str, Tensor] = {k: p for k, p in module.named_parameters() if p.requires_grad}
+    caches = {
+        id(b)
+        for m in module.modules()
+        for k, b in m.named_buffers(recurse=False)
+        if k in m._non_persistent_buffers_set  # left out of state_dict() as well
+    }
+    return state | {k: b for k, b in module.named_buffers() if id(b) not in caches}
 
 
 def module_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Copies, on the CPU, of what training can change in `module`: trainable parameters and buffers, by name."""
-    state = {k: p for k, p in module.named_parameters() if p.requires_grad}
-    return {k: whole(v).clone() for k, v in [*state.items(), *module.named_buffers()]}
+    return {k: whole(v).clone() for k, v in _trained(module).items()}
 
 
 def load_module_tensors(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
     """Put `tensors` back; raises `CheckpointError`, changing nothing, when names or shapes differ."""
-    own = {**{k: p for k, p in module.named_parameters() if p.requires_grad}, **dict(module.named_buffers())}
+    own = _trained(module)
     wrong = [k for k in own.keys() & tensors.keys() if own[k].shape != tensors[k].shape]
     if own.keys() != tensors.keys() or wrong:
         differ = sorted(own.keys() ^ tensors.keys()) or sorted(wrong)
         raise CheckpointError(
-            f"{source} belongs to another model or adapter: {len(differ)} tensors differ, such as {', '.join(differ[:4])}."
+            f"{source} belongs to another model or adapter: {len(differ)} tensors differ, such as "
+            f"{', '.join(differ[:4])}."
         )
     for key, value in tensors.items():
         _fill(own[key], value)
 
 
 def optimizer_tensors(names: list[str], optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The optimiser's state as (tensors by `<parameter>/<key>`, JSON-friendly rest). `names` are in the groups' order."""
+    """The optimiser's state: (tensors by `<parameter>/<key>`, JSON-friendly rest). `names`: in the groups' order."""
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, dict[str, Any]] = {}
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -115,20 +127,27 @@ def load_optimizer_tensors(
 # ------------------------------------------------------------------------------------------------------ random state
 
 
-def rng_state() -> dict[str, Tensor]:
-    """The random states of Python, numpy, torch and the current GPU as integer tensors."""
-    version, words, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state()  # type: ignore[misc]
+def capture_rng() -> tuple[Any, ...]:
+    """The random states of Python, numpy, torch and the current GPU as they are; cheap enough for every step."""
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
+
+
+def rng_state(captured: tuple[Any, ...] | None = None) -> dict[str, Tensor]:
+    """The current (or `captured`) random states as numeric tensors."""
+    python, array, tensor, cuda = captured or capture_rng()
+    version, words, gauss = python
+    _, keys, position, has_gauss, cached = array
     state = {
         "python": torch.tensor([version, *words], dtype=torch.int64),
         "python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
         "numpy": torch.from_numpy(np.asarray(keys, dtype=np.int64)),
         "numpy_position": torch.tensor([position, has_gauss], dtype=torch.int64),
         "numpy_gauss": torch.tensor([cached], dtype=torch.float64),
-        "torch": torch.get_rng_state(),
+        "torch": tensor,
     }
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
+    if cuda is not None:
+        state["cuda"] = cuda
     return state
 
 
@@ -164,7 +183,7 @@ class CheckpointWriter:
     def write(
         self, files: Mapping[str, Mapping[str, Tensor]], rng: Mapping[str, Tensor], state: dict[str, Any]
     ) -> None:
-        """Write `files` (tensors by file stem), this process's `rng`, and `state`; replaces a folder of the same name."""
+        """Write `files` (tensors by stem), this process's `rng`, and `state`; replaces a folder of the same name."""
         if self.rank == 0:
             shutil.rmtree(self.temporary, ignore_errors=True)
             self.temporary.mkdir(parents=True)
@@ -178,7 +197,7 @@ class CheckpointWriter:
             write_json(self.temporary / "state.json", {"format": FORMAT, **state, "files": digests})
             _sync_folder(self.temporary)
             if self.folder.exists():
-                shutil.rmtree(self.folder)
+                _remove(self.folder)
             os.rename(self.temporary, self.folder)
             _sync_folder(self.folder.parent)
         self.barrier()
@@ -197,21 +216,27 @@ def list_checkpoints(root: Path) -> list[Path]:
 
 def prune_checkpoints(root: Path, keep: int) -> None:
     """Delete all but the newest `keep` checkpoints, and left-over half-written ones."""
-    for folder in list_checkpoints(root)[: -keep or None]:  # keep=0: all
-        hidden = folder.with_name(f".{folder.name}.old")  # renamed first: a half-deleted one must not look complete
-        shutil.rmtree(hidden, ignore_errors=True)
-        os.rename(folder, hidden)
-        shutil.rmtree(hidden, ignore_errors=True)
-    for pattern in (".step_*.tmp", ".step_*.old"):
+    for folder in list_checkpoints(root)[:-keep]:
+        _remove(folder)
+    for pattern in (".step_*.tmp", ".step_*.old", ".failed_at_*"):
         for folder in root.glob(pattern):
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def remove_checkpoints(root: Path) -> None:
-    """Delete all checkpoints of an earlier run, including those saved by a failure."""
-    prune_checkpoints(root, 0)
+def remove_checkpoints(root: Path, after: int = -1) -> None:
+    """Delete the checkpoints of an earlier run beyond step `after`, including those saved by a failure."""
+    for folder in list_checkpoints(root):
+        if int(folder.name[5:]) > after:
+            _remove(folder)
     for folder in root.glob("failed_at_*"):
-        shutil.rmtree(folder)
+        _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    hidden = folder.with_name(f".{folder.name}.old")  # renamed first: a half-deleted one must not look complete
+    shutil.rmtree(hidden, ignore_errors=True)
+    os.rename(folder, hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
 
 
 def read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
@@ -233,7 +258,7 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, T
 
 
 def newest_checkpoint(root: Path) -> tuple[Path, dict[str, Any], dict[str, dict[str, Tensor]]] | None:
-    """The newest readable checkpoint in `root`; damaged ones are passed over with a warning. None when there is none."""
+    """The newest readable checkpoint in `root`, or None; damaged ones are passed over with a warning."""
     for folder in reversed(list_checkpoints(root)):
         try:
             return folder, *read_checkpoint(folder)

@@ -1,4 +1,4 @@
-"""`fit`: train a model, or an adapter on a frozen model, on one device or several, and continue exactly where it stopped."""
+"""`fit`: train a model, or an adapter on a frozen one, on one device or several, and continue where it stopped."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import os
 import signal
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,135 +21,36 @@ from torch import Tensor, nn
 from mmkit.checkpoints import write_json
 from mmkit.errors import CheckpointError, InputError, TrainingError, nearest
 from mmkit.training import checkpoint as ckpt
-from mmkit.training.loading import EvalLoader, StepSampler, describe_examples, mix_seed, train_batches
+from mmkit.training.config import FitConfig, FitResult, StepInfo
+from mmkit.training.loading import (
+    EvalLoader,
+    SeededExamples,
+    StepSampler,
+    describe_examples,
+    mix_seed,
+    train_batches,
+)
 from mmkit.training.logs import RunLog
 from mmkit.training.metrics import CrossEntropyLoss, accuracy, accuracy_sums, metrics_from_sums
+from mmkit.training.setup import (
+    StepUndo,
+    Trainee,
+    check_loss,
+    freeze_running_statistics,
+    has_non_finite,
+    kept_modes,
+    kept_rng,
+    make_accelerator,
+    make_optimizer,
+    make_scheduler,
+    parameter_groups,
+    seed_everything,
+)
 
 LossFn = Callable[[nn.Module, Any], "Tensor | tuple[Tensor, dict[str, float]]"]
 MetricsFn = Callable[[nn.Module, Any], dict[str, float]]
 
 _LOCK = threading.RLock()  # accelerate's state and the random streams belong to the process: one run at a time
-_FREE_FIELDS = {"num_workers", "checkpoint_every", "keep_checkpoints", "resume", "progress", "tensorboard", "device"}
-
-
-@dataclass(frozen=True)
-class FitConfig:
-    """How `fit` trains.
-
-    Attributes:
-        epochs: passes over the training data; ignored when `max_steps` is given.
-        max_steps: optimiser steps.
-        batch_size: examples per micro-batch and process; a step uses `batch_size * grad_accum * processes`.
-        lr, min_lr: peak and final learning rate.
-        schedule: "cosine" or "constant", after the warm-up (timm's scheduler, once per step).
-        warmup_steps, warmup_epochs: linear warm-up; the two add up.
-        weight_decay: for tensors of two or more dimensions; biases, norms and other 1-D tensors are not decayed.
-        optimizer: "adamw", "adam", "sgd" (momentum 0.9), or any name of `timm.optim.list_optimizers()`.
-        mixed_precision: "no", "bf16" or "fp16" (GPU only).
-        grad_accum: micro-batches per step.
-        clip_grad: largest gradient norm, or None.
-        label_smoothing: of the default loss.
-        drop_last: leave out the shorter last step of each epoch.
-        patience: stop after this many evaluations without a better `monitor`; None never stops early.
-        monitor: metric that says which weights are best; higher is better, with a "-" in front lower is better.
-        restore_best: leave the best weights in the model at the end (when there is validation data).
-        eval_every: epochs between evaluations; the last step is always evaluated.
-        ema_decay: evaluate and return an exponential moving average of the trained parameters with this decay.
-        checkpoint_every: steps between checkpoints; None writes one per epoch. One is always written at the end.
-        keep_checkpoints: how many of the newest to keep.
-        resume: "auto" continues from `output_dir` when it holds this run, False starts over, a path names the folder.
-        seed: of shuffling, augmentation and dropout. The caller's own random state is left as it was.
-        num_workers: processes that read data; results do not depend on it.
-        tensorboard: also write TensorBoard files.
-        progress: show a bar.
-        device: "auto" or "cpu".
-    """
-
-    epochs: int = 10
-    max_steps: int | None = None
-    batch_size: int = 32
-    lr: float = 1e-3
-    min_lr: float = 0.0
-    schedule: str = "cosine"
-    warmup_steps: int = 0
-    warmup_epochs: float = 0.0
-    weight_decay: float = 0.01
-    optimizer: str = "adamw"
-    mixed_precision: str = "no"
-    grad_accum: int = 1
-    clip_grad: float | None = 1.0
-    label_smoothing: float = 0.0
-    drop_last: bool = False
-    patience: int | None = None
-    monitor: str = "accuracy"
-    restore_best: bool = True
-    eval_every: int = 1
-    ema_decay: float | None = None
-    checkpoint_every: int | None = None
-    keep_checkpoints: int = 2
-    resume: bool | str | os.PathLike[str] = "auto"
-    seed: int = 0
-    num_workers: int = 0
-    tensorboard: bool = False
-    progress: bool = True
-    device: str = "auto"
-
-    def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "grad_accum", "eval_every", "keep_checkpoints"):
-            self._require(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("max_steps", "patience", "checkpoint_every"):
-            self._require(name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1, or None")
-        for name in ("min_lr", "weight_decay", "warmup_steps", "warmup_epochs", "num_workers"):
-            self._require(name, 0 <= getattr(self, name) < math.inf, "0 or more")
-        self._require("lr", 0 < self.lr < math.inf, "above 0")
-        self._require("label_smoothing", 0 <= self.label_smoothing < 1, "in 0..1")
-        self._require("ema_decay", self.ema_decay is None or 0 < self.ema_decay < 1, "between 0 and 1, or None")
-        self._require("clip_grad", self.clip_grad is None or self.clip_grad > 0, "above 0, or None")
-        self._require("schedule", self.schedule in ("cosine", "constant"), "'cosine' or 'constant'")
-        self._require("mixed_precision", self.mixed_precision in ("no", "bf16", "fp16"), "'no', 'bf16' or 'fp16'")
-        self._require("device", self.device in ("auto", "cpu"), "'auto' or 'cpu'")
-
-    def _require(self, name: str, fits: bool, wanted: str) -> None:
-        if not fits:
-            raise InputError(f"FitConfig.{name} must be {wanted}, not {getattr(self, name)!r}.")
-
-
-@dataclass(frozen=True)
-class StepInfo:
-    """What `on_step` receives after each optimiser step: counts are 1-based, `metrics` are the latest evaluation's."""
-
-    step: int
-    total: int
-    epoch: int
-    loss: float
-    lr: float
-    metrics: dict[str, float]
-
-
-@dataclass
-class FitResult:
-    """What a run produced.
-
-    Attributes:
-        history: one dict per evaluation (or epoch): step, epoch, train_loss, lr, and the metrics.
-        losses: training loss of every step since the run began, also across resumes.
-        metrics, best_metrics: of the last and of the best evaluation; empty without validation data.
-        steps: optimiser steps done in total.
-        stopped: "finished", "early" (patience), "cancelled" (should_stop) or "interrupted" (Ctrl-C, SIGTERM).
-        output_dir: where logs and checkpoints lie, if anywhere.
-        seconds: training time, over all resumes.
-        trainable_parameters: how many numbers were trained.
-    """
-
-    history: list[dict[str, float]]
-    losses: list[float]
-    metrics: dict[str, float]
-    best_metrics: dict[str, float]
-    steps: int
-    stopped: str
-    output_dir: Path | None
-    seconds: float
-    trainable_parameters: int
 
 
 def fit(
@@ -174,10 +74,10 @@ def fit(
     Args:
         model: the module. Parameters with `requires_grad` are trained; it is moved to the training device.
         train, val: map-style data sets or lists of examples, by default `(image (C, H, W) float, label int)`.
-        loss_fn: `(model, batch) -> loss`, or `(loss, {name: number})`, the mean over the batch's examples. Default: cross
-            entropy. It may call any method of `model`.
-        metrics_fn: `(model, loader) -> {name: number}` in eval mode without gradients; under several processes each one runs
-            it over all of `val`. Default: accuracy and loss.
+        loss_fn: `(model, batch) -> loss`, or `(loss, {name: number})`, the mean over the batch's examples. Default:
+            cross entropy. It may call any method of `model`.
+        metrics_fn: `(model, loader) -> {name: number}` in eval mode without gradients; under several processes each one
+            runs it over all of `val`. Default: accuracy and loss.
         config: see `FitConfig`.
         output_dir: folder for checkpoints, `log.csv`, `history.csv` and `metrics.json`; None writes nothing.
         adapter: an attached mmkit adapter: only its `trainable_parameters()` are trained.
@@ -188,8 +88,8 @@ def fit(
     Raises:
         InputError: empty data, nothing to train, unusable examples or settings, or `output_dir` holds another run.
         CheckpointError: `resume` names a folder without a fitting checkpoint.
-        TrainingError: the loss or gradient became NaN or infinite; it names the step and the batch's files, and the state
-            before that step is saved.
+        TrainingError: the loss or gradient became NaN or infinite; it names the step and the batch's files, and the
+            state before that step is saved.
     """
     config = config or FitConfig()
     for name, data in (("train", train), ("val", val)):
@@ -207,19 +107,6 @@ def fit(
         return _Run(model, train, val, loss_fn, metrics_fn, config, output_dir, adapter, hooks, collate_fn).run()
     finally:
         _LOCK.release()
-
-
-class _Trainee(nn.Module):
-    """Model and adapter as one module, so that DDP and FSDP see every trained parameter; runs any function inside forward."""
-
-    def __init__(self, model: nn.Module, adapter: Any) -> None:
-        super().__init__()
-        self.model = model
-        if isinstance(adapter, nn.Module):
-            self.adapter = adapter
-
-    def forward(self, function: Callable[[nn.Module, Any], Any], argument: Any) -> Any:
-        return function(self.model, argument)
 
 
 class _Cancelled(Exception):
@@ -271,7 +158,7 @@ class _Run:
     # -------------------------------------------------------------------------------------------------- preparation
 
     def run(self) -> FitResult:
-        with _kept_rng(), _kept_modes(self.model, self.adapter), self._signals():
+        with kept_rng(), kept_modes(self.model, self.adapter), self._signals():
             self._prepare()
             self._restore()
             started = time.perf_counter() - self.state.seconds
@@ -287,7 +174,7 @@ class _Run:
 
     def _prepare(self) -> None:
         config = self.config
-        self.accelerator = _make_accelerator(config)
+        self.accelerator = make_accelerator(config)
         self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index
         self.sampler = StepSampler(
             len(self.train),
@@ -303,20 +190,19 @@ class _Run:
                 f"{len(self.train)} examples do not fill one step of {self.sampler.step_size}; use drop_last=False."
             )
         self.total = config.max_steps or config.epochs * self.sampler.steps_per_epoch
-        trainee = _Trainee(self.model, self.adapter)
-        groups, self.names = _parameter_groups(trainee, self.model, self.adapter, config.weight_decay)
+        trainee = Trainee(self.model, self.adapter)
+        groups, self.names = parameter_groups(trainee, self.model, self.adapter, config.weight_decay)
         self.trainable = sum(p.numel() for g in groups for p in g["params"])
-        optimizer = _make_optimizer(config, groups)
-        self.scheduler = _make_scheduler(config, optimizer, self.total, self.sampler.steps_per_epoch)
+        optimizer = make_optimizer(config, groups)
+        self.scheduler = make_scheduler(config, optimizer, self.total, self.sampler.steps_per_epoch)
         shapes = sorted((k, tuple(p.shape)) for k, p in trainee.named_parameters() if p.requires_grad)
-        ckpt.set_rng_state(_seeded(mix_seed(config.seed, self.rank)))
+        seed_everything(mix_seed(config.seed, self.rank))
         trainee.train()
-        _freeze_running_statistics(trainee)
+        freeze_running_statistics(trainee)
         self.trainee, self.optimizer = self.accelerator.prepare(trainee, optimizer)
         self.inner = self.accelerator.unwrap_model(self.trainee)
-        settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in _FREE_FIELDS}
         self.fingerprint = {
-            **settings,
+            **config.identity(),
             "examples": len(self.train),
             "processes": self.world,
             "trained tensors": hashlib.sha256(repr(shapes).encode()).hexdigest()[:16],
@@ -409,7 +295,7 @@ class _Run:
         """One optimiser step: (mean loss over the step's examples and all processes, extras, why to stop or "")."""
         from accelerate.utils import send_to_device
 
-        accelerator, undo = self.accelerator, _StepUndo(self.inner)
+        accelerator, undo = self.accelerator, StepUndo(self.inner)
         micro = self.sampler.micro_batches(self.state.step)
         total = torch.zeros((), device=accelerator.device)
         extras: dict[str, float] = {}
@@ -418,16 +304,15 @@ class _Run:
             with contextlib.nullcontext() if i == len(micro) - 1 else accelerator.no_sync(self.trainee):
                 output = self.trainee(self.loss_fn, batch)
                 loss, numbers = output if isinstance(output, tuple) else (output, {})
-                _check_loss(loss)
+                check_loss(loss)
                 accelerator.backward(loss * weight)
             total = total + loss.detach() * weight
             for key, value in numbers.items():
                 extras[key] = extras.get(key, 0.0) + float(value) * weight
-        wish = 2.0 if self.signalled else float(bool(self.should_stop()))
-        values = [total.float(), torch.tensor(wish, device=total.device)]
-        values += [torch.tensor(extras[k], dtype=torch.float32, device=total.device) for k in sorted(extras)]
-        mean, wishes, *rest = self._mean_over_processes(torch.stack(values))
-        extras = dict(zip(sorted(extras), rest, strict=True))
+        flags = [float(self.signalled), float(bool(self.should_stop())), *(extras[k] for k in sorted(extras))]
+        rest = torch.tensor(flags, dtype=torch.float32, device=total.device)
+        mean, signalled, cancelled, *means = self._mean_over_processes(torch.cat([total.float()[None], rest]))
+        extras = dict(zip(sorted(extras), means, strict=True))
         if not math.isfinite(mean):
             self._fail("loss", mean, undo)
         if self.config.clip_grad is not None:
@@ -437,8 +322,7 @@ class _Run:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self._update_ema()
-        interrupted = wishes * self.world >= 2 and (self.signalled or self.world > 1)
-        return mean, extras, "interrupted" if interrupted else "cancelled" if wishes > 0 else ""
+        return mean, extras, "interrupted" if signalled else "cancelled" if cancelled else ""
 
     def _mean_over_processes(self, values: Tensor) -> list[float]:
         return (self.accelerator.reduce(values, "sum") / self.world).tolist() if self.world > 1 else values.tolist()
@@ -451,30 +335,25 @@ class _Run:
                     if key in self.ema:
                         self.ema[key].mul_(decay).add_(parameter.detach(), alpha=1 - decay)
 
-    def _fail(self, what: str, value: float, undo: _StepUndo) -> None:
+    def _fail(self, what: str, value: float, undo: StepUndo) -> None:
         """Save the state before the bad step and raise with the files of the batch."""
         undo.restore()
         step = self.state.step
-        chosen = [i for indices, _ in self._all_micro_batches(step) for i in indices]
-        bad = [i for i in chosen if _has_non_finite(self.train, i)]
+        chosen = self.sampler.examples(step)
+        examples, epoch = SeededExamples(self.train, self.config.seed), step // self.sampler.steps_per_epoch
+        bad = [i for i in chosen if has_non_finite(examples, (epoch, i))]
         files = describe_examples(self.train, bad or chosen)
         shown = ", ".join(files[:8]) + (f" and {len(files) - 8} more" if len(files) > 8 else "")
         cause = f"These examples hold NaN or infinite values: {shown}." if bad else f"The step's examples: {shown}."
         saved = None
         if self.folder is not None:
-            self._save(f"failed_at_{step + 1:08d}", rng=undo.rng)
+            self._save(f"failed_at_{step + 1:08d}", rng=ckpt.rng_state(undo.rng))
             saved = self.folder / "checkpoints" / f"failed_at_{step + 1:08d}"
         hint = "" if bad else " Try a lower lr, a smaller clip_grad, or mixed_precision='no'."
         where = f" The state before this step is in {saved}." if saved else ""
         raise TrainingError(
             f"The {what} became {value} at step {step + 1}. {cause}{hint}{where}", step + 1, files, saved
         )
-
-    def _all_micro_batches(self, step: int) -> list[tuple[list[int], float]]:
-        everyone = StepSampler(
-            len(self.train), self.sampler.step_size, seed=self.config.seed, drop_last=self.config.drop_last
-        )
-        return everyone.micro_batches(step)
 
     # ---------------------------------------------------------------------------------------------------- evaluation
 
@@ -522,7 +401,7 @@ class _Run:
                 found = self.trainee(self.metrics_fn or accuracy, loader)
         finally:
             self.trainee.train()
-            _freeze_running_statistics(self.inner)
+            freeze_running_statistics(self.inner)
         if not isinstance(found, dict):
             raise InputError(f"metrics_fn must return a dict of numbers, not {type(found).__name__}.")
         return {str(k): float(v) for k, v in found.items()}
@@ -607,8 +486,8 @@ class _Run:
         changed = ckpt.differing(saved["run"], self.fingerprint)
         if changed:
             raise InputError(
-                f"{path} belongs to a run with other settings ({'; '.join(changed[:5])}). Use the same settings to continue, "
-                "resume=False to start over, or another output_dir."
+                f"{path} belongs to a run with other settings ({'; '.join(changed[:5])}). Use the same settings to "
+                "continue, resume=False to start over, or another output_dir."
             )
         ckpt.load_module_tensors(self.inner, tensors["weights"], str(path))
         ckpt.load_optimizer_tensors(self.names, self.optimizer.optimizer, tensors["optimizer"], saved["optimizer"])
@@ -621,6 +500,9 @@ class _Run:
             if key in self.ema:
                 self.ema[key] = ckpt.shard_like(parameter.detach(), tensors["ema"][key])
         self.scheduler.step_update(self.state.step)
+        if named and self.folder is not None and self.accelerator.is_main_process:
+            ckpt.remove_checkpoints(self.folder / "checkpoints", after=self.state.step)
+        self.accelerator.wait_for_everyone()
         ckpt.set_rng_state(tensors[f"rng_{self.rank}"])
 
     def _finish(self) -> FitResult:
@@ -648,166 +530,3 @@ class _Run:
             )
         self.accelerator.wait_for_everyone()
         return result
-
-
-class _StepUndo:
-    """What a step changes before its loss is known: random state and running statistics."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.rng = ckpt.rng_state()
-        owners = [m for m in module.modules() if m.training and getattr(m, "running_mean", None) is not None]
-        self.buffers = [(b, b.detach().clone()) for m in owners for b in m.buffers(recurse=False)]
-
-    def restore(self) -> None:
-        for buffer, kept in self.buffers:
-            buffer.copy_(kept)
-
-
-# ------------------------------------------------------------------------------------------------------------- pieces
-
-
-def _make_accelerator(config: FitConfig) -> Any:
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState, PartialState
-    from accelerate.utils import DistributedType
-
-    single = PartialState().num_processes == 1 if PartialState._shared_state else "WORLD_SIZE" not in os.environ
-    AcceleratorState._reset_state(reset_partial_state=bool(single))  # an earlier run may have used another precision
-    try:
-        accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=config.device == "cpu")
-    except ValueError as error:
-        raise InputError(f"mixed_precision={config.mixed_precision!r} cannot be used here: {error}") from error
-    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
-        raise InputError("fit needs version 2 of FSDP: `accelerate launch --use_fsdp --fsdp_version 2`.")
-    known = (DistributedType.NO, DistributedType.FSDP, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
-    if accelerator.distributed_type not in known:
-        raise InputError(f"fit does not run under {accelerator.distributed_type.value}; use DDP or FSDP.")
-    return accelerator
-
-
-def _parameter_groups(
-    trainee: nn.Module, model: nn.Module, adapter: Any, weight_decay: float
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """Two optimiser groups (decayed, not decayed) and the parameter names in their order; freezes what is not trained."""
-    if adapter is not None:
-        wanted = {id(p) for _, p in adapter.trainable_parameters()}
-        unseen = wanted - {id(p) for p in trainee.parameters()}
-        if unseen:
-            raise InputError(f"{len(unseen)} of the adapter's parameters are neither in the adapter nor in the model.")
-        for parameter in trainee.parameters():
-            parameter.requires_grad_(id(parameter) in wanted)
-    named = [(k, p) for k, p in trainee.named_parameters() if p.requires_grad]
-    if not named:
-        raise InputError("There is nothing to train: no parameter has requires_grad. Unfreeze some, or pass adapter.")
-    skip = {f"model.{k}" for k in getattr(model, "no_weight_decay", set)()}
-    decayed = [(k, p) for k, p in named if p.ndim > 1 and k not in skip]
-    plain = [(k, p) for k, p in named if not (p.ndim > 1 and k not in skip)]
-    groups = [(decayed, weight_decay), (plain, 0.0)]
-    return (
-        [{"params": [p for _, p in g], "weight_decay": decay} for g, decay in groups if g],
-        [k for g, _ in groups for k, _ in g],
-    )
-
-
-def _make_optimizer(config: FitConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    if config.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=config.lr)
-    if config.optimizer == "adam":
-        return torch.optim.Adam(groups, lr=config.lr)
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=config.lr, momentum=0.9)
-    from timm.optim import create_optimizer_v2, list_optimizers
-
-    if config.optimizer not in list_optimizers():
-        raise InputError(f"Unknown optimizer {config.optimizer!r}. {nearest(config.optimizer, list_optimizers())}")
-    return create_optimizer_v2(groups, opt=config.optimizer, lr=config.lr, weight_decay=0.0)
-
-
-def _make_scheduler(config: FitConfig, optimizer: torch.optim.Optimizer, total: int, steps_per_epoch: int) -> Any:
-    """timm's cosine schedule per step; "constant" is the same with min_lr = lr. A pure function of the step."""
-    from timm.scheduler import CosineLRScheduler
-
-    warmup = min(config.warmup_steps + round(config.warmup_epochs * steps_per_epoch), total - 1)
-    return CosineLRScheduler(
-        optimizer,
-        t_initial=max(total, 2),  # timm warns at 1, where the schedule is one value anyway
-        lr_min=config.lr if config.schedule == "constant" else config.min_lr,
-        warmup_t=warmup,
-        warmup_lr_init=config.lr / (warmup + 1),
-        t_in_epochs=False,
-    )
-
-
-def _freeze_running_statistics(module: nn.Module) -> None:
-    """Frozen normalisation layers keep their statistics: a frozen model must come back unchanged."""
-    everything = all(p.requires_grad for p in module.parameters())
-    for child in module.modules():
-        if getattr(child, "running_mean", None) is not None and not everything:
-            own = list(child.parameters(recurse=False))
-            if not any(p.requires_grad for p in own):
-                child.eval()
-
-
-@contextlib.contextmanager
-def _kept_modes(*modules: Any) -> Iterator[None]:
-    """Put train/eval modes and requires_grad back as the caller had them."""
-    found = [m for m in modules if isinstance(m, nn.Module)]
-    modes = [(child, child.training) for m in found for child in m.modules()]
-    grads = [(p, p.requires_grad) for m in found for p in m.parameters()]
-    try:
-        yield
-    finally:
-        for child, training in modes:
-            child.training = training
-        for parameter, requires_grad in grads:
-            parameter.requires_grad_(requires_grad)
-
-
-@contextlib.contextmanager
-def _kept_rng() -> Iterator[None]:
-    state = ckpt.rng_state()
-    try:
-        yield
-    finally:
-        ckpt.set_rng_state(state)
-
-
-def _seeded(seed: int) -> dict[str, Tensor]:
-    """The random states that `seed` gives, in `rng_state`'s form."""
-    import random
-
-    import numpy as np
-
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-    return ckpt.rng_state()
-
-
-def _check_loss(loss: Any) -> None:
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-        raise InputError(f"loss_fn must return one number as a tensor, not {shape}.")
-    if not loss.requires_grad:
-        raise InputError(
-            "The loss does not depend on any trained parameter: the adapter or head is not in the model's path."
-        )
-
-
-def _has_non_finite(data: Any, index: int) -> bool:
-    """Whether example `index` holds NaN or infinity, as far as it can be read at all."""
-
-    def bad(value: Any) -> bool:
-        if isinstance(value, Tensor):
-            return value.is_floating_point() and not bool(torch.isfinite(value).all())
-        if isinstance(value, dict):
-            return any(map(bad, value.values()))
-        if isinstance(value, (tuple, list)):
-            return any(map(bad, value))
-        return isinstance(value, float) and not math.isfinite(value)
-
-    try:
-        return bad(data[index])
-    except (InputError, OSError) as error:
-        warnings.warn(f"Example {index} could not be read again: {error}", stacklevel=2)
-        return False

@@ -1,4 +1,4 @@
-"""Which example goes where: a pure function of (seed, epoch, step), so that any run can be continued or split exactly."""
+"""Which example goes where: a pure function of (seed, step), so that any run can be continued or split exactly."""
 
 from __future__ import annotations
 
@@ -63,9 +63,9 @@ class SeededExamples(Dataset[Any]):
 class StepSampler:
     """Split every epoch's shuffled order into optimiser steps, micro-batches and processes.
 
-    One step takes `batch_size * grad_accum * world` examples, whatever the split: two processes with batch 8 see exactly what
-    one process with batch 16 sees. Each micro-batch carries a weight so that the weighted sum of the mean losses, averaged
-    over the processes, is the mean over the step's examples, also for the shorter last step of an epoch.
+    One step takes `batch_size * grad_accum * world` examples, whatever the split: two processes with batch 8 see
+    exactly what one process with batch 16 sees. Each micro-batch carries a weight so that the weighted sum of the mean
+    losses, averaged over the processes, is the mean over the step's examples, also in the shorter last step.
 
     Args:
         length: examples per epoch.
@@ -100,13 +100,17 @@ class StepSampler:
             self._order = (epoch, torch.randperm(self.length, generator=generator).tolist())
         return self._order[1]
 
+    def examples(self, step: int) -> list[int]:
+        """The indices of the run's 0-based optimiser step `step`, of all processes."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        return self.order(epoch)[position * self.step_size : (position + 1) * self.step_size]
+
     def micro_batches(self, step: int) -> list[tuple[list[int], float]]:
         """This process's `(indices, weight)` pairs of the run's 0-based optimiser step `step`.
 
-        A process that is left without examples gets one at weight 0, so that all processes make the same number of passes.
+        A process that is left without examples gets one at weight 0, so that all make the same number of passes.
         """
-        epoch, position = divmod(step, self.steps_per_epoch)
-        chosen = self.order(epoch)[position * self.step_size : (position + 1) * self.step_size]
+        chosen = self.examples(step)
         size = self.batch_size * self.world
         result = []
         for start in range(0, len(chosen), size):
@@ -205,8 +209,8 @@ def collate(examples: list[Any]) -> Any:
     except (RuntimeError, TypeError) as error:
         shown = sorted({_shape(e) for e in examples})[:4]
         raise InputError(
-            f"The examples of a batch cannot be stacked: {', '.join(shown)}. Resize and convert images to tensors in the "
-            f"data set's transform, or pass collate_fn. ({str(error).splitlines()[0]})"
+            f"The examples of a batch cannot be stacked: {', '.join(shown)}. Resize and convert images to "
+            f"tensors in the data set's transform, or pass collate_fn. ({str(error).splitlines()[0]})"
         ) from error
 
 

@@ -47,7 +47,7 @@ class CrossEntropyLoss:
 
 
 def accuracy_sums(model: nn.Module, loader: Iterable[Any]) -> Tensor:
-    """`(correct, summed cross entropy, examples)` over `loader`, float64 on the CPU; sums can be added over processes."""
+    """`(correct, summed cross entropy, examples)` over `loader`, float64 on the CPU; the sums of processes add up."""
     total = torch.zeros(3, dtype=torch.float64)
     for batch in loader:
         images, targets = split_batch(batch)

@@ -235,8 +235,8 @@ class MaskDecoder(nn.Module):
 class PromptToken(nn.Module):
     """Late fusion: points as SAM embeds them (Fourier position code plus a label vector), summed to one token.
 
-    SAM appends one token per point. Here they are summed into the one prompt token the network already has, times a scale that
-    starts at zero, so switching late fusion on changes nothing until it is trained.
+    SAM appends one token per point. Here they are summed into the one prompt token the network already has, times a
+    scale that starts at zero, so switching late fusion on changes nothing until it is trained.
     """
 
     def __init__(self, dim: int):
@@ -383,7 +383,7 @@ class SqueezeSAM(Model):
     def encode_prompts(
         self, points: Tensor, labels: Tensor, size: tuple[int, int], previous: Tensor | None = None
     ) -> Tensor:
-        """Paint prompts into channels: box, positive disks, then (where the model has them) negative disks, previous mask.
+        """Paint prompts into channels: box, positive disks, and where the model has them negative disks, previous mask.
 
         Args:
             points: `(B, Q, P, 2)`, x and y in pixels of the picture.

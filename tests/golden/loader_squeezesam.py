@@ -55,7 +55,6 @@ def _outputs(model: SqueezeSAM, inputs: dict[str, torch.Tensor], levels: list[st
     found |= {"masks": masks.detach(), "iou": iou.detach(), "loss_eval": loss.detach()}
     found["grad_norm_eval"] = torch.stack([g.square().sum() for g in gradients]).sum().sqrt()
     model.train()
-    with torch.no_grad():
-        with contextlib.suppress(ValueError):  # one value per channel has no batch statistics; such cases record none
-            found["masks_train_mode"], found["iou_train_mode"] = model(*arguments)
+    with torch.no_grad(), contextlib.suppress(ValueError):  # one value per channel has no batch statistics
+        found["masks_train_mode"], found["iou_train_mode"] = model(*arguments)
     return found

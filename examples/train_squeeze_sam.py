@@ -1,0 +1,497 @@
+"""Train the bundled photo model of SqueezeSAM ("squeezesam-photo") from simulated clicks.
+
+    MMKIT_DATA_DIR=../shared/data python examples/train_squeeze_sam.py --device cuda --minutes 10 --output
+    runs/sam.safetensors python examples/train_squeeze_sam.py --bundle runs/sam.safetensors      # measure on the CPU
+    and add to mmkit.weights
+
+Data, all below `--data`: `seg_pets` (Oxford-IIIT Pet, CC-BY-SA-4.0), the CC-BY-2.0 and unrestricted pictures of
+`seg_coco`, `pc_mosd` (BSD-3), and as backgrounds and textures without masks `fewshot_dreambooth` (CC-BY-4.0) and
+`cls_clothing` (CC0). Everything lies in the accelerator's memory; pictures are cropped, composited, painted over
+with procedural objects and clicked there. A checkpoint is written every minute; the same command resumes it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+import json
+import math
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from mmkit.checkpoints import read_tensors, write_safetensors
+from mmkit.vision.click_training import distance_transform, iterative_loss, mask_iou, merge_held_objects
+from mmkit.vision.squeeze_sam import MEAN, SqueezeSAM, squeeze_sam_photo
+
+FREE = ("CC-BY-2.0", "no-known-copyright-restrictions")
+BACKGROUND, OBJECT, UNKNOWN = 0, 1, 2
+
+
+@dataclass
+class Bank:
+    """Pictures and their objects on square canvases, in the accelerator's memory.
+
+    Attributes:
+        images: uint8 `(I, 3, S, S)`, the picture at the top left; sizes `(I, 2)` its height and width.
+        maps: uint8 `(I, S, S)` segment ids.
+        owner: `(O,)` picture of each object; table: uint8 `(O, 256)` segment id -> background, object or unknown.
+        boxes: `(O, 4)` x0, y0, x1, y1 of each object; weight: `(O,)` sampling weight.
+    """
+
+    images: Tensor
+    sizes: Tensor
+    maps: Tensor
+    owner: Tensor
+    table: Tensor
+    boxes: Tensor
+    weight: Tensor
+
+
+def read_pets(folder: Path, split: str) -> list[tuple[Image.Image, np.ndarray, list[dict]]]:
+    """One object per photo; id 2 is the unknown band."""
+    rows = csv.DictReader((folder / "index.csv").read_text().splitlines())
+    found = []
+    for row in rows:
+        if row["split"] == split and row["mask"]:
+            segments = np.array(Image.open(folder / row["mask"]))
+            weight = 1.0 if row["balanced"] == "1" or split != "train" else 0.4  # three breeds hold half of the photos
+            found.append(
+                (Image.open(folder / row["path"]), segments, [{"ids": (1,), "unknown": (2,), "weight": weight}])
+            )
+    return found
+
+
+def read_coco(folder: Path, licences: tuple[str, ...] | None) -> list[tuple[Image.Image, np.ndarray, list[dict]]]:
+    """Things, persons merged with what they hold, and (rarely) stuff; `licences=None` takes every picture."""
+    found = []
+    for record in json.loads((folder / "annotations.json").read_text()):
+        if licences is not None and record["license"] not in licences:
+            continue
+        segments = np.array(Image.open(folder / record["mask"]))
+        things = [s for s in record["segments"] if s["isthing"] and not s["iscrowd"]]
+        groups = merge_held_objects([segments == s["id"] for s in things], [s["category"] for s in things])
+        held = {things[g[0]]["id"]: tuple(things[i]["id"] for i in g) for g in groups if len(g) > 1}
+        objects = []
+        for s in record["segments"]:
+            area = int((segments == s["id"]).sum())
+            if s["iscrowd"] or area < 1000:
+                continue
+            kind = {"ids": (s["id"],), "unknown": (), "thing": bool(s["isthing"])}
+            objects.append({**kind, "weight": (1.0 if s["isthing"] else 0.15) * (0.4 if s["id"] in held else 1.0)})
+            if s["id"] in held:
+                objects.append({**kind, "ids": held[s["id"]], "weight": 1.0, "merged": True})
+        found.append((Image.open(folder / record["image"]), segments, objects))
+    return found
+
+
+def read_tabletop(folder: Path) -> list[tuple[Image.Image, np.ndarray, list[dict]]]:
+    """Coloured point clouds of table tops: each object surface is an object; invalid points are unknown."""
+    found = []
+    for path in sorted(folder.glob("*.npz")):
+        scene = np.load(path)
+        segments = scene["label"].astype(np.uint8)
+        ids = [int(i) for i in np.unique(segments) if i >= 2 and (segments == i).sum() > 400]
+        found.append(
+            (Image.fromarray(scene["rgb"]), segments, [{"ids": (i,), "unknown": (0,), "weight": 1.0} for i in ids])
+        )
+    return found
+
+
+def read_backgrounds(data: Path, limit: int) -> list[tuple[Image.Image, np.ndarray, list[dict]]]:
+    """Free pictures without masks."""
+    paths = sorted((data / "fewshot_dreambooth").glob("*/*.jpg")) + sorted(
+        (data / "cls_clothing").glob("train/*/*.jpg")
+    )
+    found = []
+    for path in paths[:limit]:
+        image = Image.open(path)
+        found.append((image, np.zeros(image.size[::-1], np.uint8), []))
+    return found
+
+
+def build_bank(groups: list[tuple[float, list]], side: int, device: torch.device) -> Bank:
+    """Canvases of all pictures; each group's objects share its sampling weight."""
+    images, sizes, maps, owner, table, boxes, weight = [], [], [], [], [], [], []
+    for share, rows in groups:
+        total = sum(o["weight"] for _, _, objects in rows for o in objects) or 1.0
+        for image, segments, objects in rows:
+            scale = side / max(image.size)
+            w, h = (max(1, round(x * scale)) for x in image.size)
+            canvas, ids = np.zeros((side, side, 3), np.uint8), np.zeros((side, side), np.uint8)
+            canvas[:h, :w] = np.asarray(image.convert("RGB").resize((w, h), Image.Resampling.BICUBIC))
+            ids[:h, :w] = np.asarray(Image.fromarray(segments).resize((w, h), Image.Resampling.NEAREST))
+            for o in objects:
+                ys, xs = np.nonzero(np.isin(ids, list(o["ids"])))
+                if len(ys) < 40:
+                    continue
+                row = np.zeros(256, np.uint8)
+                row[list(o["unknown"])], row[list(o["ids"])] = UNKNOWN, OBJECT
+                owner.append(len(images))
+                table.append(row)
+                boxes.append([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1])
+                weight.append(share * o["weight"] / total)
+            images.append(canvas)
+            sizes.append([h, w])
+            maps.append(ids)
+    return Bank(
+        torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous().to(device),
+        torch.tensor(sizes, dtype=torch.float32, device=device),
+        torch.from_numpy(np.stack(maps)).to(device),
+        torch.tensor(owner, device=device),
+        torch.from_numpy(np.stack(table)).to(device),
+        torch.tensor(np.array(boxes), dtype=torch.float32, device=device),
+        torch.tensor(weight, device=device),
+    )
+
+
+class SceneSampler:
+    """Batches of training pictures, made on the accelerator from a `Bank`."""
+
+    def __init__(self, bank: Bank, side: int):
+        self.bank, self.side, self.device = bank, side, bank.images.device
+        self.mean = torch.tensor(MEAN, device=self.device).view(1, 3, 1, 1)
+
+    def uniform(self, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
+        """Uniform random numbers on the device."""
+        return torch.rand(*shape, device=self.device) * (high - low) + low
+
+    def crop(self, picture: Tensor, center: Tensor, extent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Random affine crops: pictures `(N, 3, S, S)` in 0..1, segment ids `(N, S, S)`, inside-the-picture masks.
+
+        `center` `(N, 2)` x, y and `extent` `(N,)`, the side of the crop, are in canvas pixels.
+        """
+        n, side = len(picture), self.side
+        angle = torch.randn(n, device=self.device) * 0.14
+        stretch = self.uniform(n, low=-0.16, high=0.16).exp()
+        flip = torch.where(self.uniform(n) < 0.5, -1.0, 1.0)
+        cos, sin = angle.cos(), angle.sin()
+        theta = torch.stack(
+            [
+                torch.stack([flip * cos * stretch, -sin / stretch], dim=-1),
+                torch.stack([flip * sin * stretch, cos / stretch], dim=-1),
+            ],
+            dim=1,
+        )
+        theta = theta * (extent / side)[:, None, None]
+        theta = torch.cat([theta, (2 * center / side - 1)[..., None]], dim=-1)
+        grid = F.affine_grid(theta, [n, 3, side, side], align_corners=False)
+        images = F.grid_sample(self.bank.images[picture].float() / 255, grid, align_corners=False)
+        ids = F.grid_sample(self.bank.maps[picture][:, None].float(), grid, mode="nearest", align_corners=False)[:, 0]
+        limit = 2 * self.bank.sizes[picture].flip(1) / side - 1
+        inside = (grid >= -1).all(-1) & (grid <= limit[:, None, None]).all(-1)
+        return images, ids.long(), inside
+
+    def objects(self, n: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Crops around objects: pictures, target, known and inside, all `(N, S, S)` but the first."""
+        bank = self.bank
+        choice = torch.multinomial(bank.weight, n, replacement=True)
+        picture, box = bank.owner[choice], bank.boxes[choice]
+        size = bank.sizes[picture]
+        largest = (box[:, 2:] - box[:, :2]).amax(dim=1)
+        middle = (box[:, 2:] + box[:, :2]) / 2
+        whole = self.uniform(n) < 0.5
+        near = largest * self.uniform(n, low=math.log(1.1), high=math.log(4.0)).exp()
+        extent = torch.where(whole, self.side * self.uniform(n, low=0.75, high=1.3), near.clamp(64, 1.2 * self.side))
+        offset = (self.uniform(n, 2) - 0.5) * ((extent - largest).clamp(min=0.1 * extent))[:, None]
+        center = torch.where(whole[:, None], size.flip(1) / 2 + (self.uniform(n, 2) - 0.5) * 60, middle + offset)
+        images, ids, inside = self.crop(picture, center, extent)
+        kind = bank.table[choice].gather(1, ids.flatten(1)).view_as(ids)
+        return images, (kind == OBJECT) & inside, (kind != UNKNOWN) & inside, inside
+
+    def backgrounds(self, n: int) -> Tensor:
+        """Random crops that lie mostly inside a picture, without padding visible: `(N, 3, S, S)`."""
+        picture = torch.randint(len(self.bank.images), (n,), device=self.device)
+        size = self.bank.sizes[picture].flip(1)
+        extent = size.amin(dim=1) * self.uniform(n, low=0.3, high=0.85)
+        center = extent[:, None] / 2 + self.uniform(n, 2) * (size - extent[:, None])
+        images, _, inside = self.crop(picture, center, extent)
+        return torch.where(inside[:, None], images, self.mean)
+
+    def shapes(self, n: int, size_low: float, size_high: float) -> Tensor:
+        """Random star-shaped blobs, soft-edged alpha `(N, S, S)`."""
+        axis = torch.linspace(0, 1, self.side, device=self.device)
+        x = axis.view(1, 1, -1) - self.uniform(n, 1, 1, low=0.1, high=0.9)
+        y = axis.view(1, -1, 1) - self.uniform(n, 1, 1, low=0.1, high=0.9)
+        turn, aspect = self.uniform(n, 1, 1, high=6.3), self.uniform(n, 1, 1, low=-0.8, high=0.8).exp()
+        u, v = (x * turn.cos() + y * turn.sin()) * aspect, (y * turn.cos() - x * turn.sin()) / aspect
+        angle = torch.atan2(v, u)
+        radius = torch.ones_like(angle)
+        for k in range(1, 7):
+            strength = self.uniform(n, 1, 1) * 0.5 / k
+            radius = radius + strength * (k * angle + self.uniform(n, 1, 1, high=6.3)).cos()
+        power = torch.where(self.uniform(n, 1, 1) < 0.3, 8.0, 2.0)  # some squarish ones
+        reach = (u.abs() ** power + v.abs() ** power) ** (1 / power)
+        scale = self.uniform(n, 1, 1, low=math.log(size_low), high=math.log(size_high)).exp()
+        return ((scale * radius.clamp(min=0.2) - reach) * self.side / 1.5 + 0.5).clamp(0, 1)
+
+    def paint(self, n: int) -> Tensor:
+        """Surfaces for procedural objects: photo texture, or a colour with a gradient and stripes: `(N, 3, S, S)`."""
+        photo = self.backgrounds(n)
+        axis = torch.linspace(-1, 1, self.side, device=self.device)
+        wave = axis.view(1, 1, 1, -1) * self.uniform(n, 3, 1, 1, low=-1) + axis.view(1, 1, -1, 1) * self.uniform(
+            n, 3, 1, 1, low=-1
+        )
+        stripes = (wave[:, :1] * self.uniform(n, 1, 1, 1, low=5, high=60)).sin() * self.uniform(n, 1, 1, 1, high=0.15)
+        flat = self.uniform(n, 3, 1, 1) + 0.3 * wave + stripes
+        tint = (photo - photo.mean(dim=(2, 3), keepdim=True)) * 0.8 + self.uniform(n, 3, 1, 1)
+        kind = self.uniform(n, 1, 1, 1)
+        return torch.where(kind < 0.4, photo, torch.where(kind < 0.7, tint, flat)).clamp(0, 1)
+
+    def procedural(self, n: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Layered objects, half of them made of parts in different colours (the target is the whole)."""
+        images = self.backgrounds(n)
+        ids = torch.zeros(n, self.side, self.side, dtype=torch.long, device=self.device)
+        layers = int(torch.randint(3, 8, ()))
+        for layer in range(1, layers + 1):
+            alpha = self.shapes(n, 0.06, 0.32)
+            surface = self.paint(n)
+            if layer % 2:  # a second part, cut by the first one's outline or attached to it
+                part = self.shapes(n, 0.1, 0.3)
+                surface = torch.where(part[:, None] > 0.5, self.paint(n), surface)
+            shade = 1 + 0.25 * (self.uniform(n, 1, 1, 1) - 0.5)
+            images = images * (1 - alpha[:, None]) + (surface * shade).clamp(0, 1) * alpha[:, None]
+            ids = torch.where(alpha > 0.5, layer, ids)
+        wanted = torch.randint(1, layers + 1, (n, 1, 1), device=self.device)
+        known = torch.ones_like(ids, dtype=torch.bool)
+        return images, ids == wanted, known, known
+
+    def sample(
+        self, n: int, procedural: float = 0.2, composite: float = 0.35, distractor: float = 0.25
+    ) -> dict[str, Tensor]:
+        """A batch: "image" `(n, 3, S, S)` in 0..1, "target" and "valid" bool `(n, S, S)`."""
+        drawn = round(n * procedural)
+        images, target, known, inside = self.objects(n - drawn)
+        pasted = (self.uniform(n - drawn, 1, 1) < composite) & target.flatten(1).any(1)[:, None, None]
+        alpha = F.avg_pool2d(target[:, None].float(), 3, stride=1, padding=1)
+        both = torch.where(pasted[..., None], images * alpha + self.backgrounds(n - drawn) * (1 - alpha), images)
+        images, known, inside = both, known | pasted, inside | pasted
+        if drawn:
+            more = self.procedural(drawn)
+            images, target, known, inside = (
+                torch.cat(pair) for pair in zip((images, target, known, inside), more, strict=True)
+            )
+        images, target, known = self.occlude(images, target, known, inside, distractor)
+        images = self.recolour(images)
+        images = torch.where(inside[:, None], images, self.mean)
+        valid = known & inside & (target.flatten(1).sum(1) >= 64)[:, None, None]
+        return {"image": images, "target": target & valid, "valid": valid}
+
+    def occlude(
+        self, images: Tensor, target: Tensor, known: Tensor, inside: Tensor, share: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Paste cut-outs of other samples of the batch, in front of or behind the target."""
+        n = len(images)
+        cut = F.avg_pool2d(target.roll(1, 0)[:, None].float(), 3, stride=1, padding=1)
+        theta = torch.zeros(n, 2, 3, device=self.device)
+        theta[:, 0, 0] = self.uniform(n, low=0.9, high=2.5) * torch.where(self.uniform(n) < 0.5, -1.0, 1.0)
+        theta[:, 1, 1] = theta[:, 0, 0].abs()
+        theta[:, :, 2] = self.uniform(n, 2, low=-1.5, high=1.5)
+        grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+        other = F.grid_sample(torch.cat([images.roll(1, 0), cut], dim=1), grid, align_corners=False)
+        alpha = other[:, 3:] * (self.uniform(n, 1, 1, 1) < share) * inside[:, None]
+        covered = (target & (alpha[:, 0] > 0.5)).flatten(1).sum(1) / target.flatten(1).sum(1).clamp(min=1)
+        behind = (self.uniform(n) < 0.5) | (covered > 0.5)
+        alpha = torch.where(behind[:, None, None, None], alpha * ~target[:, None], alpha)
+        images = images * (1 - alpha) + other[:, :3] * alpha
+        front = alpha[:, 0] > 0.5
+        return images, target & ~front, known | front
+
+    def recolour(self, images: Tensor) -> Tensor:
+        """Brightness, contrast, saturation, channel shift, gamma, blur and noise, each on some samples."""
+        n = len(images)
+        grey = images.mean(dim=1, keepdim=True)
+        images = grey + (images - grey) * self.uniform(n, 1, 1, 1, low=0.4, high=1.5)
+        center = images.mean(dim=(2, 3), keepdim=True)
+        images = center + (images - center) * self.uniform(n, 1, 1, 1, low=0.65, high=1.35)
+        images = images * self.uniform(n, 1, 1, 1, low=0.7, high=1.3) + self.uniform(n, 3, 1, 1, low=-0.08, high=0.08)
+        images = images.clamp(1e-4, 1) ** self.uniform(n, 1, 1, 1, low=-0.35, high=0.35).exp()
+        soft = F.avg_pool2d(images, 3, stride=1, padding=1, count_include_pad=False)
+        images = torch.where(self.uniform(n, 1, 1, 1) < 0.25, soft, images)
+        images = torch.where(self.uniform(n, 1, 1, 1) < 0.07, images.mean(dim=1, keepdim=True), images)
+        return (images + torch.randn_like(images) * self.uniform(n, 1, 1, 1, high=0.03)).clamp(0, 1)
+
+
+@torch.no_grad()
+def evaluate(model: SqueezeSAM, bank: Bank, clicks: tuple[int, ...] = (1, 3, 5), chunk: int = 32) -> dict[str, float]:
+    """Mean IoU after 1, 3 and 5 central clicks, at the network's resolution (benchmarks/interactive.py: at full)."""
+    model.eval()
+    device, mean = bank.images.device, torch.tensor(MEAN, device=bank.images.device).view(1, 3, 1, 1)
+    found: dict[int, list[Tensor]] = {k: [] for k in clicks}
+    for at in range(0, len(bank.owner), chunk):
+        owner = bank.owner[at : at + chunk]
+        n, side = len(owner), bank.maps.shape[-1]
+        axis = torch.arange(side, device=device)
+        size = bank.sizes[owner]
+        inside = (axis.view(1, -1, 1) < size[:, 0, None, None]) & (axis.view(1, 1, -1) < size[:, 1, None, None])
+        images = torch.where(inside[:, None], bank.images[owner].float() / 255, mean)
+        kind = bank.table[at : at + chunk].gather(1, bank.maps[owner].flatten(1).long()).view(n, side, side)
+        target, valid = kind == OBJECT, (kind != UNKNOWN) & inside
+        prediction, previous = torch.zeros_like(target), None
+        points = torch.zeros(n, 0, 2, device=device)
+        labels = torch.zeros(n, 0, dtype=torch.long, device=device)
+        for click in range(1, max(clicks) + 1):
+            missed = distance_transform(target & ~prediction & valid)
+            extra = distance_transform(prediction & ~target & valid)
+            positive = missed.flatten(1).amax(1) > extra.flatten(1).amax(1)
+            best = torch.where(positive[:, None], missed.flatten(1), extra.flatten(1)).argmax(dim=1)
+            points = torch.cat([points, torch.stack([best % side, best // side], -1).float()[:, None]], dim=1)
+            labels = torch.cat([labels, positive.long()[:, None]], dim=1)
+            low, iou = model.forward_low_res(images, points[:, None], labels[:, None], previous)
+            chosen = iou[:, 0, 1:].argmax(dim=1) + 1
+            previous = low[torch.arange(n), 0, chosen][:, None].float()
+            prediction = F.interpolate(previous, (side, side), mode="bilinear")[:, 0] > 0
+            if click in found:
+                found[click].append(mask_iou(prediction, target, valid))
+    return {f"iou@{k}": torch.cat(v).mean().item() for k, v in found.items()}
+
+
+def learning_rate(progress: float, peak: float, warmup: float = 0.03) -> float:
+    """One cycle over the time budget: linear rise, cosine fall to 0.5 % of the peak."""
+    if progress < warmup:
+        return peak * progress / warmup
+    return peak * (0.005 + 0.995 * (1 + math.cos(math.pi * min(1.0, (progress - warmup) / (1 - warmup)))) / 2)
+
+
+def save_checkpoint(
+    path: Path, model: SqueezeSAM, ema: SqueezeSAM, optimizer: torch.optim.Optimizer, **state: float
+) -> None:
+    """Model, averaged model and optimizer moments as one safetensors file; numbers in its metadata."""
+    tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
+    tensors |= {f"ema.{k}": v for k, v in ema.state_dict().items()}
+    for i, p in enumerate(optimizer.param_groups[0]["params"]):
+        tensors |= {f"optimizer.{i}.{k}": v for k, v in optimizer.state[p].items()}
+    tensors["progress"] = torch.tensor([state["step"], state["seconds"]], dtype=torch.float64)
+    write_safetensors(path, tensors)
+
+
+def load_checkpoint(
+    path: Path, model: SqueezeSAM, ema: SqueezeSAM, optimizer: torch.optim.Optimizer
+) -> tuple[int, float]:
+    """Restore what `save_checkpoint` wrote; returns step and seconds trained."""
+    tensors = read_tensors(path)
+    for prefix, module in (("model.", model), ("ema.", ema)):
+        module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+    for i, p in enumerate(optimizer.param_groups[0]["params"]):
+        prefix = f"optimizer.{i}."
+        moments = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in moments.items()}
+    step, seconds = tensors["progress"].tolist()
+    return int(step), seconds
+
+
+def train(args: argparse.Namespace) -> None:
+    """Train for `args.minutes`, then write the averaged weights in half precision."""
+    torch.manual_seed(args.seed)
+    device = torch.device(args.device)
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    data, limit = Path(args.data), 40 if args.smoke else None
+    model = squeeze_sam_photo(**({"image_size": args.size} if args.size else {})).to(device)
+    side = model.image_size
+    groups = [
+        (0.55, read_pets(data / "seg_pets", "train")[:limit]),
+        (0.33, read_coco(data / "seg_coco/train", FREE)),
+        (0.12, read_tabletop(data / "pc_mosd/train")),
+        (0.0, read_backgrounds(data, limit or 10_000)),
+    ]
+    bank = build_bank([(share, rows) for share, rows in groups if rows], side, device)
+    held_out = {
+        "pets val": build_bank([(1.0, read_pets(data / "seg_pets", "val")[:limit])], side, device),
+        "coco test": build_bank([(1.0, things(read_coco(data / "seg_coco/test", None))[: limit and 6])], side, device),
+    }
+    counts = ", ".join(f"{k}: {len(v.owner)}" for k, v in held_out.items())
+    print(f"{len(bank.images)} pictures, {len(bank.owner)} objects; held out: {counts}")
+    sampler = SceneSampler(bank, side)
+    if device.type == "cuda":
+        model = model.to(memory_format=torch.channels_last)
+    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.05)
+    output = Path(args.output)
+    checkpoint = output.with_name(output.stem + ".checkpoint.safetensors")
+    step, trained = load_checkpoint(checkpoint, model, ema, optimizer) if checkpoint.exists() else (0, 0.0)
+    start, saved, shown, budget = time.monotonic() - trained, trained, trained, args.minutes * 60
+    running: dict[str, float] = {}
+    while (seconds := time.monotonic() - start) < budget and (not args.max_steps or step < args.max_steps):
+        model.train()
+        progress = max(seconds / budget, step / args.max_steps if args.max_steps else 0.0)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(progress, args.lr)
+        with torch.no_grad():
+            batch = sampler.sample(args.batch_size)
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
+            loss, metrics = iterative_loss(model, batch, max_rounds=args.max_rounds)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        step += 1
+        keep = min(0.999, step / (step + 10))
+        with torch.no_grad():
+            for mine, theirs in zip(ema.state_dict().values(), model.state_dict().values(), strict=True):
+                mine.lerp_(theirs, 1 - keep) if mine.is_floating_point() else mine.copy_(theirs)
+        for k, v in {"loss": loss.item(), **metrics}.items():
+            running[k] = 0.98 * running.get(k, v) + 0.02 * v
+        if seconds - shown >= args.report or step == 1:
+            shown = seconds
+            scores = {k: evaluate(ema, v) for k, v in held_out.items()}
+            print(
+                f"{seconds:6.0f} s step {step}: {pretty(running)} | "
+                + " | ".join(f"{k} {pretty(v)}" for k, v in scores.items()),
+                flush=True,
+            )
+        if seconds - saved >= 60:
+            saved = seconds
+            save_checkpoint(checkpoint, model, ema, optimizer, step=step, seconds=seconds)
+    for tensor in ema.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.copy_(tensor.half().float())  # scores below are those of the stored, rounded weights
+    scores = {k: evaluate(ema, v) for k, v in held_out.items()}
+    for name, values in scores.items():
+        print(f"final, {step} steps, {name}: {pretty(values)}", flush=True)
+    half = {k: v.half() if v.is_floating_point() else v for k, v in ema.state_dict().items()}
+    options = f"--device {device.type} --minutes {args.minutes:g} --batch-size {args.batch_size} --seed {args.seed}"
+    notes = {"command": f"python examples/train_squeeze_sam.py {options}", "steps": str(step), "seed": str(args.seed)}
+    write_safetensors(output, half, {**notes, "scores": json.dumps(scores)})
+    print(f"wrote {output}", flush=True)
+
+
+def things(rows: list) -> list:
+    """Only the unmerged things of each picture, as the benchmark uses them."""
+    return [(i, s, [o for o in objects if o.get("thing") and not o.get("merged")]) for i, s, objects in rows]
+
+
+def pretty(values: dict[str, float]) -> str:
+    """Numbers with three decimals."""
+    return " ".join(f"{k} {v:.3f}" for k, v in values.items())
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default = os.environ.get("MMKIT_DATA_DIR", Path(__file__).parents[2] / "shared" / "data")
+    parser.add_argument("--data", default=default, help="folder with seg_pets, seg_coco, ... (default: MMKIT_DATA_DIR)")
+    parser.add_argument("--output", default="runs/squeezesam-photo.safetensors")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--max-steps", type=int, default=0, help="stop after this many steps (0: only the time counts)")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--max-rounds", type=int, default=4)
+    parser.add_argument("--size", type=int, default=0, help="another image size than the variant's own")
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--report", type=float, default=60, help="seconds between evaluations")
+    parser.add_argument("--smoke", action="store_true", help="a few pictures only, to see that everything runs")
+    train(parser.parse_args())
+
+
+if __name__ == "__main__":
+    main()

@@ -78,6 +78,7 @@ ADAPTERS = Registry(
         "bitfit": "mmkit.adapters.bitfit:BitFit",
         "linear_probe": "mmkit.adapters.linear_probe:LinearProbe",
         "peft": "mmkit.adapters.peft_bridge:PeftAdapter",
+        "gmm": "mmkit.vision.gmm_attention:GMMAdapter",
     },
     entry_point_group="mmkit.adapters",
 )
@@ -85,6 +86,17 @@ ADAPTERS = Registry(
 MODELS = Registry(
     "model",
     {
+        "gmm_vit": "mmkit.vision.gmm_models:gmm_vit",
+        "gmm_vit_base": "mmkit.vision.gmm_models:gmm_vit_base",
+        "gmm_vit_heat": "mmkit.vision.gmm_models:gmm_vit_heat",
+        "gmm_vit_d6": "mmkit.vision.gmm_models:gmm_vit_d6",
+        "gmm_vit_d15": "mmkit.vision.gmm_models:gmm_vit_d15",
+        "gmm_vit_d30": "mmkit.vision.gmm_models:gmm_vit_d30",
+        "gmm_cait": "mmkit.vision.gmm_models:gmm_cait",
+        "gmm_cait_tiny": "mmkit.vision.gmm_models:gmm_cait_tiny",
+        "gmm_t2t": "mmkit.vision.gmm_models:gmm_t2t",
+        "gmm_pit": "mmkit.vision.gmm_pyramids:gmm_pit",
+        "gmm_swin": "mmkit.vision.gmm_pyramids:gmm_swin",
         "squeeze_sam_base": "mmkit.vision.squeeze_sam:squeeze_sam_base",
         "squeeze_sam_small": "mmkit.vision.squeeze_sam:squeeze_sam_small",
         "squeeze_sam_tiny": "mmkit.vision.squeeze_sam:squeeze_sam_tiny",

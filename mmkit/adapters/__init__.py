@@ -11,13 +11,13 @@ Every method attaches, trains, saves, loads, merges and detaches the same way:
 from mmkit.adapters.core import (
     Adapter,
     AdapterConfig,
-    SiteAdapter,
     apply_adapter,
     attached_adapters,
     list_adapters,
     register_adapter,
 )
 from mmkit.adapters.files import load_adapter, save_adapter
+from mmkit.adapters.sites import SiteAdapter
 
 __all__ = [
     "Adapter",

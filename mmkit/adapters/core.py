@@ -1,8 +1,8 @@
 """The contract every adapter keeps: attach, train, disable, merge, unmerge, detach.
 
 An adapter owns its own parameters and nothing else. While it is attached the model keeps its keys, module types and tensors;
-after `detach` it is bit-equal to before. A method that changes a module's output subclasses `SiteAdapter` (three short
-functions); a method that changes tokens, attention or the block graph subclasses `Adapter` and uses the primitives of
+after `detach` it is bit-equal to before. A method that changes a module's output subclasses `SiteAdapter` (see
+`mmkit.adapters.sites`); a method that changes tokens, attention or the block graph subclasses `Adapter` and uses the primitives of
 `mmkit.adapters.hooks`.
 """
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import fnmatch
 import hashlib
 import json
 import warnings
@@ -88,7 +87,7 @@ class AdapterStack:
         """Stop gradients of the base; remembers the flags for `detach`."""
         if self.trainable is None:
             self.trainable = {k: p.requires_grad for k, p in model.named_parameters()}
-        own = {id(p) for a in self.adapters.values() for p in a.parameters()}
+        own = {id(p) for a in self.adapters.values() for _, p in a.trainable_parameters()}
         for p in model.parameters():
             if id(p) not in own:
                 p.requires_grad_(False)
@@ -275,7 +274,9 @@ class Adapter(nn.Module):
         """Number of trainable values, saved modules included."""
         return sum(p.numel() for _, p in self.trainable_parameters())
 
-    def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> dict[str, Any]:  # type: ignore[override]
+    def state_dict(
+        self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False
+    ) -> dict[str, Any]:  # type: ignore[override]
         """Tensors by `<module path>.<parameter>`, without any infix."""
         plain = super().state_dict(keep_vars=keep_vars)
         out = destination if destination is not None else {}
@@ -362,8 +363,8 @@ class Adapter(nn.Module):
         """
         edits = self._plan()
         model = self.model
-        self._backup = [_write(model, edit) for edit in edits]
         self._remove(model)
+        self._backup = [_write(model, edit) for edit in edits]
         self.merged = True
         return model
 
@@ -379,7 +380,9 @@ class Adapter(nn.Module):
         adapters = list(attached_adapters(model).values())
         for other in adapters[adapters.index(self) + 1 :]:
             if set(other.site_paths) & set(self.site_paths):
-                raise InputError(f"Adapter {other.name!r} came after {self.name!r} on the same modules; detach it first.")
+                raise InputError(
+                    f"Adapter {other.name!r} came after {self.name!r} on the same modules; detach it first."
+                )
         for path, name, value in reversed(self._backup):
             _restore(model, path, name, value)
         self._backup = []
@@ -409,127 +412,7 @@ class SavedModule:
         return self.site(*args)
 
 
-class SiteAdapter(Adapter):
-    """Base of methods that change the output of single modules: y' = f(y, x).
-
-    A method implements `is_site`, `make_site` (an `nn.Module` called as `site(output, args)`) and `fold`.
-    """
-
-    def is_site(self, path: str, module: nn.Module) -> bool:
-        """Whether this method can act at `module`; `targets` selects among these."""
-        raise NotImplementedError
-
-    def default_sites(self, model: nn.Module, candidates: dict[str, nn.Module]) -> list[str]:
-        """The sites used when `targets` is `None`: all candidates outside the head, unless overridden."""
-        from mmkit.backbones import head_name
-
-        head = head_name(model, required=False)
-        return [p for p in candidates if not head or not f"{p}.".startswith(f"{head}.")]
-
-    def make_site(self, path: str, module: nn.Module) -> nn.Module:
-        """The parameters for one site, on the CPU in float32."""
-        raise NotImplementedError
-
-    def fold(self, site: nn.Module, module: nn.Module) -> dict[str, Tensor]:
-        """New values for parameters of `module` that make the site superfluous, computed in float64.
-
-        Raises `NotMergeableError` when there are none.
-        """
-        raise NotMergeableError(f"{self.method!r} cannot be folded into a {type(module).__name__}.")
-
-    def build(self, model: nn.Module) -> None:
-        for module in list(model.modules()):
-            if hooks.is_fused_attention(module):
-                hooks.explicit_attention(module, self)  # type: ignore[arg-type]
-        plain = dict(hooks.named_plain_modules(model))
-        candidates = {p: m for p, m in plain.items() if p and self.is_site(p, m)}
-        if self.config.targets is None:
-            paths = self.default_sites(model, candidates)
-        else:
-            paths = match_targets(self.config.targets, list(candidates))
-        if not paths:
-            raise _no_match(self.method, self.config.targets, list(candidates), list(plain))
-        silent = [p for p in paths if _reads_weights_directly(plain, p)]
-        if silent:
-            raise InputError(
-                f"{self.method!r} would have no effect at {silent[:4]}: the attention there uses the weights without calling the "
-                "module. Leave them out of `targets`."
-            )
-        for path in paths:
-            module = plain[path]
-            site = self.make_site(path, module)
-            weight = getattr(module, "weight", None)
-            self.add_site(path, site.to(weight.device) if isinstance(weight, Tensor) else site)
-
-    def install(self, model: nn.Module) -> None:
-        for module in list(model.modules()):
-            if hooks.is_fused_attention(module):
-                hooks.explicit_attention(module, self)  # type: ignore[arg-type]
-        for path in self.site_paths:
-            if path not in self._saved:
-                hooks.add_hook(hooks.get_module(model, path), self, SiteHook(self.site(path)))
-
-    def merge_edits(self, model: nn.Module) -> list[Edit]:
-        edits, refused = [], []
-        for path in self.site_paths:
-            if path in self._saved:
-                continue
-            module = hooks.unwrap(hooks.get_module(model, path))
-            try:
-                folded = self.fold(self.site(path), module)
-            except NotMergeableError:
-                refused.append(path)
-                continue
-            if isinstance(module, hooks.InProjection):  # its tensors belong to the attention around it
-                path = path.rpartition(".")[0]
-                folded = {f"in_proj_{k}": v for k, v in folded.items()}
-            edits += [Edit(path, k, v) for k, v in folded.items()]
-        if refused:
-            raise NotMergeableError(
-                f"{self.method!r} cannot be folded at {refused}: no affine module there can absorb it. Keep the adapter attached, "
-                "or leave these modules out of `targets`.",
-                refused,
-            )
-        return edits
-
-
-class SiteHook:
-    """Hook function of a `SiteAdapter`: hands the output and the inputs of a module to its site."""
-
-    def __init__(self, site: nn.Module):
-        self.site = site
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        return self.site(output, args)
-
-
 # --- helpers ------------------------------------------------------------------------------------------------------------
-
-
-def match_targets(targets: tuple[str, ...] | str, paths: list[str]) -> list[str]:
-    """The `paths` that a pattern names in full, as an ending ("qkv", "attn.proj") or with wildcards."""
-    patterns = (targets,) if isinstance(targets, str) else tuple(targets)
-    return [p for p in paths if any(fnmatch.fnmatchcase(p, t) or f".{p}".endswith(f".{t}") for t in patterns)]
-
-
-def _no_match(method: str, targets: Any, candidates: list[str], names: list[str]) -> InputError:
-    wanted = targets if isinstance(targets, str) else (targets or ("",))[0]
-    endings = [c.rpartition(".")[2] for c in candidates] + candidates
-    there = match_targets(targets, [n for n in names if n]) if targets else []
-    reason = f"{there[:3]} exist but {method!r} cannot act on them. " if there else ""
-    return InputError(
-        f"No module matches targets={targets!r} for adapter {method!r}. {reason}"
-        + (nearest(wanted, endings) if candidates else f"The model has no module that {method!r} can adapt.")
-    )
-
-
-def _reads_weights_directly(plain: dict[str, nn.Module], path: str) -> bool:
-    """BEiT and Swin v2 keep query and value biases apart and call `F.linear` with the weight of `qkv`."""
-    parent, _, leaf = path.rpartition(".")
-    owner = plain.get(parent)
-    if isinstance(owner, nn.MultiheadAttention) and not hooks.is_fused_attention(owner):
-        return True
-    return leaf == "qkv" and isinstance(getattr(owner, "q_bias", None), Tensor)
 
 
 def _refuse_shared(model: nn.Module, edits: list[Edit]) -> None:
@@ -545,7 +428,9 @@ def _refuse_shared(model: nn.Module, edits: list[Edit]) -> None:
         if current is not None and len(users.get(id(current), ())) > 1:
             shared.append(edit.path)
     if shared:
-        raise NotMergeableError(f"Weights at {shared} are shared with another module and cannot be folded into.", shared)
+        raise NotMergeableError(
+            f"Weights at {shared} are shared with another module and cannot be folded into.", shared
+        )
 
 
 def _write(model: nn.Module, edit: Edit) -> tuple[str, str, Tensor | None]:
@@ -586,7 +471,9 @@ def list_adapters(pattern: str = "") -> list[str]:
     return ADAPTERS.names(pattern)
 
 
-def apply_adapter(model: nn.Module, config: Any = "ssf", *, name: str = "default", freeze: bool = True, **settings: Any) -> Adapter:
+def apply_adapter(
+    model: nn.Module, config: Any = "ssf", *, name: str = "default", freeze: bool = True, **settings: Any
+) -> Adapter:
     """Build the adapter of `config` and attach it to `model`.
 
     Args:
@@ -613,7 +500,9 @@ def apply_adapter(model: nn.Module, config: Any = "ssf", *, name: str = "default
         try:
             config = cls.config_class(**settings)
         except TypeError as error:
-            raise InputError(f"{config!r}: {error}. Settings: {[f.name for f in dataclasses.fields(cls.config_class)]}") from None
+            raise InputError(
+                f"{config!r}: {error}. Settings: {[f.name for f in dataclasses.fields(cls.config_class)]}"
+            ) from None
     elif settings:
         raise InputError(f"Settings {sorted(settings)} belong into the config; give a method's name to pass them here.")
     elif isinstance(config, AdapterConfig):
@@ -621,7 +510,9 @@ def apply_adapter(model: nn.Module, config: Any = "ssf", *, name: str = "default
     elif hasattr(config, "peft_type"):
         cls = ADAPTERS.get("peft")
     else:
-        raise InputError(f"config must be a method's name, an AdapterConfig or a peft config, not {type(config).__name__}.")
+        raise InputError(
+            f"config must be a method's name, an AdapterConfig or a peft config, not {type(config).__name__}."
+        )
     adapter = cls(config, name=name).attach(model)
     if freeze:
         AdapterStack.of(model).freeze(model)

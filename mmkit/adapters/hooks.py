@@ -120,10 +120,16 @@ def move_hooks(source: nn.Module, target: nn.Module) -> None:
 # --- finding modules by path, also through peft's wrappers ------------------------------------------------------------
 
 
+def inner_module(module: nn.Module) -> nn.Module | None:
+    """What a peft wrapper wraps, or `None` when `module` is not one."""
+    inner = module._modules.get("base_layer")
+    return module._modules.get("original_module") if inner is None else inner
+
+
 def unwrap(module: nn.Module) -> nn.Module:
     """The library's own module inside peft wrappers."""
-    while "base_layer" in module._modules:
-        module = module._modules["base_layer"]  # type: ignore[assignment]
+    while (inner := inner_module(module)) is not None:
+        module = inner
     return module
 
 
@@ -131,8 +137,8 @@ def get_module(model: nn.Module, path: str) -> nn.Module:
     """The outermost module at `path`, where `path` is written as in the plain model. Raises `AttributeError`."""
     module = model
     for part in path.split(".") if path else []:
-        while part not in module._modules and "base_layer" in module._modules:
-            module = module._modules["base_layer"]  # type: ignore[assignment]
+        while part not in module._modules and (inner := inner_module(module)) is not None:
+            module = inner
         child = module._modules.get(part)
         if child is None:
             raise AttributeError(f"{type(model).__name__} has no module {path!r}")

@@ -1,0 +1,188 @@
+"""SSF: scale and shift the output of every affine layer. arXiv 2210.08823 (NeurIPS 2022), dongzelian/SSF.
+
+`y' = y * scale + shift`, one pair per output channel of each linear, convolution and normalisation layer of the backbone; the
+head is left alone. Linear in y, so it folds exactly into the layer it follows.
+
+Deviations from the official code: the channel axis follows from the module's type instead of from matching sizes (which picks
+the wrong axis when H or W equals C), and `init_std=0` gives an exact identity at the start (official: 0.02, the default).
+Two official sites follow an `nn.Identity` (ViT with average pooling: `norm`; ConvNeXt: `norm_pre`). They are kept for fidelity
+and cannot be merged; `identity_sites=False` leaves them out.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmkit.adapters.core import AdapterConfig, register_adapter
+from mmkit.adapters.hooks import InProjection
+from mmkit.adapters.sites import SiteAdapter
+from mmkit.checkpoints import load_state, read_tensors
+from mmkit.errors import CheckpointError, NotMergeableError
+
+_CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_NORM = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
+_RMS = getattr(nn, "RMSNorm", ())
+
+
+@dataclass(frozen=True)
+class SSFConfig(AdapterConfig):
+    """Settings of SSF.
+
+    Attributes:
+        init_std: scale ~ N(1, init_std^2), shift ~ N(0, init_std^2); 0 starts as an exact identity. At least 0.
+        identity_sites: also act at the official sites that no affine layer precedes; these cannot be merged.
+    """
+
+    init_std: float = 0.02
+    identity_sites: bool = True
+
+
+class ScaleShift(nn.Module):
+    """`y * scale + shift` along axis `axis` of y, computed in y's dtype."""
+
+    def __init__(self, dim: int, axis: int, init_std: float):
+        super().__init__()
+        self.axis = axis
+        self.scale = nn.Parameter(torch.empty(dim).normal_(1.0, init_std) if init_std else torch.ones(dim))
+        self.shift = nn.Parameter(torch.empty(dim).normal_(0.0, init_std) if init_std else torch.zeros(dim))
+
+    def forward(self, y: Tensor, args: Any = ()) -> Tensor:
+        """(..., dim) or (B, dim, ...) -> the same shape and dtype."""
+        scale, shift = self.scale.to(y.dtype), self.shift.to(y.dtype)
+        if self.axis == 1 and y.dim() > 2:
+            shape = (-1,) + (1,) * (y.dim() - 2)
+            scale, shift = scale.view(shape), shift.view(shape)
+        return torch.addcmul(shift, y, scale)
+
+
+def affine_dim_axis(module: nn.Module) -> tuple[int, int] | None:
+    """Output channels and channel axis of an affine layer, or `None` when the module is not (only) affine."""
+    if isinstance(module, (nn.Linear, InProjection)):
+        return module.weight.shape[0], -1
+    if isinstance(module, _CONV):
+        return module.out_channels, 1
+    if not isinstance(getattr(module, "act", None) or nn.Identity(), nn.Identity):
+        return None  # timm's fused norm + activation: what comes out is no longer affine
+    if isinstance(module, nn.LayerNorm):
+        channels_first = type(module).__name__ in ("LayerNorm2d", "LayerNormExp2d", "LayerNormFp32Conv2d")
+        return module.normalized_shape[-1], 1 if channels_first else -1
+    if _RMS and isinstance(module, _RMS):
+        return module.normalized_shape[-1], -1
+    if isinstance(module, nn.GroupNorm):
+        return module.num_channels, 1
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return module.num_features, 1
+    return None
+
+
+@register_adapter("ssf")
+class SSF(SiteAdapter):
+    """Scale and shift adapter; see the module docstring."""
+
+    config_class = SSFConfig
+
+    def is_site(self, path: str, module: nn.Module) -> bool:
+        return affine_dim_axis(module) is not None or isinstance(module, nn.Identity)
+
+    def default_sites(self, model: nn.Module, candidates: dict[str, nn.Module]) -> list[str]:
+        identities = _official_identity_sites(model) if self.config.identity_sites else []
+        left_out = re.compile(r"(^|\.)(fc_norm|q_norm|k_norm|downsample\.reduction)$")  # as in the official sites
+        return [
+            p
+            for p in super().default_sites(model, candidates)
+            if p in identities or (not isinstance(candidates[p], nn.Identity) and not left_out.search(p))
+        ]
+
+    def make_site(self, path: str, module: nn.Module) -> nn.Module:
+        dim_axis = affine_dim_axis(module)
+        if dim_axis is None:  # an official site behind an Identity: ConvNeXt's is (B, C, H, W), ViT's (B, N, C)
+            dim_axis = self._identity_dim, 1 if path == "norm_pre" else -1
+        return ScaleShift(*dim_axis, self.config.init_std)
+
+    def build(self, model: nn.Module) -> None:
+        self._identity_dim = int(getattr(model, "num_features", 0))
+        super().build(model)
+
+    def fold(self, site: nn.Module, module: nn.Module) -> dict[str, Tensor]:
+        if isinstance(module, nn.Identity):
+            raise NotMergeableError("an Identity has nothing to fold into")
+        scale, shift = site.scale.detach().double(), site.shift.detach().double()
+        weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+        if weight is None:  # a norm without affine parameters gets them
+            return {"weight": scale, "bias": shift}
+        w = weight.detach().double()
+        out = {"weight": w * scale.view(-1, *(1,) * (w.dim() - 1))}
+        if _RMS and isinstance(module, _RMS):
+            raise NotMergeableError("RMSNorm has no bias to take the shift")
+        out["bias"] = shift if bias is None else bias.detach().double() * scale + shift
+        return out
+
+
+def _official_identity_sites(model: nn.Module) -> list[str]:
+    """`norm` of an average-pooling ViT and `norm_pre` of a ConvNeXt, when they are Identities."""
+    names = []
+    if hasattr(model, "blocks") and hasattr(model, "fc_norm") and isinstance(getattr(model, "norm", None), nn.Identity):
+        names.append("norm")
+    if hasattr(model, "stages") and isinstance(getattr(model, "norm_pre", None), nn.Identity):
+        names.append("norm_pre")
+    return names
+
+
+def load_official_checkpoint(model: nn.Module, path: Any, *, name: str = "default") -> SSF:
+    """Load a checkpoint of dongzelian/SSF (backbone, head and `ssf_*` vectors) into a timm ViT, Swin or ConvNeXt.
+
+    The backbone's tensors go into `model`, the vectors into an `SSF` adapter that is attached and returned. Swin's
+    `downsample` is moved one stage up (timm >= 0.9 builds it at the start of the next stage).
+
+    Raises:
+        CheckpointError: keys are missing, unexpected or misshapen; the model is unchanged.
+    """
+    state = {_timm_key(k, model): v for k, v in read_tensors(path).items()}
+    adapter = SSF(SSFConfig(), name=name).attach(model)
+    try:
+        vectors = {}
+        for key in [k for k in state if re.search(r"ssf_(scale|shift)_[12]$", k)]:
+            owner, kind, index = re.fullmatch(r"(?:(.*)\.)?ssf_(scale|shift)_([12])", key).groups()  # type: ignore[union-attr]
+            vectors[f"{_site_of(owner or '', int(index), model)}.{kind}"] = state.pop(key)
+        load_state(adapter, vectors, source=str(path))
+        buffers = {k for k, _ in model.named_buffers()}
+        load_state(model, state, source=str(path), ignore=tuple(buffers))
+    except BaseException:
+        adapter.detach()
+        raise
+    return adapter
+
+
+def _timm_key(key: str, model: nn.Module) -> str:
+    if hasattr(model, "layers"):  # Swin
+        key = re.sub(r"^layers\.(\d+)\.downsample", lambda m: f"layers.{int(m[1]) + 1}.downsample", key)
+        if key.startswith("head.") and not key.startswith("head.fc."):
+            key = key.replace("head.", "head.fc.", 1)
+    if hasattr(model, "stem"):  # ConvNeXt
+        key = re.sub(r"^stem\.(proj|norm)\.", lambda m: f"stem.{'01'[m[1] == 'norm']}.", key)
+        key = re.sub(r"downsample\.(norm|proj)\.", lambda m: f"downsample.{'01'[m[1] == 'proj']}.", key)
+    return key
+
+
+def _site_of(owner: str, index: int, model: nn.Module) -> str:
+    """The module an official `ssf_*_<index>` vector belongs to; `owner` is the module that holds it."""
+    leaf = owner.rpartition(".")[2]
+    convnext = hasattr(model, "stem")
+    if owner == "":
+        return "norm_pre" if convnext else "norm"
+    table = {
+        "attn": ("qkv", "proj"),
+        "mlp": ("fc1", "fc2"),
+        "patch_embed": ("proj", "norm"),
+        "stem": ("0", "1"),
+        "downsample": ("0", "1") if convnext else ("norm", ""),
+    }
+    names = table.get(leaf, ("conv_dw", "norm") if convnext else ("norm1", "norm2"))
+    if not names[index - 1]:
+        raise CheckpointError(f"{owner}.ssf_*_{index} has no place in this model.")
+    return f"{owner}.{names[index - 1]}"

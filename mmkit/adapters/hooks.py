@@ -102,9 +102,9 @@ def _remove_override(module: nn.Module, owner: Any) -> None:
     kept = [o for o in chain if o.owner is not owner]
     if len(kept) == len(chain):
         return
-    for outer, inner in zip(kept, [*kept[1:], None], strict=True):
-        outer.previous = inner
     if kept:
+        for outer, inner in zip(kept, [*kept[1:], None], strict=True):
+            outer.previous = inner
         module.__dict__["forward"] = kept[0]
     else:
         del module.__dict__["forward"]

@@ -1,0 +1,254 @@
+"""The frame every page stands in: navigation, theme, home and about pages, and safe launch settings.
+
+A page is one file with `APP = App(...)` and a line in `mmkit.registry.APPS`:
+
+    def build() -> None:
+        image = gr.Image(label="Picture", elem_id="my-image")
+        ...
+
+    APP = App("my", "My page", "One sentence that says what it does.", build)
+"""
+
+from __future__ import annotations
+
+import functools
+import html
+import inspect
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from PIL import Image
+
+from mmkit import __version__
+from mmkit.data.images import MAX_PIXELS
+from mmkit.errors import InputError, MMKitError
+from mmkit.registry import APPS
+
+KEEP_SECONDS = 3600
+"""Uploads and results are deleted this long after they were made."""
+
+MAX_FILE_SIZE = "64mb"
+"""Larger uploads are refused."""
+
+
+@dataclass(frozen=True)
+class App:
+    """One page of the studio.
+
+    Attributes:
+        name: name in `mmkit.registry.APPS`, path of the page ("/name") and prefix of its elem_ids.
+        title: shown in the navigation.
+        summary: one or two sentences: what a person can do here.
+        build: adds the components to the current page. It loads no model and touches no file.
+    """
+
+    name: str
+    title: str
+    summary: str
+    build: Callable[[], None]
+
+
+def readable(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorator for event handlers (functions and generators): what mmkit raises on purpose is shown as a message.
+
+    The text is escaped, because gradio renders messages as HTML. Running out of memory is reported with a remedy. Anything
+    else stays a plain "Error" in the page and a traceback in the terminal.
+    """
+
+    def explain(error: Exception) -> gr.Error:
+        text = (
+            str(error) if isinstance(error, MMKitError) else "Out of memory: try a smaller model, image or batch size."
+        )
+        return gr.Error(html.escape(text), duration=10, print_exception=False)
+
+    caught = (MMKitError, MemoryError)
+    if inspect.isgeneratorfunction(fn):
+
+        @functools.wraps(fn)
+        def stream(*args: Any, **kwargs: Any) -> Any:
+            try:
+                yield from fn(*args, **kwargs)
+            except caught as error:
+                raise explain(error) from error
+
+        return stream
+
+    @functools.wraps(fn)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return fn(*args, **kwargs)
+        except caught as error:
+            raise explain(error) from error
+
+    return call
+
+
+def output_folder() -> Path:
+    """A fresh folder under a random name for files handed to the browser. Folders older than an hour are removed."""
+    root = Path(tempfile.gettempdir()) / "mmkit-studio"
+    root.mkdir(mode=0o700, exist_ok=True)
+    for old in root.iterdir():
+        if old.is_dir() and time.time() - old.stat().st_mtime > KEEP_SECONDS:
+            shutil.rmtree(old, ignore_errors=True)
+    return Path(tempfile.mkdtemp(dir=root))
+
+
+def theme() -> gr.Theme:
+    """The studio's look: gradio's Soft theme with fonts that come with gradio or the system."""
+    return gr.themes.Soft(primary_hue="teal", secondary_hue="teal", neutral_hue="slate")
+
+
+CSS = """
+.gradio-container {max-width: 1240px !important; margin: 0 auto !important;}
+.studio-cards {display: grid; grid-template-columns: repeat(auto-fill, minmax(260px, 1fr)); gap: 16px; margin-top: 12px;}
+.studio-card {display: block; padding: 18px 20px; border: 1px solid var(--border-color-primary); border-radius: 12px;
+  background: var(--background-fill-primary); color: var(--body-text-color); text-decoration: none !important;}
+.studio-card:hover, .studio-card:focus {border-color: var(--color-accent);}
+.studio-card b {display: block; font-size: 1.1em; margin-bottom: 6px;}
+.studio-card span {color: var(--body-text-color-subdued);}
+"""
+
+
+def build_studio(names: Iterable[str] | None = None) -> gr.Blocks:
+    """The studio with the pages `names` (default: all of `mmkit.registry.APPS`): a home page, the pages, and "About".
+
+    Nothing is loaded or computed yet. Raises `InputError` for an unknown name, offering the nearest.
+    """
+    apps = [APPS.get(name) for name in (APPS.names() if names is None else names)]
+    with gr.Blocks(title="mmkit studio", delete_cache=(KEEP_SECONDS, KEEP_SECONDS), analytics_enabled=False) as studio:
+        gr.Navbar(main_page_name="Home", elem_id="studio-nav")
+        _home(apps)
+    for app in apps:
+        with studio.route(app.title, f"/{app.name}"):
+            gr.Markdown(f"# {app.title}\n{app.summary}", elem_id=f"{app.name}-header")
+            app.build()
+    with studio.route("About", "/about"):
+        _about()
+    return studio.queue(default_concurrency_limit=1, max_size=32)
+
+
+def launch_studio(
+    names: Iterable[str] | None = None,
+    *,
+    host: str = "127.0.0.1",
+    port: int | None = None,
+    max_file_size: str | int = MAX_FILE_SIZE,
+    open_browser: bool = False,
+    block: bool = True,
+    auth: tuple[str, str] | None = None,
+    mcp: bool = False,
+) -> tuple[gr.Blocks, str]:
+    """Serve the studio on this machine.
+
+    Args:
+        names: the pages; `None` takes all.
+        host: "127.0.0.1" is reachable from this machine only. For anything else set `auth` and stand a TLS proxy in front.
+        port: `None` takes 7860 or the next free one.
+        max_file_size: larger uploads are refused.
+        open_browser: open a browser window.
+        block: wait until Ctrl-C.
+        auth: (user, password).
+        mcp: offer the endpoints as MCP tools too (needs `gradio[mcp]`).
+
+    Returns:
+        The running studio (`.close()` ends it) and its URL; the URL is also printed.
+
+    Raises:
+        InputError: unknown page, or the port is taken.
+    """
+    studio = build_studio(names)
+    _reach_own_server()
+    Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # gradio decodes uploads itself; PIL refuses above twice this
+    try:
+        _, url, _ = studio.launch(
+            server_name=host,
+            server_port=port,
+            inbrowser=open_browser,
+            prevent_thread_lock=True,
+            quiet=True,
+            share=False,
+            auth=auth,
+            show_error=False,
+            max_file_size=max_file_size,
+            allowed_paths=[],
+            enable_monitoring=False,
+            run_history=False,
+            ssr_mode=False,
+            mcp_server=mcp,
+            footer_links=["api", "settings"],
+            theme=theme(),
+            css=CSS,
+        )
+    except OSError as error:
+        raise InputError(f"The studio cannot listen on {host}:{port or 7860}: {error}. Choose another port.") from error
+    print(f"mmkit studio: {url}", flush=True)
+    if block:
+        studio.block_thread()
+    return studio, url
+
+
+def _reach_own_server() -> None:
+    """Gradio probes its own address when it starts; a proxy in the environment must not be asked for it."""
+    for key in ("NO_PROXY", "no_proxy"):
+        hosts = [h for h in os.environ.get(key, "").split(",") if h]
+        os.environ[key] = ",".join(dict.fromkeys([*hosts, "127.0.0.1", "localhost"]))
+
+
+def _home(apps: list[App]) -> None:
+    cards = "".join(
+        f'<a class="studio-card" href="{html.escape(app.name)}"><b>{html.escape(app.title)}</b>'
+        f"<span>{html.escape(app.summary)}</span></a>"
+        for app in apps
+    )
+    gr.Markdown(
+        "# mmkit studio\nAdapt vision models and see what they do. Everything runs on this machine: no picture leaves it, and "
+        f"nothing is fetched. Uploads and results are deleted after {KEEP_SECONDS // 60} minutes.",
+        elem_id="home-header",
+    )
+    gr.HTML(f'<div class="studio-cards">{cards}</div>', elem_id="home-cards")
+
+
+def _about() -> None:
+    from mmkit.weights import list_weights, weight_entry
+
+    gr.Markdown(
+        f"# About\n**mmkit {__version__}**, licence Apache-2.0. "
+        "The models below come with the package: small, trained by a script in the repository, and measured by it. "
+        "They let every page work at once; for demanding work load larger weights (`checkpoint_path=`, `weights=`).",
+        elem_id="about-header",
+    )
+    entries = [weight_entry(name) for name in list_weights()]
+    rows = [
+        [e.name, e.summary, ", ".join(f"{k} {v:.4g}" for k, v in e.score.items()), e.data, e.licence, e.command]
+        for e in entries
+    ]
+    if rows:
+        gr.Dataframe(
+            rows,
+            headers=["Model", "What it can and cannot do", "Measured", "Trained on", "Licence", "Made by"],
+            interactive=False,
+            wrap=True,
+            label="Bundled models",
+            elem_id="about-models",
+        )
+    else:
+        gr.Markdown("No weights are bundled in this installation.", elem_id="about-models")
+    gr.Markdown(
+        "## Privacy and safety\n"
+        "- The server listens on this machine only, unless it was started otherwise.\n"
+        f"- Uploads are limited to {MAX_FILE_SIZE.upper()} and {MAX_PIXELS // 1_000_000} million pixels, and are deleted after "
+        f"{KEEP_SECONDS // 60} minutes.\n"
+        "- Weight files are read as safetensors, or as plain tensors; pickled objects are refused.\n"
+        "- No telemetry, no fonts or scripts from other servers.\n\n"
+        "Every useful action is also an endpoint: see *Use via API* at the bottom of the page.\n\n"
+        "## Medical and safety-critical use\n"
+        "Nothing here is a medical device; no model was validated for clinical or safety-critical decisions.",
+        elem_id="about-notes",
+    )

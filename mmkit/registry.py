@@ -75,6 +75,7 @@ ADAPTERS = Registry(
     "adapter",
     {
         "ssf": "mmkit.adapters.ssf:SSF",
+        "zeroi2v": "mmkit.video.zeroi2v:ZeroI2V",
         "bitfit": "mmkit.adapters.bitfit:BitFit",
         "linear_probe": "mmkit.adapters.linear_probe:LinearProbe",
         "peft": "mmkit.adapters.peft_bridge:PeftAdapter",
@@ -101,6 +102,13 @@ MODELS = Registry(
         "squeeze_sam_small": "mmkit.vision.squeeze_sam:squeeze_sam_small",
         "squeeze_sam_tiny": "mmkit.vision.squeeze_sam:squeeze_sam_tiny",
         "squeeze_sam_photo": "mmkit.vision.squeeze_sam:squeeze_sam_photo",
+        "video_classifier": "mmkit.video.models:VideoClassifier",
+        "zeroi2v_clip_b16_8f": "mmkit.video.models:zeroi2v_clip_b16_8f",
+        "zeroi2v_clip_b16_16f_ssv2": "mmkit.video.models:zeroi2v_clip_b16_16f_ssv2",
+        "zeroi2v_clip_b16_32f": "mmkit.video.models:zeroi2v_clip_b16_32f",
+        "zeroi2v_clip_l14_8f": "mmkit.video.models:zeroi2v_clip_l14_8f",
+        "zeroi2v_clip_l14_32f": "mmkit.video.models:zeroi2v_clip_l14_32f",
+        "zeroi2v_clip_l14_32f_ssv2": "mmkit.video.models:zeroi2v_clip_l14_32f_ssv2",
     },
     entry_point_group="mmkit.models",
 )
@@ -109,6 +117,7 @@ TASKS = Registry(
     "task",
     {
         "image-classification": "mmkit.pipelines:ImageClassificationPipeline",
+        "video-classification": "mmkit.video.classification:VideoClassificationPipeline",
     },
 )
 

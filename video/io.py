@@ -136,7 +136,7 @@ class VideoReader:
             raise InputError(f"A video must be a path, not {type(path).__name__}.")
         self.path = Path(path).expanduser()
         self.tolerance = tolerance
-        self.n_corrupt = 0
+        self.n_corrupt = self.n_replaced = 0
         self._threads = threads or (1 if torch.utils.data.get_worker_info() else 0)
         self._container: Any = None
         self._pictures: list[Path] = []
@@ -354,6 +354,7 @@ class VideoReader:
         return wanted.astype(np.int64)
 
     def _judge(self, replaced: int, corrupt: int, wanted: int) -> None:
+        self.n_replaced += replaced
         damaged = replaced / wanted
         if damaged > self.tolerance or (self.tolerance == 0 and (corrupt or self.n_corrupt)):
             raise VideoDecodeError(

@@ -233,7 +233,7 @@ _TEXTURES: dict[str, Callable[[Points, Points, Rng], Points]] = {
 
 @functools.cache
 def _glyph(number: int) -> tuple[Points, ...]:
-    """The strokes of a class: two to four line or arc pieces between points of a 3x4 grid, in -1..1."""
+    """The strokes of a class: two to four line or arc pieces between points of a 3x4 grid, centred, in -1..1."""
     rng = np.random.default_rng((20260101, number))
     grid = np.array([(x, y) for y in (-1, -1 / 3, 1 / 3, 1) for x in (-0.65, 0.0, 0.65)])
     strokes, here = [], grid[rng.integers(len(grid))]
@@ -246,7 +246,8 @@ def _glyph(number: int) -> tuple[Points, ...]:
         middle = (here + there) / 2 + normal
         strokes.append((1 - t) ** 2 * here + 2 * t * (1 - t) * middle + t**2 * there)
         here = there if rng.random() < 0.75 else grid[rng.integers(len(grid))]
-    return tuple(strokes)
+    low, high = np.concatenate(strokes).min(0), np.concatenate(strokes).max(0)
+    return tuple((stroke - (low + high) / 2) / ((high - low).max() / 2) for stroke in strokes)
 
 
 def _draw_glyph(pen: ImageDraw.ImageDraw, rng: Rng, side: int, number: int, colour: tuple[int, ...]) -> None:

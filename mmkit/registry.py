@@ -116,6 +116,7 @@ MODELS = Registry(
 TASKS = Registry(
     "task",
     {
+        "interactive-segmentation": "mmkit.vision.interactive:InteractiveSegmenter",
         "image-classification": "mmkit.pipelines:ImageClassificationPipeline",
         "video-classification": "mmkit.video.classification:VideoClassificationPipeline",
     },
@@ -124,6 +125,7 @@ TASKS = Registry(
 APPS = Registry(
     "app",
     {
+        "segment": "mmkit.apps.segment:APP",
         "finetune": "mmkit.apps.finetune:APP",
     },
 )

@@ -161,7 +161,9 @@ class PeftAdapter(Adapter):
         for owner, key, p, value in self._fused:
             owner.__dict__.pop(key, None)
             p.data.copy_(value)
-            owner._parameters[key] = p
+            others = {k: v for k, v in owner._parameters.items() if k != key}
+            owner._parameters.clear()
+            owner._parameters.update({key: p, **others})  # torch registers these weights first; the order of keys stays
         self._fused = []
 
     def _layers(self) -> list[tuple[str, nn.Module]]:
@@ -224,7 +226,7 @@ class PeftAdapter(Adapter):
         if self.__dict__["_model"] is None or self.merged:
             return {prefix + k: v for k, v in (self._tensors or {}).items()}
         state = get_peft_model_state_dict(self.model, adapter_name=self.name)
-        return {prefix + k.replace(".base_layer.", "."): v for k, v in state.items()}
+        return {prefix + k: v for k, v in state.items()}
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         """Load what `state_dict` returned."""
@@ -288,7 +290,6 @@ class PeftAdapter(Adapter):
 
     def merge_edits(self, model: nn.Module) -> list[Any]:
         edits, refused = [], []
-        fused = {(id(owner), key): value for owner, key, _, value in self._fused}
         inside: tuple[str, ...] = ()
         for path, layer in self._layers():
             plain = hooks.unwrap(layer)
@@ -298,14 +299,8 @@ class PeftAdapter(Adapter):
                 saved = layer.modules_to_save[self.name]  # type: ignore[index, union-attr]
                 edits += [Edit(*_owner_and_leaf(path, key), value) for key, value in saved.state_dict().items()]
             elif isinstance(plain, nn.MultiheadAttention):
-                out = hooks.unwrap(plain.out_proj)
                 inside += (f"{path}.",)
-                for owner, key, where, source in (
-                    (plain, "in_proj_weight", path, layer),
-                    (out, "weight", f"{path}.out_proj", plain.out_proj),
-                ):
-                    delta = source.get_delta_weight(self.name).detach().double()  # type: ignore[operator, union-attr]
-                    edits.append(Edit(where, key, fused[id(owner), key].double() + delta))
+                edits += [Edit(f"{path}.out_proj" if key == "weight" else path, key, v) for key, v in self._fused_values(layer)]
             else:
                 trial = copy.deepcopy(layer).double()
                 try:
@@ -319,6 +314,22 @@ class PeftAdapter(Adapter):
         if refused:
             raise NotMergeableError(f"peft cannot merge {refused[:3]}.", refused)
         return edits
+
+    def _fused_values(self, layer: nn.Module) -> list[tuple[str, torch.Tensor]]:
+        """The merged projections of an `nn.MultiheadAttention`: the kept originals plus what peft's own merge adds."""
+        kept = {(id(owner), key): value for owner, key, _, value in self._fused}
+        trial = copy.deepcopy(layer).double()
+        plain, inner = hooks.unwrap(layer), hooks.unwrap(trial)
+        pairs = [
+            ("in_proj_weight", plain, inner),
+            ("weight", hooks.unwrap(plain.out_proj), hooks.unwrap(inner.out_proj)),  # type: ignore[arg-type]
+        ]
+        before = [getattr(copied, key).detach().clone() for key, _, copied in pairs]
+        trial.merge(adapter_names=[self.name])  # type: ignore[operator]
+        return [
+            (key, kept[id(own), key].double() + getattr(copied, key).detach() - old)
+            for (key, own, copied), old in zip(pairs, before, strict=True)
+        ]
 
     def install(self, model: nn.Module) -> None:
         """Called by `unmerge`: inject again with the same tensors."""

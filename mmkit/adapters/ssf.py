@@ -3,8 +3,9 @@
 `y' = y * scale + shift`, one pair per output channel of each linear, convolution and normalisation layer of the backbone; the
 head is left alone. Linear in y, so it folds exactly into the layer it follows.
 
-Deviations from the official code: the channel axis follows from the module's type instead of from matching sizes (which picks
-the wrong axis when H or W equals C), and `init_std=0` gives an exact identity at the start (official: 0.02, the default).
+Deviations from the official code: the channel axis follows from the module's type instead of from matching sizes, which picks
+the wrong axis when a picture's width equals the number of channels (`official_axis=True` restores that, and
+`load_official_checkpoint` sets it); `init_std=0` gives an exact identity at the start (official: 0.02, the default).
 Two official sites follow an `nn.Identity` (ViT with average pooling: `norm`; ConvNeXt: `norm_pre`). They are kept for fidelity
 and cannot be merged; `identity_sites=False` leaves them out.
 """
@@ -22,7 +23,7 @@ from mmkit.adapters.core import AdapterConfig, register_adapter
 from mmkit.adapters.hooks import InProjection
 from mmkit.adapters.sites import SiteAdapter
 from mmkit.checkpoints import load_state, read_tensors
-from mmkit.errors import CheckpointError, NotMergeableError
+from mmkit.errors import NotMergeableError
 
 _CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORM = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
@@ -36,25 +37,29 @@ class SSFConfig(AdapterConfig):
     Attributes:
         init_std: scale ~ N(1, init_std^2), shift ~ N(0, init_std^2); 0 starts as an exact identity. At least 0.
         identity_sites: also act at the official sites that no affine layer precedes; these cannot be merged.
+        official_axis: scale the last axis whenever its size equals the number of channels, as the official code does. A site
+            behind a convolution can then not be merged.
     """
 
     init_std: float = 0.02
     identity_sites: bool = True
+    official_axis: bool = False
 
 
 class ScaleShift(nn.Module):
     """`y * scale + shift` along axis `axis` of y, computed in y's dtype."""
 
-    def __init__(self, dim: int, axis: int, init_std: float):
+    def __init__(self, dim: int, axis: int, init_std: float, official_axis: bool = False):
         super().__init__()
         self.axis = axis
+        self.official_axis = official_axis
         self.scale = nn.Parameter(torch.empty(dim).normal_(1.0, init_std) if init_std else torch.ones(dim))
         self.shift = nn.Parameter(torch.empty(dim).normal_(0.0, init_std) if init_std else torch.zeros(dim))
 
     def forward(self, y: Tensor, args: Any = ()) -> Tensor:
         """(..., dim) or (B, dim, ...) -> the same shape and dtype."""
         scale, shift = self.scale.to(y.dtype), self.shift.to(y.dtype)
-        if self.axis == 1 and y.dim() > 2:
+        if self.axis == 1 and y.dim() > 2 and not (self.official_axis and y.shape[-1] == scale.numel()):
             shape = (-1,) + (1,) * (y.dim() - 2)
             scale, shift = scale.view(shape), shift.view(shape)
         return torch.addcmul(shift, y, scale)
@@ -91,7 +96,7 @@ class SSF(SiteAdapter):
 
     def default_sites(self, model: nn.Module, candidates: dict[str, nn.Module]) -> list[str]:
         identities = _official_identity_sites(model) if self.config.identity_sites else []
-        left_out = re.compile(r"(^|\.)(fc_norm|q_norm|k_norm|downsample\.reduction)$")  # as in the official sites
+        left_out = re.compile(r"(^|\.)(fc_norm|q_norm|k_norm)$|^(layers|stages)\.\d+\.downsample\.")  # not official sites
         return [
             p
             for p in super().default_sites(model, candidates)
@@ -102,7 +107,7 @@ class SSF(SiteAdapter):
         dim_axis = affine_dim_axis(module)
         if dim_axis is None:  # an official site behind an Identity: ConvNeXt's is (B, C, H, W), ViT's (B, N, C)
             dim_axis = self._identity_dim, 1 if path == "norm_pre" else -1
-        return ScaleShift(*dim_axis, self.config.init_std)
+        return ScaleShift(*dim_axis, self.config.init_std, self.config.official_axis)
 
     def build(self, model: nn.Module) -> None:
         self._identity_dim = int(getattr(model, "num_features", 0))
@@ -111,6 +116,8 @@ class SSF(SiteAdapter):
     def fold(self, site: nn.Module, module: nn.Module) -> dict[str, Tensor]:
         if isinstance(module, nn.Identity):
             raise NotMergeableError("an Identity has nothing to fold into")
+        if site.official_axis and site.axis == 1:
+            raise NotMergeableError("official_axis can make this site act on another axis than the layer's channels")
         scale, shift = site.scale.detach().double(), site.shift.detach().double()
         weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
         if weight is None:  # a norm without affine parameters gets them
@@ -133,17 +140,27 @@ def _official_identity_sites(model: nn.Module) -> list[str]:
     return names
 
 
-def load_official_checkpoint(model: nn.Module, path: Any, *, name: str = "default") -> SSF:
+def load_official_checkpoint(
+    model: nn.Module, path: Any, *, name: str = "default", official_axis: bool | None = None
+) -> SSF:
     """Load a checkpoint of dongzelian/SSF (backbone, head and `ssf_*` vectors) into a timm ViT, Swin or ConvNeXt.
 
     The backbone's tensors go into `model`, the vectors into an `SSF` adapter that is attached and returned. Swin's
     `downsample` is moved one stage up (timm >= 0.9 builds it at the start of the next stage).
 
+    Args:
+        model: the timm model of the checkpoint's architecture.
+        path: `.safetensors`, `.pth` or `.pt`.
+        name: the adapter's name on the model.
+        official_axis: see `SSFConfig`; `None` sets it for ConvNeXt, the one official backbone with (B, C, H, W) inside.
+
     Raises:
         CheckpointError: keys are missing, unexpected or misshapen; the model is unchanged.
     """
     state = {_timm_key(k, model): v for k, v in read_tensors(path).items()}
-    adapter = SSF(SSFConfig(), name=name).attach(model)
+    if official_axis is None:
+        official_axis = hasattr(model, "stem")
+    adapter = SSF(SSFConfig(official_axis=official_axis), name=name).attach(model)
     try:
         vectors = {}
         for key in [k for k in state if re.search(r"ssf_(scale|shift)_[12]$", k)]:
@@ -180,9 +197,6 @@ def _site_of(owner: str, index: int, model: nn.Module) -> str:
         "mlp": ("fc1", "fc2"),
         "patch_embed": ("proj", "norm"),
         "stem": ("0", "1"),
-        "downsample": ("0", "1") if convnext else ("norm", ""),
     }
     names = table.get(leaf, ("conv_dw", "norm") if convnext else ("norm1", "norm2"))
-    if not names[index - 1]:
-        raise CheckpointError(f"{owner}.ssf_*_{index} has no place in this model.")
     return f"{owner}.{names[index - 1]}"

@@ -96,7 +96,8 @@ def read_tensors(path: str | os.PathLike[str], *, allow_pickle_format: bool = Tr
                 f"{path} is not a readable safetensors file ({error}). {hint}Save or download it again."
             ) from error
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_numpy_numbers()):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
         raise CheckpointError(
             f"{path} cannot be loaded without running code from it, or is damaged ({str(error).splitlines()[0]}). "
@@ -112,6 +113,15 @@ def read_tensors(path: str | os.PathLike[str], *, allow_pickle_format: bool = Tr
     if all(k.startswith("module.") for k in state):
         state = {k.removeprefix("module."): v for k, v in state.items()}
     return state
+
+
+def _numpy_numbers() -> list[Any]:
+    """What torch must know to read numpy numbers (nnU-Net keeps its scores as such); they cannot run code."""
+    import numpy as np
+
+    scalar = np._core.multiarray.scalar  # type: ignore[attr-defined]
+    kinds = [type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i4", "i8", "?")]
+    return [(scalar, "numpy.core.multiarray.scalar"), (scalar, "numpy._core.multiarray.scalar"), np.dtype, *kinds]
 
 
 def load_state(

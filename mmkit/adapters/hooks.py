@@ -281,7 +281,7 @@ def explicit_attention(module: nn.MultiheadAttention, owner: Any) -> None:
     if not isinstance(explicit, ExplicitAttention):
         explicit = ExplicitAttention(module)
         module.__dict__["forward"] = explicit
-        module._modules["in_proj"] = InProjection(module)
+        module._modules["in_proj"] = InProjection(module).train(module.training)
     if not any(o is owner for o in explicit.owners):
         explicit.owners.append(owner)
 

@@ -1,45 +1,75 @@
-"""Video: reading, sampling and data sets, and ZeroI2V, which turns an image transformer into a video recogniser."""
+"""Video: reading, sampling and data sets, and ZeroI2V, which turns an image transformer into a video recogniser.
 
-from mmkit.video.classification import VideoClassification, VideoClassificationPipeline
-from mmkit.video.datasets import VideoClassificationDataset, VideoSample, check_videos
-from mmkit.video.encode import write_video
-from mmkit.video.io import Clip, VideoDecodeError, VideoReader, backends, read_frames
-from mmkit.video.models import VideoClassifier, clip_vit, zeroi2v_from_official
-from mmkit.video.samplers import DenseSampler, SegmentSampler, UniformSampler
-from mmkit.video.transforms import SSV2_FLIP_MAP, ClipTransform
-from mmkit.video.zeroi2v import (
-    LinearAdapter,
-    ZeroI2V,
-    ZeroI2VConfig,
-    default_head_offsets,
-    head_offsets_from_div,
-    shift_heads,
-)
+Names are resolved on first use: reading a file does not load a model library.
+"""
 
-__all__ = [
-    "SSV2_FLIP_MAP",
-    "Clip",
-    "ClipTransform",
-    "DenseSampler",
-    "LinearAdapter",
-    "SegmentSampler",
-    "UniformSampler",
-    "VideoClassification",
-    "VideoClassificationDataset",
-    "VideoClassificationPipeline",
-    "VideoClassifier",
-    "VideoDecodeError",
-    "VideoReader",
-    "VideoSample",
-    "ZeroI2V",
-    "ZeroI2VConfig",
-    "backends",
-    "check_videos",
-    "clip_vit",
-    "default_head_offsets",
-    "head_offsets_from_div",
-    "read_frames",
-    "shift_heads",
-    "write_video",
-    "zeroi2v_from_official",
-]
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+_LAZY = {
+    "Clip": "mmkit.video.io",
+    "ClipTransform": "mmkit.video.transforms",
+    "DenseSampler": "mmkit.video.samplers",
+    "LinearAdapter": "mmkit.video.zeroi2v",
+    "SSV2_FLIP_MAP": "mmkit.video.transforms",
+    "SegmentSampler": "mmkit.video.samplers",
+    "UniformSampler": "mmkit.video.samplers",
+    "VideoClassification": "mmkit.video.classification",
+    "VideoClassificationDataset": "mmkit.video.datasets",
+    "VideoClassificationPipeline": "mmkit.video.classification",
+    "VideoClassifier": "mmkit.video.models",
+    "VideoDecodeError": "mmkit.video.io",
+    "VideoReader": "mmkit.video.io",
+    "VideoSample": "mmkit.video.datasets",
+    "ZeroI2V": "mmkit.video.zeroi2v",
+    "ZeroI2VConfig": "mmkit.video.zeroi2v",
+    "backends": "mmkit.video.io",
+    "check_videos": "mmkit.video.datasets",
+    "clip_vit": "mmkit.video.models",
+    "default_head_offsets": "mmkit.video.zeroi2v",
+    "head_offsets_from_div": "mmkit.video.zeroi2v",
+    "read_frames": "mmkit.video.io",
+    "shift_heads": "mmkit.video.zeroi2v",
+    "write_video": "mmkit.video.encode",
+    "zeroi2v_from_official": "mmkit.video.models",
+}
+__all__ = sorted(_LAZY)
+
+if TYPE_CHECKING:
+    from mmkit.video.classification import VideoClassification as VideoClassification
+    from mmkit.video.classification import VideoClassificationPipeline as VideoClassificationPipeline
+    from mmkit.video.datasets import VideoClassificationDataset as VideoClassificationDataset
+    from mmkit.video.datasets import VideoSample as VideoSample
+    from mmkit.video.datasets import check_videos as check_videos
+    from mmkit.video.encode import write_video as write_video
+    from mmkit.video.io import Clip as Clip
+    from mmkit.video.io import VideoDecodeError as VideoDecodeError
+    from mmkit.video.io import VideoReader as VideoReader
+    from mmkit.video.io import backends as backends
+    from mmkit.video.io import read_frames as read_frames
+    from mmkit.video.models import VideoClassifier as VideoClassifier
+    from mmkit.video.models import clip_vit as clip_vit
+    from mmkit.video.models import zeroi2v_from_official as zeroi2v_from_official
+    from mmkit.video.samplers import DenseSampler as DenseSampler
+    from mmkit.video.samplers import SegmentSampler as SegmentSampler
+    from mmkit.video.samplers import UniformSampler as UniformSampler
+    from mmkit.video.transforms import SSV2_FLIP_MAP as SSV2_FLIP_MAP
+    from mmkit.video.transforms import ClipTransform as ClipTransform
+    from mmkit.video.zeroi2v import LinearAdapter as LinearAdapter
+    from mmkit.video.zeroi2v import ZeroI2V as ZeroI2V
+    from mmkit.video.zeroi2v import ZeroI2VConfig as ZeroI2VConfig
+    from mmkit.video.zeroi2v import default_head_offsets as default_head_offsets
+    from mmkit.video.zeroi2v import head_offsets_from_div as head_offsets_from_div
+    from mmkit.video.zeroi2v import shift_heads as shift_heads
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'mmkit.video' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

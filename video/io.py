@@ -336,10 +336,10 @@ class VideoReader:
         """(height, width) that `read` returns for `size`."""
         if size is None:
             return self.height, self.width
-        if isinstance(size, int):
+        if isinstance(size, int) and size > 0:
             short = min(self.height, self.width)
             size = max(1, round(self.height * size / short)), max(1, round(self.width * size / short))
-        if len(size) != 2 or min(size) < 1 or size[0] * size[1] > MAX_PIXELS:
+        if isinstance(size, int) or len(size) != 2 or min(size) < 1 or size[0] * size[1] > MAX_PIXELS:
             raise InputError(f"size must be a positive int or (height, width), not {size!r}.")
         return int(size[0]), int(size[1])
 

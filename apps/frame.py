@@ -24,10 +24,11 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+import numpy as np
 from PIL import Image
 
 from mmkit import __version__
-from mmkit.data.images import MAX_PIXELS
+from mmkit.data.images import MAX_PIXELS, load_image
 from mmkit.errors import InputError, MMKitError
 from mmkit.registry import APPS
 
@@ -101,14 +102,25 @@ def output_folder() -> Path:
 
 
 def theme() -> gr.Theme:
-    """The studio's look: gradio's Soft theme with fonts that come with gradio or the system."""
-    return gr.themes.Soft(primary_hue="teal", secondary_hue="teal", neutral_hue="slate")
+    """The studio's look: gradio's Soft theme with the system's fonts, and small print that can be read."""
+    return gr.themes.Soft(
+        primary_hue="teal",
+        secondary_hue="teal",
+        neutral_hue="slate",
+        font=("ui-sans-serif", "system-ui", "sans-serif"),
+        font_mono=("ui-monospace", "Consolas", "monospace"),
+    ).set(
+        body_text_color_subdued="*neutral_600",
+        body_text_color_subdued_dark="*neutral_300",
+        block_info_text_color="*neutral_600",
+        block_info_text_color_dark="*neutral_300",
+    )
 
 
 CSS = """
 .gradio-container {max-width: 1240px !important; margin: 0 auto !important;}
 .studio-cards {display: grid; grid-template-columns: repeat(auto-fill, minmax(260px, 1fr)); gap: 16px; margin-top: 12px;}
-.studio-card {display: block; padding: 18px 20px; border: 1px solid var(--border-color-primary); border-radius: 12px;
+.studio-card {display: block; text-align: left; padding: 18px 20px; border: 1px solid var(--border-color-primary); border-radius: 12px;
   background: var(--background-fill-primary); color: var(--body-text-color); text-decoration: none !important;}
 .studio-card:hover, .studio-card:focus {border-color: var(--color-accent);}
 .studio-card b {display: block; font-size: 1.1em; margin-bottom: 6px;}
@@ -131,6 +143,9 @@ def build_studio(names: Iterable[str] | None = None) -> gr.Blocks:
             app.build()
     with studio.route("About", "/about"):
         _about()
+    for block in studio.blocks.values():
+        if type(block) is gr.Image:
+            block.preprocess = functools.partial(_read_picture, block, block.preprocess)  # type: ignore[method-assign]
     return studio.queue(default_concurrency_limit=1, max_size=32)
 
 
@@ -165,7 +180,9 @@ def launch_studio(
     """
     studio = build_studio(names)
     _reach_own_server()
-    Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # gradio decodes uploads itself; PIL refuses above twice this
+    Image.MAX_IMAGE_PIXELS = (
+        MAX_PIXELS // 2
+    )  # where gradio decodes by itself (ImageEditor): PIL refuses above twice this
     try:
         _, url, _ = studio.launch(
             server_name=host,
@@ -192,6 +209,22 @@ def launch_studio(
     if block:
         studio.block_thread()
     return studio, url
+
+
+def _read_picture(block: gr.Image, decode: Callable[[Any], Any], payload: Any) -> Any:
+    """What an uploaded picture becomes for a handler: read by `mmkit.data.load_image`, so that the size limit holds before decoding,
+    16-bit, transparent and rotated pictures come out right, and an unreadable file is a message."""
+    if payload is None or not payload.path or block.image_mode not in ("RGB", None):
+        return decode(payload)
+    try:
+        image = load_image(payload.path)
+    except InputError as error:
+        name = payload.orig_name or "the file"
+        reason = str(error).replace(str(payload.path), name)
+        raise gr.Error(html.escape(reason), duration=10, print_exception=False) from error
+    if block.type == "filepath":
+        return payload.path
+    return image if block.type == "pil" else np.asarray(image)
 
 
 def _reach_own_server() -> None:

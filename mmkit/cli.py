@@ -1,0 +1,194 @@
+"""The `mmkit` command: demo, finetune, merge, predict, list, app, info. Heavy imports happen inside the commands."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mmkit import __version__
+from mmkit.errors import MMKitError
+
+app = typer.Typer(
+    help="Adapt vision models: images, video, diffusion, 3D.", no_args_is_help=True, add_completion=False,
+    pretty_exceptions_enable=False,
+)  # fmt: skip
+
+
+def _command(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Register a command whose `MMKitError`s end in one readable line instead of a traceback."""
+
+    @functools.wraps(fn)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        try:
+            fn(*args, **kwargs)
+        except MMKitError as error:
+            typer.secho(f"Error: {error}", fg="red", err=True)
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            typer.secho("Interrupted.", err=True)
+            raise typer.Exit(130) from None
+
+    return app.command()(wrapped)
+
+
+@_command
+def demo(
+    headless: Annotated[bool, typer.Option("--headless", help="Run the main job without a browser.")] = False,
+    output: Annotated[Path, typer.Option(help="Where the headless run writes.")] = Path("runs/demo"),
+    epochs: Annotated[int, typer.Option(help="Passes over the data for each method (headless).")] = 8,
+    port: Annotated[int, typer.Option(help="Port of the studio on 127.0.0.1.")] = 7860,
+) -> None:
+    """Open the studio, or with --headless adapt the bundled ViT to handwritten digits and compare four methods."""
+    if headless:
+        from mmkit.demo import run_demo
+
+        run_demo(output, epochs=epochs)
+    else:
+        _studio(None, port)
+
+
+@_command
+def finetune(
+    data: Annotated[Path, typer.Option(help="Folder with one sub-folder per class, a CSV (path,label), or a zip.")],
+    backbone: Annotated[str, typer.Option(help="Bundled, timm or open_clip: name, or a folder.")] = "tiny_vit",
+    adapter: Annotated[
+        str, typer.Option(help="ssf, lora, bitfit, linear_probe, full, ... (see `mmkit list adapters`).")
+    ] = "ssf",
+    output: Annotated[Path, typer.Option(help="Where the adapter, report and logs go.")] = Path("runs/finetune"),
+    checkpoint: Annotated[Path | None, typer.Option(help="A weight file for the backbone.")] = None,
+    epochs: Annotated[int, typer.Option(min=1)] = 10,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate; default: the method's usual one.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 32,
+    val: Annotated[float, typer.Option(help="Share of the images kept for validation.")] = 0.2,
+    seed: int = 0,
+    augment: Annotated[bool, typer.Option("--augment", help="Random crops and flips.")] = False,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave out unreadable images instead of stopping.")
+    ] = False,
+) -> None:
+    """Adapt a backbone to your own folder of images."""
+    from mmkit.finetune import prepare, report_table, train_prepared
+
+    prepared = prepare(
+        data, backbone, adapter, checkpoint_path=checkpoint, val=val, seed=seed, augment=augment,
+        on_error="skip" if skip_bad else "raise",
+    )  # fmt: skip
+    about = prepared.describe()
+    print(
+        f"{about['train_images']} training and {about['val_images']} validation images of {len(about['classes'])} classes."
+    )
+    print(
+        f"{adapter} trains {about['trainable_parameters']:,} of {about['total_parameters']:,} parameters at {len(about['sites'])} places."
+    )
+    result = train_prepared(prepared, output_dir=output, epochs=epochs, lr=lr, batch_size=batch_size, seed=seed)
+    print("\n" + report_table([result.report]))
+    print(f'\nSaved to {output}. Try it: mmkit predict IMAGE --model "{output}"')
+
+
+@_command
+def merge(
+    adapter: Annotated[Path, typer.Argument(help="A folder written by `mmkit finetune`.")],
+    output: Annotated[Path, typer.Option(help="Where the plain model goes.")],
+    backbone: Annotated[str | None, typer.Option(help="The backbone, if not where the folder says.")] = None,
+) -> None:
+    """Fold an adapter into its backbone and save plain weights (config.json + model.safetensors)."""
+    from mmkit.adapters import attached_adapters
+    from mmkit.backbones import backbone_info, save_backbone
+    from mmkit.errors import InputError
+    from mmkit.finetune import load_finetuned
+
+    model = load_finetuned(adapter, backbone=backbone)
+    adapters = attached_adapters(model)
+    if not adapters:
+        raise InputError(f"{adapter} holds a whole model, there is nothing to merge.")
+    for one in adapters.values():
+        one.merge()
+    save_backbone(model, output, class_names=backbone_info(model).class_names)
+    print(f'Merged. Saved to {output}. Try it: mmkit predict IMAGE --model "{output}"')
+
+
+@_command
+def predict(
+    images: Annotated[list[Path], typer.Argument(help="Pictures.")],
+    model: Annotated[str, typer.Option(help="A fine-tuned or merged folder, or a backbone name.")] = "tiny_vit",
+    top_k: Annotated[int, typer.Option(min=1)] = 3,
+) -> None:
+    """Classify pictures."""
+    from mmkit.pipelines import pipeline
+
+    classify = pipeline("image-classification", model)
+    for path, result in zip(images, classify(images, top_k=top_k), strict=True):
+        scores = ", ".join(f"{n} {100 * s:.1f} %" for n, s in zip(result.labels, result.scores, strict=True))
+        print(f"{path}: {scores}")
+
+
+@_command
+def list(what: Annotated[str, typer.Argument(help="adapters, models, tasks, weights or apps.")] = "adapters") -> None:
+    """List what is there."""
+    from mmkit import registry
+    from mmkit.errors import InputError, nearest
+
+    tables = {"adapters": registry.ADAPTERS, "models": registry.MODELS, "tasks": registry.TASKS, "apps": registry.APPS}
+    if what == "weights":
+        from mmkit.weights import list_weights, weight_entry
+
+        for name in list_weights():
+            print(f"{name}: {weight_entry(name).summary}")
+    elif what in tables:
+        print("\n".join(tables[what].names()))
+    else:
+        raise InputError(f"There is no list of {what!r}. {nearest(what, [*tables, 'weights'])}")
+
+
+@_command
+def info(path: Annotated[Path, typer.Argument(help="An adapter or model folder.")]) -> None:
+    """Say what an adapter or model folder holds, without loading its tensors."""
+    import json
+
+    from mmkit.adapters.files import CONFIG_NAME
+    from mmkit.checkpoints import read_json, require_folder
+
+    folder = require_folder(path)
+    config = read_json(folder / (CONFIG_NAME if (folder / CONFIG_NAME).exists() else "config.json"))
+    for file in sorted(folder.glob("*.safetensors")):
+        print(f"{file.name}: {file.stat().st_size / 1024:,.0f} kB")
+    print(json.dumps(config, indent=2))
+
+
+@_command
+def app_(
+    name: Annotated[str | None, typer.Argument(help="One page; all pages when left out.")] = None,
+    port: Annotated[int, typer.Option(help="Port on 127.0.0.1.")] = 7860,
+) -> None:
+    """Open the studio, or one of its pages."""
+    _studio(name, port)
+
+
+app.registered_commands[-1].name = "app"
+
+
+@_command
+def version() -> None:
+    """Print the versions of mmkit, Python and torch."""
+    import torch
+
+    print(f"mmkit {__version__}, Python {sys.version.split()[0]}, torch {torch.__version__}")
+
+
+def _studio(name: str | None, port: int) -> None:
+    from mmkit.errors import BackendUnavailableError
+
+    try:
+        from mmkit.apps.frame import launch_studio
+    except ImportError as error:
+        raise BackendUnavailableError(f"The studio needs gradio ({error}): pip install 'mmkit[apps]'") from error
+    launch_studio([name] if name else None, port=port)
+
+
+if __name__ == "__main__":
+    app()

@@ -120,6 +120,7 @@ MODELS = Registry(
 TASKS = Registry(
     "task",
     {
+        "mask-explorer": "mmkit.vision.gmm_explorer:MaskExplorer",
         "interactive-segmentation": "mmkit.vision.interactive:InteractiveSegmenter",
         "image-classification": "mmkit.pipelines:ImageClassificationPipeline",
         "video-classification": "mmkit.video.classification:VideoClassificationPipeline",
@@ -129,6 +130,7 @@ TASKS = Registry(
 APPS = Registry(
     "app",
     {
+        "gmm": "mmkit.apps.gmm:APP",
         "segment": "mmkit.apps.segment:APP",
         "finetune": "mmkit.apps.finetune:APP",
     },

@@ -1,0 +1,187 @@
+"""Distance masks: see how far each attention head looks, bend its mask, and watch attention and prediction change."""
+
+from __future__ import annotations
+
+import functools
+import random
+import threading
+from typing import Any
+
+import gradio as gr
+import numpy as np
+from PIL import Image
+
+from mmkit.apps.frame import App, readable
+from mmkit.data.procedural import class_names, draw
+
+LAYERS, HEADS, GRID = 3, 4, 8
+"""Size of the bundled model `gmm_vit_drawn`; the sliders need it before the model is loaded."""
+
+VIEW = 384
+"""Width of the heat maps, in pixels."""
+
+SCOPES = {"This head": "head", "All heads of the layer": "layer", "The whole model": "model"}
+
+HELP = f"""
+**1.** Draw or upload a picture. **2.** Pick a layer and a head, and click a patch in any heat map ({GRID} x {GRID} patches; the
+white frame is the patch that looks around). **3.** Move the two sliders.
+
+The mask is a mixture of five Gaussians of the distance between two patches. It multiplies the attention logits before the
+softmax: <span style="color:#b2182b">**red**</span> strengthens what the head compares,
+<span style="color:#2166ac">**blue**</span> flips attraction into repulsion, and where it is clear the head ignores content.
+"""
+
+
+@functools.cache
+def _load() -> Any:
+    from mmkit.pipelines import pipeline
+
+    return pipeline("mask-explorer")
+
+
+_lock = threading.Lock()
+
+
+def explorer() -> Any:
+    """The model behind the page, loaded at first use and shared by all visitors."""
+    with _lock:
+        return _load()
+
+
+def draw_picture() -> Image.Image:
+    """A random drawn shape or texture of a class the bundled model knows."""
+    names = [n for n in class_names() if not n.startswith("glyph_")]
+    return draw(random.choice(names), np.random.default_rng(), 192)
+
+
+@readable
+def explore(
+    image: Image.Image | None,
+    layer: int,
+    head: int,
+    row: int,
+    column: int,
+    alpha_scale: float,
+    sigma_scale: float,
+    scope: str,
+) -> tuple[Any, ...]:
+    """Show what one attention head does at one patch, and what an edit of its mask would change.
+
+    Args:
+        image: the picture.
+        layer: layer, from 1.
+        head: head, from 1.
+        row: row of the patch, from 1.
+        column: column of the patch, from 1.
+        alpha_scale: factor on the strength of the mask, -2 to 2.
+        sigma_scale: factor on its width, 0.05 to 4.
+        scope: "This head", "All heads of the layer" or "The whole model".
+    """
+    if image is None:
+        return (*[None] * 7, "Draw or upload a picture.")
+    view = explorer()(
+        image,
+        int(layer) - 1,
+        int(head) - 1,
+        (int(row) - 1, int(column) - 1),
+        alpha_scale=alpha_scale,
+        sigma_scale=sigma_scale,
+        scope=SCOPES.get(scope, scope),
+    )
+    best = {kind: max(scores, key=scores.get) for kind, scores in view.predictions.items()}
+    status = (
+        f"Layer {int(layer)}, head {int(head)}, patch ({int(row)}, {int(column)}). As trained: {best['trained']}; "
+        f"with your edit: {best['edited']}; without any mask: {best['no mask']}."
+    )
+    return (
+        view.mask_image(VIEW),
+        view.attention_image(size=VIEW),
+        view.attention_image(masked=False, size=VIEW),
+        view.plot(),
+        view.predictions["trained"],
+        view.predictions["edited"],
+        view.predictions["no mask"],
+        status,
+    )
+
+
+def clicked_patch(event: gr.SelectData) -> tuple[int, int]:
+    """(row, column) from 1 of the patch under a click into a heat map."""
+    x, y = event.index
+    return min(GRID, int(y * GRID / VIEW) + 1), min(GRID, int(x * GRID / VIEW) + 1)
+
+
+def build() -> None:
+    """The page."""
+    gr.Markdown(HELP, elem_id="gmm-help")
+    with gr.Row():
+        with gr.Column(scale=1, min_width=300):
+            image = gr.Image(label="Picture", type="pil", image_mode="RGB", height=260, elem_id="gmm-image")
+            another = gr.Button("Draw another picture", variant="primary", elem_id="gmm-draw")
+            with gr.Row():
+                layer = gr.Slider(1, LAYERS, 1, step=1, label="Layer", elem_id="gmm-layer", min_width=120)
+                head = gr.Slider(1, HEADS, 1, step=1, label="Head", elem_id="gmm-head", min_width=120)
+            alpha = gr.Slider(
+                -2,
+                2,
+                1,
+                step=0.05,
+                label="Strength (alpha x)",
+                info="0 removes content, below 0 flips",
+                elem_id="gmm-alpha",
+            )
+            sigma = gr.Slider(
+                0.05, 4, 1, step=0.05, label="Width (sigma x)", info="small: only close patches", elem_id="gmm-sigma"
+            )
+            scope = gr.Radio(list(SCOPES), value="This head", label="The sliders act on", elem_id="gmm-scope")
+            reset = gr.Button("Back to the trained mask", elem_id="gmm-reset")
+            with gr.Accordion("Choose the patch by numbers", open=False):
+                row = gr.Slider(1, GRID, GRID // 2, step=1, label="Row", elem_id="gmm-row")
+                column = gr.Slider(1, GRID, GRID // 2, step=1, label="Column", elem_id="gmm-column")
+        with gr.Column(scale=3, min_width=600):
+            with gr.Row():
+                maps = [
+                    gr.Image(
+                        label=label, type="pil", format="png", interactive=False, elem_id=f"gmm-{name}", min_width=180
+                    )
+                    for name, label in (
+                        ("mask", "Mask, seen from the framed patch"),
+                        ("attention", "Attention with the mask"),
+                        ("plain", "Attention without the mask"),
+                    )
+                ]
+            status = gr.Textbox(label="What you see", interactive=False, elem_id="gmm-status")
+            with gr.Row():
+                profile = gr.Plot(label="Mask against distance", elem_id="gmm-profile", min_width=320)
+                labels = [
+                    gr.Label(label=label, num_top_classes=3, elem_id=f"gmm-{name}", min_width=150)
+                    for name, label in (
+                        ("trained", "Prediction as trained"),
+                        ("edited", "With your edit"),
+                        ("unmasked", "Without any mask"),
+                    )
+                ]
+    controls = [image, layer, head, row, column, alpha, sigma, scope]
+    gr.on(
+        [control.change for control in controls],
+        explore,
+        inputs=controls,
+        outputs=[*maps, profile, *labels, status],
+        api_name="gmm_explore",
+        trigger_mode="always_last",
+        show_progress="minimal",
+    )
+    another.click(draw_picture, outputs=image, api_name="gmm_draw")
+    gr.on(None, draw_picture, outputs=image, api_visibility="private")  # once, when the page opens
+    reset.click(lambda: (1, 1), outputs=[alpha, sigma], api_visibility="private")
+    for heat_map in maps:
+        heat_map.select(clicked_patch, outputs=[row, column], api_visibility="private")
+
+
+APP = App(
+    "gmm",
+    "Distance masks",
+    "See how far each attention head of a small vision transformer looks, bend its mask with two sliders, and watch attention "
+    "and prediction change.",
+    build,
+)

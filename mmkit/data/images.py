@@ -51,7 +51,10 @@ def load_image(source: ImageLike, *, max_pixels: int = MAX_PIXELS) -> Image.Imag
                 return _to_rgb(image)
     except FileNotFoundError:
         raise InputError(f"{name} does not exist.") from None
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError, EOFError) as error:
+    except Image.DecompressionBombError as error:  # Pillow refuses on its own far above our limit
+        limit = f"the limit is {max_pixels / 1e6:.0f} million pixels"
+        raise InputError(f"{name} is too large ({error}); {limit}. Resize it first.") from None
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{name} cannot be read as a picture: {error}") from error

@@ -9,7 +9,7 @@ _LAZY = {
     "FitConfig": "mmkit.training.config",
     "FitResult": "mmkit.training.config",
     "StepInfo": "mmkit.training.config",
-    "fit": "mmkit.training.fit",
+    "fit": "mmkit.training.loop",
     "load_trained": "mmkit.training.checkpoint",
     "accuracy": "mmkit.training.metrics",
     "confusion_matrix": "mmkit.training.metrics",
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from mmkit.training.config import FitConfig as FitConfig
     from mmkit.training.config import FitResult as FitResult
     from mmkit.training.config import StepInfo as StepInfo
-    from mmkit.training.fit import fit as fit
+    from mmkit.training.loop import fit as fit
     from mmkit.training.metrics import accuracy as accuracy
     from mmkit.training.metrics import confusion_matrix as confusion_matrix
     from mmkit.training.metrics import predict_logits as predict_logits
@@ -31,6 +31,4 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'mmkit.training' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_LAZY[name]), name)
-    globals()[name] = value  # over the submodule of the same name, which the import has just bound
-    return value
+    return getattr(importlib.import_module(_LAZY[name]), name)

@@ -60,12 +60,24 @@ def make_accelerator(config: FitConfig) -> Any:
         accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=config.device == "cpu")
     except ValueError as error:
         raise InputError(f"mixed_precision={config.mixed_precision!r} cannot be used here: {error}") from error
-    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
-        raise InputError("fit needs version 2 of FSDP: `accelerate launch --use_fsdp --fsdp_version 2`.")
+    if accelerator.distributed_type == DistributedType.FSDP:
+        if not accelerator.is_fsdp2:
+            raise InputError("fit needs version 2 of FSDP: `accelerate launch --use_fsdp --fsdp_version 2`.")
+        # the short cut over the meta device goes by state_dict() keys, which an adapter writes without infix
+        accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = False
     known = (DistributedType.NO, DistributedType.FSDP, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
     if accelerator.distributed_type not in known:
         raise InputError(f"fit does not run under {accelerator.distributed_type.value}; use DDP or FSDP.")
     return accelerator
+
+
+def share_weights(accelerator: Any, module: nn.Module) -> None:
+    """Give all processes the first one's weights before FSDP shards them, as DDP does by itself."""
+    from accelerate.utils import DistributedType, broadcast
+
+    if accelerator.distributed_type == DistributedType.FSDP:
+        for tensor in [*module.parameters(), *module.buffers()]:
+            tensor.data.copy_(broadcast(tensor.data.to(accelerator.device), from_process=0))
 
 
 def parameter_groups(

@@ -45,6 +45,7 @@ from mmkit.training.setup import (
     make_scheduler,
     parameter_groups,
     seed_everything,
+    share_weights,
 )
 
 LossFn = Callable[[nn.Module, Any], "Tensor | tuple[Tensor, dict[str, float]]"]
@@ -199,6 +200,7 @@ class _Run:
         seed_everything(mix_seed(config.seed, self.rank))
         trainee.train()
         freeze_running_statistics(trainee)
+        share_weights(self.accelerator, trainee)
         self.trainee, self.optimizer = self.accelerator.prepare(trainee, optimizer)
         self.inner = self.accelerator.unwrap_model(self.trainee)
         self.fingerprint = {

@@ -569,16 +569,16 @@ def squeeze_sam_tiny(**overrides: Any) -> SqueezeSAM:
 
 
 def squeeze_sam_photo(**overrides: Any) -> SqueezeSAM:
-    """The bundled photo model: every extra prompt, aspect kept, 384 pixels."""
+    """The bundled photo model: every extra prompt, aspect kept, 128 pixels: 2.67 M parameters, 0.3 GMAC."""
     photo = {
-        "image_size": 384,
+        "image_size": 128,
         "patch_embed_dim": 24,
-        "dims": (24, 40, 64, 96, 128, 160, 160),
-        "mlp_dim": 160,
-        "iou_head_hidden_dim": 160,
+        "dims": (24, 48, 64, 96, 128, 160),
+        "mlp_dim": 256,
         "negative_clicks": True,
         "previous_mask": True,
         "keep_aspect": True,
         "antialias": True,
+        "click_radius": 3.0,
     }
     return SqueezeSAM(**{**photo, **overrides})

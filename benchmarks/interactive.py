@@ -1,0 +1,265 @@
+"""Interactive segmentation: quality of the bundled photo model with simulated clicks, and what a click costs on a CPU.
+
+    MMKIT_DATA_DIR=../shared/data python benchmarks/interactive.py quality
+    python benchmarks/interactive.py cost             # --huge adds SAM ViT-H (about two minutes and 3 GB)
+
+Quality: mean IoU after 1, 3 and 5 clicks and number of clicks to 85 and 90 % IoU (cap 20), clicks placed as RITM places them, on
+objects of COCO test photos, Oxford pets test photos and BSDS500 regions; the baseline is scikit-image's random walker with the same
+click rule. Cost: process CPU seconds on one thread, each reference measured in the same run; random weights cost what trained ones do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from mmkit.checkpoints import write_json
+from mmkit.vision.click_metrics import Click, miou_at_k, noc, simulate_clicks
+from mmkit.vision.interactive import InteractiveSegmenter
+from mmkit.vision.squeeze_sam import (
+    SqueezeSAM,
+    squeeze_sam_base,
+    squeeze_sam_photo,
+    squeeze_sam_small,
+    squeeze_sam_tiny,
+)
+
+RESULTS = Path(__file__).parent / "results"
+Example = tuple[str, Image.Image, np.ndarray, np.ndarray]
+
+
+def coco_objects(data: Path) -> Iterator[Example]:
+    """Non-crowd things above 1000 pixels of the test photos: name, picture, target, ignored pixels."""
+    folder = data / "seg_coco/test"
+    for record in json.loads((folder / "annotations.json").read_text()):
+        image, ids = Image.open(folder / record["image"]).convert("RGB"), np.array(Image.open(folder / record["mask"]))
+        for segment in record["segments"]:
+            target = ids == segment["id"]
+            if segment["isthing"] and not segment["iscrowd"] and target.sum() > 1000:
+                yield f"{record['id']}/{segment['id']}", image, target, np.zeros_like(target)
+
+
+def pets_objects(data: Path) -> Iterator[Example]:
+    """One animal per test photo; the unknown band is ignored."""
+    folder = data / "seg_pets"
+    for row in csv.DictReader((folder / "index.csv").read_text().splitlines()):
+        if row["split"] == "test" and row["mask"]:
+            ids = np.array(Image.open(folder / row["mask"]))
+            yield row["path"], Image.open(folder / row["path"]).convert("RGB"), ids == 1, ids == 2
+
+
+def bsds_objects(data: Path) -> Iterator[Example]:
+    """Human-drawn regions above 2 % of the picture."""
+    for path in sorted((data / "seg_bsds/images").glob("*.jpg")):
+        ids = np.array(Image.open(data / "seg_bsds/regions" / f"{path.stem}.png"))
+        image = Image.open(path).convert("RGB")
+        for k in np.unique(ids[ids > 0]):
+            if (ids == k).mean() > 0.02:
+                yield f"{path.stem}/{k}", image, ids == k, np.zeros(ids.shape, bool)
+
+
+SETS: dict[str, Callable[[Path], Iterator[Example]]] = {
+    "coco test objects": coco_objects,
+    "pets test": pets_objects,
+    "bsds regions": bsds_objects,
+}
+
+
+def random_walker_predictor(image: Image.Image, side: int = 128) -> Callable[[list[Click]], np.ndarray]:
+    """scikit-image's random walker at `side` pixels; the picture's border counts as background until a click says otherwise."""
+    from skimage.segmentation import random_walker
+
+    scale = side / max(image.size)
+    small = np.asarray(image.resize([max(1, round(s * scale)) for s in image.size], Image.Resampling.BOX)) / 255.0
+
+    def predict(clicks: list[Click]) -> np.ndarray:
+        seeds = np.zeros(small.shape[:2], np.int64)
+        seeds[[0, -1]], seeds[:, [0, -1]] = 2, 2
+        rows, cols = np.indices(seeds.shape)
+        for click in clicks:
+            near = (cols - click.x * scale) ** 2 + (rows - click.y * scale) ** 2 <= 2.5**2
+            seeds[near] = 1 if click.positive else 2
+        if (seeds == 1).sum() == 0:
+            return np.zeros(image.size[::-1], bool)
+        inside = random_walker(small, seeds, beta=300, mode="cg_j", tol=1e-2, channel_axis=-1, return_full_prob=True)[0]
+        return (
+            np.asarray(Image.fromarray(inside.astype(np.float32)).resize(image.size, Image.Resampling.BILINEAR)) > 0.5
+        )
+
+    return predict
+
+
+class SessionPredictor:
+    """Feeds simulated clicks to an `InteractiveSegmenter` one at a time, as a user would."""
+
+    def __init__(self, segmenter: InteractiveSegmenter):
+        self.segmenter, self.shown = segmenter, None
+
+    def start(self, name: str, image: Image.Image) -> Callable[[list[Click]], np.ndarray]:
+        """The predictor for one object."""
+        if self.shown is not image:
+            self.segmenter.set_image(image)
+            self.shown = image
+        self.segmenter.reset()
+        return lambda clicks: self.segmenter.add_click(clicks[-1].x, clicks[-1].y, clicks[-1].positive).binary
+
+
+def score(
+    examples: list[Example], start: Callable[[str, Image.Image], Callable[[list[Click]], np.ndarray]], title: str
+) -> dict[str, Any]:
+    """Metrics over objects: at least 5 clicks each, then on until 90 % IoU or 20 clicks."""
+    rows = []
+    for name, image, target, ignore in tqdm(examples, desc=title, mininterval=5):
+        predict = start(name, image)
+        first: list[float] = []
+
+        def until_done(clicks: list[Click], predict: Any = predict, first: list[float] = first) -> np.ndarray:
+            return predict(clicks)
+
+        scores = simulate_clicks(until_done, target, max_clicks=5, ignore=ignore)
+        if max(scores) < 0.9:
+            predict = start(name, image)
+            scores = simulate_clicks(predict, target, max_clicks=20, ignore=ignore, stop_at=0.9)
+        rows.append(scores)
+    (noc85, nof85), (noc90, nof90) = noc(rows, 0.85), noc(rows, 0.90)
+    found = {f"mIoU@{k}": miou_at_k(rows, k) for k in (1, 3, 5)}
+    found |= {"NoC@85": noc85, "NoF@85": nof85, "NoC@90": noc90, "NoF@90": nof90, "objects": len(rows)}
+    return {k: round(v, 4) for k, v in found.items()}
+
+
+def quality(data: Path, model: SqueezeSAM | None, limit: int, baseline: int) -> dict[str, dict[str, Any]]:
+    """Rows by "set / method"; `limit` objects per set at most (evenly spaced), the baseline on `baseline` of them."""
+    session = SessionPredictor(InteractiveSegmenter(model, device="cpu"))
+    table = {}
+    for name, read in SETS.items():
+        examples = spaced(list(read(data)), limit)
+        table[f"{name} / squeezesam-photo"] = score(examples, session.start, name)
+        if baseline:
+            few = spaced(examples, baseline)
+            table[f"{name}, {len(few)} of them / squeezesam-photo"] = score(few, session.start, name)
+            walker = score(few, lambda _, image: random_walker_predictor(image), f"{name}, random walker")
+            table[f"{name}, {len(few)} of them / random walker"] = walker
+    return table
+
+
+def spaced(items: list[Any], count: int) -> list[Any]:
+    """`count` items spread evenly (all for 0)."""
+    if not count or count >= len(items):
+        return items
+    return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
+
+
+def cpu_seconds(call: Callable[[], Any], repeats: int) -> float:
+    """Least process CPU time of `repeats` calls."""
+    times = []
+    for _ in range(repeats):
+        start = time.process_time()
+        call()
+        times.append(time.process_time() - start)
+    return min(times)
+
+
+@torch.inference_mode()
+def cost(huge: bool, repeats: int) -> dict[str, dict[str, Any]]:
+    """CPU seconds for the picture (once) and for each click, one thread."""
+    import timm
+    from transformers import SamConfig, SamModel, SamVisionConfig, SamVisionModel
+
+    torch.set_num_threads(1)
+    picture = torch.rand(1, 3, 1024, 1024)
+    rows: dict[str, dict[str, Any]] = {}
+    sam = SamModel(SamConfig(vision_config=SamVisionConfig(num_hidden_layers=1, global_attn_indexes=[0]))).eval()
+    embedding = torch.randn(1, 256, 64, 64)
+    click = {"input_points": torch.tensor([[[[500.0, 500.0]]]]), "input_labels": torch.tensor([[[1]]])}
+    decoder = cpu_seconds(lambda: sam(image_embeddings=embedding, **click), repeats)
+    builders: dict[str, Callable[[], SqueezeSAM]] = {
+        "SqueezeSAM base, 512": squeeze_sam_base,
+        "SqueezeSAM small, 512": squeeze_sam_small,
+        "SqueezeSAM tiny, 512": squeeze_sam_tiny,
+        "SqueezeSAM photo (bundled), 384": squeeze_sam_photo,
+    }
+    models = {name: build().eval() for name, build in builders.items()}
+    points, labels = torch.tensor([[[[500.0, 500.0]]]]), torch.tensor([[[1]]])
+    encoders: dict[str, Any] = {
+        "TinyViT 5M encoder, 1024 (MobileSAM-like)": timm.create_model("tiny_vit_5m_224", num_classes=0),
+        "SAM ViT-B encoder, 1024": SamVisionModel(SamVisionConfig()),
+    }
+    for name, model in tqdm({**models, **encoders}.items(), desc="cost"):
+        model.eval()
+        if isinstance(model, SqueezeSAM):
+            seconds = cpu_seconds(lambda model=model: model(picture, points, labels), repeats)
+            rows[name] = {"picture": 0.0, "click": seconds}
+        else:
+            run = model.forward_features if name.startswith("Tiny") else model
+            rows[name] = {"picture": cpu_seconds(lambda run=run: run(picture), min(2, repeats)), "click": decoder}
+    if huge:
+        config = SamVisionConfig(
+            hidden_size=1280,
+            num_hidden_layers=32,
+            num_attention_heads=16,
+            mlp_dim=5120,
+            global_attn_indexes=[7, 15, 23, 31],
+        )
+        model = SamVisionModel(config).eval()
+        rows["SAM ViT-H encoder, 1024"] = {"picture": cpu_seconds(lambda: model(picture), 1), "click": decoder}
+    base = rows["SqueezeSAM base, 512"]["click"]
+    for row in rows.values():
+        row["first mask"] = row["picture"] + row["click"]
+        row["5 clicks"] = row["picture"] + 5 * row["click"]
+        row["20 clicks"] = row["picture"] + 20 * row["click"]
+        row["picture vs one base click"] = row["picture"] / base
+    return {name: {k: round(v, 4) for k, v in row.items()} for name, row in rows.items()}
+
+
+def show(table: dict[str, dict[str, Any]]) -> str:
+    """A markdown table."""
+    columns = list(next(iter(table.values())))
+    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    lines += [f"| {name} | " + " | ".join(f"{row[c]:.3g}" for c in columns) + " |" for name, row in table.items()]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=["quality", "cost"])
+    default = os.environ.get("MMKIT_DATA_DIR", Path(__file__).parents[2] / "shared" / "data")
+    parser.add_argument("--data", type=Path, default=default)
+    parser.add_argument("--limit", type=int, default=0, help="objects per set (0: all)")
+    parser.add_argument("--baseline", type=int, default=30, help="objects per set for the random walker (0: none)")
+    parser.add_argument("--huge", action="store_true", help="also measure SAM ViT-H")
+    parser.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    if args.part == "quality":
+        table = quality(args.data, None, args.limit, args.baseline)
+    else:
+        table = cost(args.huge, args.repeats)
+    print(show(table))
+    machine = {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "cores": os.cpu_count(),
+        "device": "cpu",
+    }
+    write_json(
+        RESULTS / f"interactive_{args.part}.json",
+        {"versions": machine, "options": vars(args) | {"data": ""}, "rows": table},
+    )
+    (RESULTS / f"interactive_{args.part}.md").write_text(show(table) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,280 @@
+"""Measure the video path: does attention across frames see motion, what does merging cost, how fast are the decoders.
+
+    python benchmarks/video.py motion       # (a) moving square, with and without temporal heads, 3 seeds
+    python benchmarks/video.py fight        # (b) 80/40 real clips: ZeroI2V, frame averaging, full fine-tuning
+    python benchmarks/video.py cost         # (c) merged model against the frame-wise image model: time and FLOPs
+    python benchmarks/video.py decode       # (d) decoders
+    python benchmarks/video.py all
+
+Each part writes its table into benchmarks/results/video.json. Times are process CPU time, taken in turns with the reference.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import mmkit
+from mmkit.video import (
+    ClipTransform,
+    UniformSampler,
+    VideoClassificationDataset,
+    VideoClassifier,
+    backends,
+    read_frames,
+    write_video,
+)
+
+RESULTS = Path(__file__).parent / "results" / "video.json"
+DATA = Path(os.environ.get("MMKIT_DATA_DIR", Path(__file__).parents[2] / "shared" / "data"))
+TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 4}
+
+
+def classifier(classes: int, zeroi2v: dict[str, Any] | None, args: dict[str, Any], frames: int = 8) -> VideoClassifier:
+    """A small ViT with or without ZeroI2V."""
+    model = VideoClassifier(
+        "timm:vit_tiny_patch16_224", classes, backbone_args=args, zeroi2v=zeroi2v, num_frames=frames, dropout=0.0
+    )
+    return model.requires_grad_(False) if zeroi2v is None else model
+
+
+# --- (a) motion
+
+
+def moving_squares(n: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Clips `(n, 8, 3, 32, 32)` of a bright square that moves to the right (1) or to the left (0) by 2 px a frame."""
+    label = torch.randint(2, (n,), generator=generator)
+    y = torch.randint(0, 26, (n,), generator=generator)
+    start = torch.randint(0, 12, (n,), generator=generator)
+    t = torch.arange(8)
+    x = torch.where(label[:, None] == 1, start[:, None] + 2 * t, start[:, None] + 2 * (7 - t))  # (n, 8)
+    axis = torch.arange(32)
+    columns = (axis >= x[..., None]) & (axis < x[..., None] + 6)
+    rows = (axis >= y[:, None]) & (axis < y[:, None] + 6)
+    square = (rows[:, None, :, None] & columns[:, :, None, :]).float()
+    clips = square.unsqueeze(2).expand(-1, -1, 3, -1, -1) + 0.1 * torch.randn(n, 8, 3, 32, 32, generator=generator)
+    return clips, label
+
+
+def motion(args: argparse.Namespace) -> dict[str, Any]:
+    """Adapters, norm and head trained on a frozen random ViT; the label depends on the order of frames alone."""
+    rows = []
+    for name, offsets in (("with temporal heads", (-1, 1, 0, 0)), ("without", (0, 0, 0, 0))):
+        for seed in range(3):
+            torch.manual_seed(seed)
+            generator = torch.Generator().manual_seed(seed)
+            settings = {"head_offsets": offsets, "temporal_embedding": False, "scale": 1.0, "dropout": 0.0}
+            model = classifier(2, settings, TINY).train()
+            parameters = [p for p in model.parameters() if p.requires_grad]
+            optimizer = torch.optim.AdamW(parameters, lr=3e-3)
+            for step in range(args.steps):
+                optimizer.param_groups[0]["lr"] = 3e-3 * (0.5 + 0.5 * np.cos(np.pi * step / args.steps))
+                clips, label = moving_squares(32, generator)
+                loss = F.cross_entropy(model(clips), label)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+            model.eval()
+            clips, label = moving_squares(512, torch.Generator().manual_seed(99))
+            with torch.no_grad():
+                right = (model(clips).argmax(-1) == label).float().mean().item()
+            rows.append({"model": name, "seed": seed, "accuracy": round(right, 4)})
+            print(rows[-1], flush=True)
+    return {"task": "bright square moving left or right, 512 test clips", "steps": args.steps, "rows": rows}
+
+
+# --- (b) real clips
+
+
+def fight(args: argparse.Namespace) -> dict[str, Any]:
+    """80 training and 40 test clips of two classes, 64 px, a small ViT; every model sees the same clips and steps."""
+    transform = ClipTransform(64, (0.5,) * 3, (0.25,) * 3)
+    options: dict[str, Any] = {"sampler": UniformSampler(8), "transform": transform, "short_side": 64}
+    folder = DATA / "video_fight"
+    sets = {
+        split: VideoClassificationDataset.from_csv(folder / "index.csv", folder, split=split, **options)
+        for split in ("train", "test")
+    }
+    tensors = {
+        k: (torch.stack([d[i][0] for i in range(len(d))]), torch.tensor([s.label for s in d.samples]))
+        for k, d in sets.items()
+    }
+    vit = {"img_size": 64, "patch_size": 8, "embed_dim": 96, "depth": 3, "num_heads": 6}
+    rows = []
+    for name in ("frame averaging, head only", "ZeroI2V", "full fine-tuning of frame averaging"):
+        scores = []
+        for seed in range(args.seeds):
+            torch.manual_seed(seed)
+            settings = {"scale": 1.0, "dropout": 0.1} if name == "ZeroI2V" else None
+            model = classifier(2, settings, vit)
+            (model if name.startswith("full") else model.head).requires_grad_(True)
+            trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+            scores.append(_train_on(model, tensors, args.epochs, seed))
+        row = {"model": name, "trained_parameters": trained, "accuracy": [round(s, 3) for s in scores]}
+        rows.append({**row, "mean": round(statistics.mean(scores), 3)})
+        print(rows[-1], flush=True)
+    return {
+        "task": "video_fight, 80/40 clips, 64 px, randomly initialised backbone",
+        "epochs": args.epochs,
+        "rows": rows,
+    }
+
+
+def _train_on(model: VideoClassifier, tensors: dict[str, Any], epochs: int, seed: int) -> float:
+    x, y = tensors["train"]
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.05)
+    model.train()
+    for epoch in range(epochs):
+        optimizer.param_groups[0]["lr"] = 1e-3 * (0.5 + 0.5 * np.cos(np.pi * epoch / epochs))
+        for part in torch.randperm(len(x), generator=generator).split(16):
+            clips = x[part]
+            clips = clips.flip(-1) if torch.rand((), generator=generator) < 0.5 else clips
+            loss = F.cross_entropy(model(clips), y[part], label_smoothing=0.1)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+    model.eval()
+    with torch.no_grad():
+        return (model(tensors["test"][0]).argmax(-1) == tensors["test"][1]).float().mean().item()
+
+
+# --- (c) cost
+
+
+def in_turns(functions: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """CPU seconds of each function, called in turns so that all meet the same load."""
+    times: dict[str, list[float]] = {k: [] for k in functions}
+    for i in range(rounds + 1):
+        for name in list(functions) if i % 2 else reversed(list(functions)):
+            start = time.process_time()
+            functions[name]()
+            if i:
+                times[name].append(time.process_time() - start)
+    return times
+
+
+@torch.no_grad()
+def cost(args: argparse.Namespace) -> dict[str, Any]:
+    """CLIP-B/16 width at 8 frames: merged and un-merged against the same ViT run frame by frame."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    vit = {"img_size": 224, "patch_size": 16, "embed_dim": 768, "depth": args.depth, "num_heads": 12}
+    model = classifier(400, {"scale": 0.5}, vit).eval()
+    video = torch.randn(1, 8, 3, 224, 224)
+    image = classifier(400, None, vit).eval()
+    image.backbone.load_state_dict(model.backbone.state_dict())
+    count = {}
+    for name in ("unmerged", "merged"):
+        if name == "merged":
+            model.merge()
+        with FlopCounterMode(display=False) as counter:
+            model.backbone(video[0])
+        count[name] = counter.get_total_flops()
+    with FlopCounterMode(display=False) as counter:
+        image.backbone(video[0])
+    count["image"] = counter.get_total_flops()
+    times = in_turns({"image": lambda: image(video), "merged": lambda: model(video)}, args.rounds)
+    ratios = [a / b for a, b in zip(times["merged"], times["image"], strict=True)]
+    model.unmerge()
+    more = in_turns({"image": lambda: image(video), "unmerged": lambda: model(video)}, max(2, args.rounds // 3))
+    slow = [a / b for a, b in zip(more["unmerged"], more["image"], strict=True)]
+    result = {
+        "model": f"ViT-B/16 width, {args.depth} blocks, 8 frames of 224 px",
+        "flops_merged_over_image": count["merged"] / count["image"],
+        "flops_unmerged_over_image": round(count["unmerged"] / count["image"], 4),
+        "time_merged_over_image": round(statistics.median(ratios), 4),
+        "time_merged_over_image_quartiles": [round(float(v), 4) for v in np.percentile(ratios, [25, 75])],
+        "time_unmerged_over_image": round(statistics.median(slow), 4),
+        "image_cpu_seconds": round(statistics.median(times["image"]), 3),
+        "rounds": args.rounds,
+    }
+    print(result)
+    return result
+
+
+# --- (d) decoding
+
+
+def decode(args: argparse.Namespace) -> dict[str, Any]:
+    """k frames of a 10 s clip, H.264, key frame every 250; CPU milliseconds, median of three calls in turns."""
+    import tempfile
+
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for height, width in ((240, 320), (720, 1280)):
+            rng = np.random.default_rng(0)
+            scene = rng.integers(0, 255, (height // 8, width // 8 + 40, 3)).repeat(8, 0).repeat(8, 1).astype(np.uint8)
+            frames = (scene[:, i : i + width] for i in range(300))
+            path = write_video(Path(folder) / f"{height}.mp4", frames, fps=30, options={"crf": "23", "g": "250"})
+            for k in (8, 16, 32):
+                indices = UniformSampler(k).sample(300)[0]
+                times = {n: _milliseconds(v) for n, v in in_turns(_decoders(path, indices), 3).items()}
+                rows.append({"size": f"{width}x{height}", "frames": k, **times})
+                print(rows[-1], flush=True)
+    return {"unit": "CPU milliseconds per call", "backends": backends(), "rows": rows}
+
+
+def _milliseconds(times: list[float]) -> float:
+    return round(1000 * statistics.median(times), 1)
+
+
+def _decoders(path: Path, indices: np.ndarray[Any, Any]) -> dict[str, Callable[[], Any]]:
+    functions: dict[str, Callable[[], Any]] = {
+        "pyav": lambda: read_frames(path, indices, backend="pyav"),
+        "pyav_short_side_224": lambda: read_frames(path, indices, backend="pyav", size=224),
+    }
+    if backends()["torchcodec"] == "available":
+        functions["torchcodec"] = lambda: read_frames(path, indices, backend="torchcodec")
+    try:
+        import imageio.v3 as imageio
+    except ImportError:
+        return functions
+    wanted = set(indices.tolist())
+    functions["imageio_pyav_all_frames"] = lambda: [
+        f for i, f in enumerate(imageio.imiter(path, plugin="pyav")) if i in wanted
+    ]
+    return functions
+
+
+PARTS = {"motion": motion, "fight": fight, "cost": cost, "decode": decode}
+
+
+def main() -> None:
+    """Run the chosen parts and write them into the results file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=[*PARTS, "all"])
+    parser.add_argument("--steps", type=int, default=300, help="motion: optimiser steps")
+    parser.add_argument("--epochs", type=int, default=20, help="fight: epochs")
+    parser.add_argument("--seeds", type=int, default=3, help="fight: seeds")
+    parser.add_argument("--depth", type=int, default=12, help="cost: blocks")
+    parser.add_argument("--rounds", type=int, default=12, help="cost: timed pairs")
+    args = parser.parse_args()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    for name in PARTS if args.part == "all" else [args.part]:
+        start = time.process_time()
+        result = PARTS[name](args)
+        saved = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        saved[name] = {
+            **result,
+            "cpu_seconds": round(time.process_time() - start, 1),
+            "versions": {"mmkit": mmkit.__version__, "torch": torch.__version__, "python": platform.python_version()},
+            "machine": {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "device": "cpu"},
+        }
+        RESULTS.parent.mkdir(exist_ok=True)
+        RESULTS.write_text(json.dumps(saved, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -121,6 +121,7 @@ TASKS = Registry(
     "task",
     {
         "mask-explorer": "mmkit.vision.gmm_explorer:MaskExplorer",
+        "medical-segmentation": "mmkit.vision.medical:MedicalSegmentationPipeline",
         "interactive-segmentation": "mmkit.vision.interactive:InteractiveSegmenter",
         "image-classification": "mmkit.pipelines:ImageClassificationPipeline",
         "video-classification": "mmkit.video.classification:VideoClassificationPipeline",

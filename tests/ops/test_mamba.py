@@ -16,7 +16,8 @@ def test_parameter_count_and_initial_values(d: int) -> None:
     assert sum(p.numel() for p in block.parameters()) == count
     torch.testing.assert_close(block.A_log.exp()[0], torch.arange(1.0, 17))
     step = torch.nn.functional.softplus(block.dt_proj.bias)
-    assert step.min() >= 0.99e-4 and step.max() <= 0.1001
+    assert step.min() >= 0.99e-4
+    assert step.max() <= 0.1001
 
 
 @pytest.mark.slow

@@ -48,12 +48,14 @@ class App:
         title: shown in the navigation.
         summary: one or two sentences: what a person can do here.
         build: adds the components to the current page. It loads no model and touches no file.
+        forget: called with the `gr.Request` of a visitor who closed the page, to drop what the server keeps for the session.
     """
 
     name: str
     title: str
     summary: str
     build: Callable[[], None]
+    forget: Callable[[gr.Request], None] | None = None
 
 
 def readable(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -141,6 +143,8 @@ def build_studio(names: Iterable[str] | None = None) -> gr.Blocks:
         with studio.route(app.title, f"/{app.name}"):
             gr.Markdown(f"# {app.title}\n{app.summary}", elem_id=f"{app.name}-header")
             app.build()
+            if app.forget is not None:
+                studio.unload(app.forget)
     with studio.route("About", "/about"):
         _about()
     for block in studio.blocks.values():
@@ -180,9 +184,7 @@ def launch_studio(
     """
     studio = build_studio(names)
     _reach_own_server()
-    Image.MAX_IMAGE_PIXELS = (
-        MAX_PIXELS // 2
-    )  # where gradio decodes by itself (ImageEditor): PIL refuses above twice this
+    Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # where gradio itself decodes (ImageEditor), PIL refuses above twice this
     try:
         _, url, _ = studio.launch(
             server_name=host,

@@ -170,9 +170,8 @@ def _build_diffusers(name: str, pretrained: bool, num_classes: int | None, overr
 
 def _build_bundled(name: str, pretrained: bool, num_classes: int | None, overrides: dict[str, Any]) -> nn.Module:
     entry = weight_entry(name)
-    model = create_backbone(
-        entry.model, **{**entry.config, **overrides}, **({} if num_classes is None else {"num_classes": num_classes})
-    )
+    settings = {**entry.config, **overrides, **({} if num_classes is None else {"num_classes": num_classes})}
+    model = create_backbone(entry.model, **settings)
     known = {
         k: tuple(v) if isinstance(v, list) else v
         for k, v in entry.extra.items()

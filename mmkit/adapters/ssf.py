@@ -3,9 +3,15 @@
 `y' = y * scale + shift`, one pair per output channel of each linear, convolution and normalisation layer of the backbone; the
 head is left alone. Linear in y, so it folds exactly into the layer it follows.
 
-Deviations from the official code: the channel axis follows from the module's type instead of from matching sizes, which picks
-the wrong axis when a picture's width equals the number of channels (`official_axis=True` restores that, and
-`load_official_checkpoint` sets it); `init_std=0` gives an exact identity at the start (official: 0.02, the default).
+Deviations from the official code:
+- The channel axis follows from the module's type instead of from matching sizes, which picks the wrong axis when a picture's
+  width equals the number of channels (`official_axis=True` restores that).
+- The official ConvNeXt carries timm 0.6's `LayerNorm2d`, which divides by C - 1 instead of C when its input is not contiguous;
+  that is every `downsample` norm behind a block, 5 % of the features at C = 8. Later timm divides by C throughout, and so does
+  this adapter (`official_norm=True` restores it). `load_official_checkpoint` sets both flags for ConvNeXt.
+- A ConvNeXt with `head_norm_first` runs `norm_pre` once; the official code runs it twice.
+- `init_std=0` gives an exact identity at the start (official: 0.02, the default).
+
 Two official sites follow an `nn.Identity` (ViT with average pooling: `norm`; ConvNeXt: `norm_pre`). They are kept for fidelity
 and cannot be merged; `identity_sites=False` leaves them out.
 """
@@ -19,8 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmkit.adapters.core import AdapterConfig, register_adapter
-from mmkit.adapters.hooks import InProjection
+from mmkit.adapters.core import AdapterConfig, Edit, register_adapter
+from mmkit.adapters.hooks import ForwardOverride, InProjection, named_plain_modules, override_forward
 from mmkit.adapters.sites import SiteAdapter
 from mmkit.checkpoints import load_state, read_tensors
 from mmkit.errors import NotMergeableError
@@ -39,11 +45,14 @@ class SSFConfig(AdapterConfig):
         identity_sites: also act at the official sites that no affine layer precedes; these cannot be merged.
         official_axis: scale the last axis whenever its size equals the number of channels, as the official code does. A site
             behind a convolution can then not be merged.
+        official_norm: while attached, every `LayerNorm2d` of the model uses the unbiased variance on inputs that are not
+            contiguous, as the official ConvNeXt does. A model with such a norm can then not be merged.
     """
 
     init_std: float = 0.02
     identity_sites: bool = True
     official_axis: bool = False
+    official_norm: bool = False
 
 
 class ScaleShift(nn.Module):
@@ -63,6 +72,21 @@ class ScaleShift(nn.Module):
             shape = (-1,) + (1,) * (y.dim() - 2)
             scale, shift = scale.view(shape), shift.view(shape)
         return torch.addcmul(shift, y, scale)
+
+
+class OfficialNorm2d(ForwardOverride):
+    """timm 0.6's `LayerNorm2d`: on an input that is not contiguous, the variance over channels is divided by C - 1."""
+
+    def run(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> the same shape."""
+        if x.is_contiguous():
+            return self.original(x)
+        norm: Any = self.module
+        variance, mean = torch.var_mean(x, dim=1, correction=1, keepdim=True)
+        y = (x - mean) * torch.rsqrt(variance + norm.eps)
+        if norm.weight is not None:
+            y = y * norm.weight.view(-1, 1, 1)
+        return y if norm.bias is None else y + norm.bias.view(-1, 1, 1)
 
 
 def affine_dim_axis(module: nn.Module) -> tuple[int, int] | None:
@@ -96,7 +120,9 @@ class SSF(SiteAdapter):
 
     def default_sites(self, model: nn.Module, candidates: dict[str, nn.Module]) -> list[str]:
         identities = _official_identity_sites(model) if self.config.identity_sites else []
-        left_out = re.compile(r"(^|\.)(fc_norm|q_norm|k_norm)$|^(layers|stages)\.\d+\.downsample\.")  # not official sites
+        left_out = re.compile(
+            r"(^|\.)(fc_norm|q_norm|k_norm)$|^(layers|stages)\.\d+\.downsample\."
+        )  # not official sites
         return [
             p
             for p in super().default_sites(model, candidates)
@@ -113,12 +139,28 @@ class SSF(SiteAdapter):
         self._identity_dim = int(getattr(model, "num_features", 0))
         super().build(model)
 
+    def install(self, model: nn.Module) -> None:
+        super().install(model)
+        if self.config.official_norm:
+            for _, module in _norms_2d(model):
+                override_forward(OfficialNorm2d(self, module))
+
+    def merge_edits(self, model: nn.Module) -> list[Edit]:
+        edits = super().merge_edits(model)
+        norms = [path for path, _ in _norms_2d(model)] if self.config.official_norm else []
+        if norms:
+            raise NotMergeableError(
+                f"official_norm changes {norms}, and weights cannot express that: keep it attached.", norms
+            )
+        return edits
+
     def fold(self, site: nn.Module, module: nn.Module) -> dict[str, Tensor]:
         if isinstance(module, nn.Identity):
             raise NotMergeableError("an Identity has nothing to fold into")
         if site.official_axis and site.axis == 1:
             raise NotMergeableError("official_axis can make this site act on another axis than the layer's channels")
-        scale, shift = site.scale.detach().double(), site.shift.detach().double()
+        pair: Any = site
+        scale, shift = pair.scale.detach().double(), pair.shift.detach().double()
         weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
         if weight is None:  # a norm without affine parameters gets them
             return {"weight": scale, "bias": shift}
@@ -128,6 +170,10 @@ class SSF(SiteAdapter):
             raise NotMergeableError("RMSNorm has no bias to take the shift")
         out["bias"] = shift if bias is None else bias.detach().double() * scale + shift
         return out
+
+
+def _norms_2d(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    return [(path, m) for path, m in named_plain_modules(model) if type(m).__name__ == "LayerNorm2d"]
 
 
 def _official_identity_sites(model: nn.Module) -> list[str]:
@@ -141,7 +187,12 @@ def _official_identity_sites(model: nn.Module) -> list[str]:
 
 
 def load_official_checkpoint(
-    model: nn.Module, path: Any, *, name: str = "default", official_axis: bool | None = None
+    model: nn.Module,
+    path: Any,
+    *,
+    name: str = "default",
+    official_axis: bool | None = None,
+    official_norm: bool | None = None,
 ) -> SSF:
     """Load a checkpoint of dongzelian/SSF (backbone, head and `ssf_*` vectors) into a timm ViT, Swin or ConvNeXt.
 
@@ -153,14 +204,18 @@ def load_official_checkpoint(
         path: `.safetensors`, `.pth` or `.pt`.
         name: the adapter's name on the model.
         official_axis: see `SSFConfig`; `None` sets it for ConvNeXt, the one official backbone with (B, C, H, W) inside.
+        official_norm: likewise.
 
     Raises:
         CheckpointError: keys are missing, unexpected or misshapen; the model is unchanged.
     """
     state = {_timm_key(k, model): v for k, v in read_tensors(path).items()}
-    if official_axis is None:
-        official_axis = hasattr(model, "stem")
-    adapter = SSF(SSFConfig(official_axis=official_axis), name=name).attach(model)
+    convnext = hasattr(model, "stem")
+    config = SSFConfig(
+        official_axis=convnext if official_axis is None else official_axis,
+        official_norm=convnext if official_norm is None else official_norm,
+    )
+    adapter = SSF(config, name=name).attach(model)
     try:
         vectors = {}
         for key in [k for k in state if re.search(r"ssf_(scale|shift)_[12]$", k)]:

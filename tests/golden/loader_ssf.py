@@ -22,6 +22,8 @@ def build(backbone: str, config: dict[str, Any]) -> torch.nn.Module:
         return timm.models.VisionTransformer(**config)
     if backbone == "swin":
         return timm.models.SwinTransformer(**config)
+    if not config.get("ls_init_value", 1.0):  # the official code builds no gamma for 0, timm only for None
+        config = {**config, "ls_init_value": None}
     return timm.models.ConvNeXt(**config)
 
 

@@ -67,7 +67,9 @@ def main() -> None:
         epochs=args.epochs, batch_size=args.batch_size, lr=1.5e-3, weight_decay=0.05, warmup_epochs=1, label_smoothing=0.05,
         seed=args.seed, mixed_precision="bf16" if torch.cuda.is_available() else "no", restore_best=False, eval_every=1,
     )  # fmt: skip
-    fit(model, train, val, config=config)
+    result = fit(model, train, val, config=config)
+    if result.stopped != "finished":
+        raise SystemExit(f"stopped after {result.steps} steps ({result.stopped}); nothing was bundled")
 
     model = model.cpu().eval()
     model.load_state_dict({k: v.half().float() for k, v in model.state_dict().items()})

@@ -20,7 +20,7 @@ app = typer.Typer(
 
 
 def _command(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Register a command whose `MMKitError`s end in one readable line instead of a traceback."""
+    """Register `fn` (less its trailing underscore) so that an `MMKitError` ends in one readable line, not a traceback."""
 
     @functools.wraps(fn)
     def wrapped(*args: Any, **kwargs: Any) -> None:
@@ -33,7 +33,7 @@ def _command(fn: Callable[..., Any]) -> Callable[..., Any]:
             typer.secho("Interrupted.", err=True)
             raise typer.Exit(130) from None
 
-    return app.command()(wrapped)
+    return app.command(fn.__name__.rstrip("_"))(wrapped)
 
 
 @_command
@@ -82,9 +82,8 @@ def finetune(
     print(
         f"{about['train_images']} training and {about['val_images']} validation images of {len(about['classes'])} classes."
     )
-    print(
-        f"{adapter} trains {about['trainable_parameters']:,} of {about['total_parameters']:,} parameters at {len(about['sites'])} places."
-    )
+    trained = f"{about['trainable_parameters']:,} of {about['total_parameters']:,} parameters"
+    print(f"{adapter} trains {trained} at {len(about['sites'])} places.")
     result = train_prepared(prepared, output_dir=output, epochs=epochs, lr=lr, batch_size=batch_size, seed=seed)
     print("\n" + report_table([result.report]))
     print(f'\nSaved to {output}. Try it: mmkit predict IMAGE --model "{output}"')
@@ -128,7 +127,7 @@ def predict(
 
 
 @_command
-def list(what: Annotated[str, typer.Argument(help="adapters, models, tasks, weights or apps.")] = "adapters") -> None:
+def list_(what: Annotated[str, typer.Argument(help="adapters, models, tasks, weights or apps.")] = "adapters") -> None:
     """List what is there."""
     from mmkit import registry
     from mmkit.errors import InputError, nearest
@@ -167,9 +166,6 @@ def app_(
 ) -> None:
     """Open the studio, or one of its pages."""
     _studio(name, port)
-
-
-app.registered_commands[-1].name = "app"
 
 
 @_command

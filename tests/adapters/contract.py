@@ -1,0 +1,111 @@
+"""What the contract suite runs over: four backbone families, and one row per adapter method. A new method adds one row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmkit.adapters import Adapter, apply_adapter
+from mmkit.backbones import create_backbone
+
+
+def _vit() -> nn.Module:
+    return create_backbone(
+        "vit_tiny_patch16_224", num_classes=5, img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=4
+    )
+
+
+def _resnet() -> nn.Module:
+    return create_backbone(
+        "resnet10t", num_classes=5, stem_width=8, channels=(8, 16, 24, 32), zero_init_last=False
+    )  # zero_init_last would block every gradient inside the branches
+
+
+def _unet() -> nn.Module:
+    return create_backbone(
+        "diffusers:UNet2DConditionModel", sample_size=8, in_channels=4, out_channels=4, layers_per_block=1,
+        block_out_channels=(8, 16), norm_num_groups=4, cross_attention_dim=12, attention_head_dim=4,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )  # fmt: skip
+
+
+def _clip() -> nn.Module:
+    vision = {"image_size": 32, "patch_size": 8, "width": 64, "layers": 2, "head_width": 32}
+    return create_backbone("open_clip:ViT-B-32", num_classes=5, embed_dim=32, vision_cfg=vision)
+
+
+FAMILIES = {"vit": _vit, "resnet": _resnet, "unet": _unet, "clip": _clip}
+HEADS = {"vit": "head", "resnet": "fc", "unet": "conv_out", "clip": "head"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One adapter method: its settings that start as an identity, where it applies, and what it cannot do.
+
+    `random_scale` is the size of the noise that stands for training; `compile_breaks` names families where the engine behind
+    the method cannot be traced in one graph.
+    """
+
+    method: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    families: tuple[str, ...] = ("vit", "resnet", "unet", "clip")
+    mergeable: bool = True
+    random_scale: float = 0.1
+    compile_breaks: tuple[str, ...] = ()
+
+
+ROWS = [
+    Row("ssf", {"init_std": 0.0}),
+    Row("bitfit"),
+    Row("linear_probe"),
+    Row("peft", {"r": 2}, compile_breaks=("clip",)),  # peft merges and unmerges nn.MultiheadAttention at every call
+    Row("gmm", families=("vit",), mergeable=False, random_scale=0.5),
+]
+CASES = [(family, row) for row in ROWS for family in row.families]
+IDS = [f"{family}-{row.method}" for family, row in CASES]
+
+
+def build(family: str, seed: int = 1) -> nn.Module:
+    """A small model with random but not degenerate weights, in eval mode."""
+    torch.manual_seed(seed)
+    model = FAMILIES[family]().eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.02 * torch.randn_like(p))
+    return model
+
+
+def inputs(family: str, seed: int = 2) -> tuple[Any, ...]:
+    """What `build(family)` takes."""
+    generator = torch.Generator().manual_seed(seed)
+    if family == "unet":
+        sample, text = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 3, 12, generator=generator)
+        return sample, torch.tensor([3, 7]), text
+    side = 64 if family == "resnet" else 32
+    return (torch.randn(2, 3, side, side, generator=generator),)
+
+
+def run(model: nn.Module, args: tuple[Any, ...]) -> Tensor:
+    """The model's output as one tensor."""
+    dtype = next(model.parameters()).dtype
+    out = model(*(a.to(dtype) if a.is_floating_point() else a for a in args))
+    return out if isinstance(out, Tensor) else out.sample
+
+
+def attach(model: nn.Module, family: str, row: Row, *, name: str = "default", head: bool = False) -> Adapter:
+    """Attach the row's adapter; `linear_probe` always trains the head."""
+    settings = dict(row.settings)
+    if head or row.method == "linear_probe":
+        settings["modules_to_save"] = (HEADS[family],)
+    return apply_adapter(model, row.method, name=name, **settings)
+
+
+def randomise(adapter: Adapter, scale: float, seed: int = 3) -> None:
+    """Stand in for training: move every adapter tensor."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for _, p in adapter.trainable_parameters():
+            p.add_(scale * torch.randn(p.shape, generator=generator, dtype=p.dtype))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 import json
 import os
 import platform
@@ -25,7 +26,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from mmkit.checkpoints import write_json
+from mmkit.checkpoints import load_state, read_tensors, write_json
 from mmkit.vision.click_metrics import Click, miou_at_k, noc, simulate_clicks
 from mmkit.vision.interactive import InteractiveSegmenter
 from mmkit.vision.squeeze_sam import (
@@ -35,6 +36,7 @@ from mmkit.vision.squeeze_sam import (
     squeeze_sam_small,
     squeeze_sam_tiny,
 )
+from mmkit.weights import weight_entry
 
 RESULTS = Path(__file__).parent / "results"
 Example = tuple[str, Image.Image, np.ndarray, np.ndarray]
@@ -123,34 +125,28 @@ def score(
     rows = []
     for name, image, target, ignore in tqdm(examples, desc=title, mininterval=5):
         predict = start(name, image)
-        first: list[float] = []
-
-        def until_done(clicks: list[Click], predict: Any = predict, first: list[float] = first) -> np.ndarray:
-            return predict(clicks)
-
-        scores = simulate_clicks(until_done, target, max_clicks=5, ignore=ignore)
-        if max(scores) < 0.9:
-            predict = start(name, image)
-            scores = simulate_clicks(predict, target, max_clicks=20, ignore=ignore, stop_at=0.9)
-        rows.append(scores)
+        rows.append(simulate_clicks(predict, target, min_clicks=5, ignore=ignore, stop_at=0.9))
     (noc85, nof85), (noc90, nof90) = noc(rows, 0.85), noc(rows, 0.90)
     found = {f"mIoU@{k}": miou_at_k(rows, k) for k in (1, 3, 5)}
     found |= {"NoC@85": noc85, "NoF@85": nof85, "NoC@90": noc90, "NoF@90": nof90, "objects": len(rows)}
     return {k: round(v, 4) for k, v in found.items()}
 
 
-def quality(data: Path, model: SqueezeSAM | None, limit: int, baseline: int) -> dict[str, dict[str, Any]]:
+def quality(data: Path, weights: Path | None, limit: int, baseline: int) -> dict[str, dict[str, Any]]:
     """Rows by "set / method"; `limit` objects per set at most (evenly spaced), the baseline on `baseline` of them."""
-    session = SessionPredictor(InteractiveSegmenter(model, device="cpu"))
+    model = squeeze_sam_photo()
+    if weights is not None:
+        load_state(model, {k: v.float() if v.is_floating_point() else v for k, v in read_tensors(weights).items()})
+    session = SessionPredictor(InteractiveSegmenter(None if weights is None else model, device="cpu"))
     table = {}
     for name, read in SETS.items():
         examples = spaced(list(read(data)), limit)
-        table[f"{name} / squeezesam-photo"] = score(examples, session.start, name)
+        table[f"{name}: squeezesam-photo"] = score(examples, session.start, name)
         if baseline:
             few = spaced(examples, baseline)
-            table[f"{name}, {len(few)} of them / squeezesam-photo"] = score(few, session.start, name)
+            table[f"{name}, {len(few)} of them: squeezesam-photo"] = score(few, session.start, name)
             walker = score(few, lambda _, image: random_walker_predictor(image), f"{name}, random walker")
-            table[f"{name}, {len(few)} of them / random walker"] = walker
+            table[f"{name}, {len(few)} of them: random walker"] = walker
     return table
 
 
@@ -203,7 +199,7 @@ def cost(huge: bool, repeats: int) -> dict[str, dict[str, Any]]:
             rows[name] = {"picture": 0.0, "click": seconds}
         else:
             run = model.forward_features if name.startswith("Tiny") else model
-            rows[name] = {"picture": cpu_seconds(lambda run=run: run(picture), min(2, repeats)), "click": decoder}
+            rows[name] = {"picture": cpu_seconds(lambda run=run: run(picture), 1), "click": decoder}
     if huge:
         config = SamVisionConfig(
             hidden_size=1280,
@@ -239,25 +235,26 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=default)
     parser.add_argument("--limit", type=int, default=0, help="objects per set (0: all)")
     parser.add_argument("--baseline", type=int, default=30, help="objects per set for the random walker (0: none)")
+    parser.add_argument(
+        "--weights", type=Path, help="a file of examples/train_squeeze_sam.py instead of the bundled weights"
+    )
     parser.add_argument("--huge", action="store_true", help="also measure SAM ViT-H")
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     torch.manual_seed(0)
     if args.part == "quality":
-        table = quality(args.data, None, args.limit, args.baseline)
+        table = quality(args.data, args.weights, args.limit, args.baseline)
     else:
         table = cost(args.huge, args.repeats)
     print(show(table))
-    machine = {
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "cores": os.cpu_count(),
-        "device": "cpu",
-    }
-    write_json(
-        RESULTS / f"interactive_{args.part}.json",
-        {"versions": machine, "options": vars(args) | {"data": ""}, "rows": table},
-    )
+    record: dict[str, Any] = {
+        "torch": torch.__version__, "python": platform.python_version(), "cores": os.cpu_count(), "device": "cpu",
+        "limit": args.limit, "repeats": args.repeats,
+    }  # fmt: skip
+    if args.part == "quality":
+        file = args.weights or weight_entry("squeezesam-photo").path
+        record["weights sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
+    write_json(RESULTS / f"interactive_{args.part}.json", {**record, "rows": table})
     (RESULTS / f"interactive_{args.part}.md").write_text(show(table) + "\n")
 
 

@@ -37,18 +37,24 @@ def next_click(
     if target.shape != prediction.shape or target.ndim != 2:
         raise InputError(f"target {target.shape} and prediction {prediction.shape} must be two masks of one size.")
     counts = np.ones_like(target) if ignore is None else ~np.asarray(ignore, bool)
-    open_ = np.ones_like(target)
-    for click in clicked:
-        open_[click.y, click.x] = False
-    depths = []
-    for region in (target & ~prediction & counts, ~target & prediction & counts):
-        depths.append(ndimage.distance_transform_edt(np.pad(region, 1))[1:-1, 1:-1] * open_)
+    depths = [_depth(region & counts, clicked) for region in (target & ~prediction, ~target & prediction)]
     positive = bool(depths[0].max() > depths[1].max())
     depth = depths[0] if positive else depths[1]
     if depth.max() == 0:
         return None
     y, x = np.unravel_index(int(depth.argmax()), depth.shape)
     return Click(int(x), int(y), positive)
+
+
+def _depth(region: np.ndarray, clicked: Sequence[Click]) -> np.ndarray:
+    """Distance to the outside of `region` (beyond the picture is outside), zero at pixels clicked before."""
+    depth = np.zeros(region.shape)
+    boxes = ndimage.find_objects(region.astype(np.uint8))
+    if boxes:  # nothing outside its bounding box can matter
+        depth[boxes[0]] = ndimage.distance_transform_edt(np.pad(region[boxes[0]], 1))[1:-1, 1:-1]
+    for click in clicked:
+        depth[click.y, click.x] = 0
+    return depth
 
 
 def iou(prediction: np.ndarray, target: np.ndarray, ignore: np.ndarray | None = None) -> float:
@@ -63,6 +69,7 @@ def simulate_clicks(
     target: np.ndarray,
     *,
     max_clicks: int = 20,
+    min_clicks: int = 1,
     ignore: np.ndarray | None = None,
     stop_at: float | None = None,
 ) -> list[float]:
@@ -73,7 +80,7 @@ def simulate_clicks(
         target: bool `(H, W)` with at least one pixel.
         max_clicks: when to stop.
         ignore: pixels that do not count.
-        stop_at: stop early at this IoU (the list is then shorter).
+        stop_at: stop early at this IoU (the list is then shorter), but not before `min_clicks`.
 
     Returns:
         One IoU per click. Once no pixel is wrong, the remaining entries repeat the last IoU.
@@ -87,11 +94,11 @@ def simulate_clicks(
     while len(scores) < max_clicks:
         click = next_click(target, prediction, clicks, ignore)
         if click is None:
-            return scores + [scores[-1]] * (max_clicks - len(scores)) if stop_at is None else scores
+            return scores + [scores[-1]] * ((max_clicks if stop_at is None else min_clicks) - len(scores))
         clicks.append(click)
         prediction = np.asarray(predict(clicks), bool)
         scores.append(iou(prediction, target, ignore))
-        if stop_at is not None and scores[-1] >= stop_at:
+        if stop_at is not None and len(scores) >= min_clicks and max(scores) >= stop_at:
             break
     return scores
 

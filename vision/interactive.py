@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from mmkit.checkpoints import atomic_write, write_json
+from mmkit.checkpoints import atomic_write, read_json, write_json
 from mmkit.data.images import ImageLike, load_image
 from mmkit.errors import InputError
 from mmkit.pipelines import Pipeline
@@ -291,7 +291,7 @@ class InteractiveSegmenter(Pipeline):
 
     Args:
         model: `SqueezeSAM`, HF `SamModel` or `Sam2Model`, an `Engine`, a function (see `CallableEngine`), the name of bundled
-            weights, a folder saved with `save_pretrained`, or `None` for the bundled photo model.
+            weights, a folder saved with `save_pretrained` (SqueezeSAM, SAM or SAM 2), or `None` for the bundled photo model.
         device, dtype: as in `mmkit.pipeline`.
         saliency: function from a PIL image to a map `(H, W)` in 0..1, used by `propose`.
 
@@ -339,10 +339,21 @@ class InteractiveSegmenter(Pipeline):
         return SamEngine(self.model)
 
     def load(self, model: str | os.PathLike[str]) -> nn.Module:
-        """Bundled weights by name, or a folder of `SqueezeSAM.save_pretrained`."""
+        """Bundled weights by name, or a folder: of `SqueezeSAM.save_pretrained`, or of a transformers SAM or SAM 2."""
         from mmkit.weights import load_weights
 
-        return SqueezeSAM.from_pretrained(model) if Path(model).expanduser().is_dir() else load_weights(str(model))
+        folder = Path(model).expanduser()
+        if not folder.is_dir():
+            return load_weights(str(model))
+        kind = read_json(folder / "config.json").get("model_type")
+        if kind is None:
+            return SqueezeSAM.from_pretrained(folder)
+        if kind not in ("sam", "sam2"):
+            raise InputError(f"{folder} holds a {kind!r} model; a promptable one is SqueezeSAM, 'sam' or 'sam2'.")
+        import transformers
+
+        loader = transformers.SamModel if kind == "sam" else transformers.Sam2Model
+        return loader.from_pretrained(folder, local_files_only=True, use_safetensors=True)
 
     def set_image(self, image: ImageLike) -> None:
         """Take a new picture (path, bytes, PIL, array): encodes it once and forgets all clicks."""

@@ -134,5 +134,6 @@ APPS = Registry(
         "gmm": "mmkit.apps.gmm:APP",
         "segment": "mmkit.apps.segment:APP",
         "finetune": "mmkit.apps.finetune:APP",
+        "video": "mmkit.apps.video:APP",
     },
 )

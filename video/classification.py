@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import statistics
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,6 +126,7 @@ class VideoClassificationPipeline(Pipeline):
         window: float | None = None,
         hop: float | None = None,
         n_crops: int = 1,
+        backwards: bool = False,
         tolerance: float = 0.5,
         backend: str = "auto",
         progress: bool = True,
@@ -135,6 +139,7 @@ class VideoClassificationPipeline(Pipeline):
             window: length in seconds of the stretches that get their own answer; `None` takes the whole video as one.
             hop: seconds from one window to the next; default `window`.
             n_crops: 1 (centre) or 3 views of each frame, averaged.
+            backwards: show every window to the model in reverse.
             tolerance, backend: see `VideoReader`.
             progress: show a bar for long videos.
 
@@ -159,8 +164,9 @@ class VideoClassificationPipeline(Pipeline):
             bar = tqdm(total=len(spans), desc="windows", unit="window", disable=not progress or len(spans) < 8)
             with bar:
                 for (first, last), clip in zip(spans, _clips(reader, chosen, model.image_size), strict=True):
-                    strip = clip.frames if not windows else strip
-                    views = prepare(clip.tensor())[0]
+                    frames = clip.frames[::-1] if backwards else clip.frames
+                    strip = frames if not windows else strip
+                    views = prepare(torch.from_numpy(frames.copy()).permute(0, 3, 1, 2))[0]
                     logits = model(_batch(views).to(self.device, self.dtype))
                     scores = logits.float().softmax(-1).mean(0).cpu().numpy()
                     windows.append(Window(*_times(reader, first, last), scores))
@@ -173,13 +179,60 @@ class VideoClassificationPipeline(Pipeline):
                 windows=tuple(windows),
                 class_names=model.class_names,
                 strip=strip,
-                strip_seconds=reader.seconds[chosen[0]],
+                strip_seconds=reader.seconds[chosen[0]][:: -1 if backwards else 1],
                 path=str(reader.path),
                 duration=reader.duration,
                 n_frames=len(reader),
                 fps=reader.fps,
                 n_replaced=reader.n_replaced,
             )
+
+    @torch.no_grad()
+    def compare_merged(self, *, frames: int | None = None, rounds: int = 5, seed: int = 0) -> dict[str, Any]:
+        """What merging changes: the largest difference of the scores, and the cost of either form.
+
+        Args:
+            frames: clip length, default the model's.
+            rounds: timed calls of each form, in turns.
+            seed: of the random clip.
+
+        Returns:
+            `difference` (largest, of logits), `milliseconds` and `parameters` of "unmerged" and "merged" (CPU time on the
+            CPU, median), and `time_ratio` merged / unmerged.
+
+        Raises:
+            InputError: the model has no linear adapters left to merge.
+        """
+        model = self.model
+        if not isinstance(model, VideoClassifier) or model.merged:
+            raise InputError("This model is merged already, or has no linear adapters: there is nothing to compare.")
+        forms = {"unmerged": model, "merged": copy.deepcopy(model).merge()}
+        generator = torch.Generator().manual_seed(seed)
+        shape = (1, frames or model.num_frames, 3, model.image_size, model.image_size)
+        clip = torch.randn(shape, generator=generator).to(self.device, self.dtype)
+        logits = {k: m(clip).float() for k, m in forms.items()}
+        times: dict[str, list[float]] = {k: [] for k in forms}
+        for _ in range(max(1, rounds)):
+            for name, form in forms.items():
+                start = time.process_time()
+                form(clip)
+                if clip.is_cuda:
+                    torch.cuda.synchronize()
+                times[name].append(1000 * (time.process_time() - start))
+        cost = {k: statistics.median(v) for k, v in times.items()}
+        return {
+            "difference": float((logits["merged"] - logits["unmerged"]).abs().max()),
+            "milliseconds": cost,
+            "parameters": {k: _parameters(m) for k, m in forms.items()},
+            "time_ratio": cost["merged"] / max(cost["unmerged"], 1e-9),
+        }
+
+
+def _parameters(model: VideoClassifier) -> int:
+    """Values a deployed model holds; the trained copy of a norm stands in for the original."""
+    own = {k for k, _ in model.named_parameters()}
+    copies = {k for k in own if k.startswith("zeroi2v.") and f"backbone.{k.removeprefix('zeroi2v.')}" in own}
+    return sum(p.numel() for k, p in model.named_parameters() if k not in copies)
 
 
 def _batch(views: Tensor) -> Tensor:

@@ -1,0 +1,248 @@
+"""Video: what happens in a clip, when, and which heads look at which frame; play it backwards, merge the adapters."""
+
+from __future__ import annotations
+
+import functools
+import random
+import threading
+from typing import Any
+
+import gradio as gr
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+from mmkit.apps.frame import App, output_folder, readable
+from mmkit.errors import InputError
+
+MODEL = "video_motion"
+MAX_SECONDS = 600
+"""Longer videos are refused on this page."""
+
+ANY = "any direction"
+DIRECTIONS = (ANY, "moves left", "moves right", "moves up", "moves down", "stands still")
+FORWARDS, BACKWARDS = "Forwards", "Backwards"
+SEPARATE, MERGED = "Adapters separate", "Adapters merged"
+
+HELP = """
+**1.** Draw a clip or drop a video of your own. **2.** Read what moves where, second by second. **3.** Play it *backwards*: the
+frames are the same, only their order is new, and left becomes right. A model that averages frames cannot tell.
+**4.** Switch to *merged*: same answer, fewer parameters, nothing left to compute for the adapters.
+
+The bundled model is tiny and was trained on drawn clips: it tells where **one clear object** goes over a **still background**.
+"""
+
+
+@functools.cache
+def _load(merged: bool) -> Any:
+    from mmkit.pipelines import pipeline
+    from mmkit.weights import load_weights
+
+    model: Any = load_weights(MODEL)
+    return pipeline("video-classification", model.merge() if merged else model)
+
+
+_lock = threading.Lock()
+
+
+def classifier(merged: bool = False) -> Any:
+    """The pipeline behind the page, loaded at first use and shared by all visitors."""
+    with _lock:
+        return _load(merged)
+
+
+@readable
+def draw_clip(direction: str = ANY) -> str:
+    """Draw a two-second clip of one moving object.
+
+    Args:
+        direction: "moves left", "moves right", "moves up", "moves down", "stands still" or "any direction".
+    """
+    from mmkit.video import write_video
+    from mmkit.video.drawn import MOTIONS, drawn_motion
+
+    if direction not in DIRECTIONS:
+        raise InputError(f"direction must be one of {DIRECTIONS}, not {direction!r}.")
+    label = random.randrange(4) if direction == ANY else MOTIONS.index(direction)
+    clips, _ = drawn_motion(1, torch.Generator().manual_seed(random.getrandbits(31)), size=240, frames=24, label=label)
+    frames = (clips[0] * 255).byte().permute(0, 2, 3, 1).contiguous()
+    return str(write_video(output_folder() / "drawn clip.mp4", frames, fps=12))
+
+
+def film_strip(frames: np.ndarray[Any, Any], seconds: np.ndarray[Any, Any], height: int = 120) -> Image.Image:
+    """The frames in a row, each with its time."""
+    width = max(1, round(frames.shape[2] * height / frames.shape[1]))
+    strip = Image.new("RGB", (len(frames) * (width + 6) - 6, height + 22), "white")
+    pen = ImageDraw.Draw(strip)
+    for i, (frame, second) in enumerate(zip(frames, seconds, strict=True)):
+        x = i * (width + 6)
+        strip.paste(Image.fromarray(frame).resize((width, height), Image.Resampling.NEAREST), (x, 0))
+        pen.text((x + 2, height + 4), f"{second:.2f} s", fill=(51, 65, 85), font_size=14)
+    return strip
+
+
+def timeline(result: Any) -> Any:
+    """A figure of every class's score over time."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.2, 3.0), layout="constrained")
+    axes = figure.subplots()
+    edges = [result.windows[0].start, *[w.end for w in result.windows]]
+    if len(result.windows) == 1:
+        best = np.argsort(result.windows[0].scores)
+        axes.barh([result.class_names[i] for i in best], result.windows[0].scores[best], color="#0d9488")
+        axes.set(xlim=(0, 1), xlabel="score for the whole clip")
+    else:
+        scores = np.array([w.scores for w in result.windows]).T
+        image = axes.imshow(
+            scores, aspect="auto", cmap="YlGnBu", vmin=0, vmax=1, extent=(edges[0], edges[-1], len(scores), 0)
+        )
+        axes.set_yticks(np.arange(len(scores)) + 0.5, result.class_names)
+        axes.set_xlabel("seconds")
+        figure.colorbar(image, ax=axes, label="score")
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+@readable
+def classify(
+    video: str | None, seconds_per_window: float = 2.0, direction: str = FORWARDS, form: str = SEPARATE
+) -> tuple[Any, ...]:
+    """Say what moves where in a video, and when.
+
+    Args:
+        video: the clip.
+        seconds_per_window: length of the stretches that get their own answer.
+        direction: "Forwards" or "Backwards".
+        form: "Adapters separate" or "Adapters merged".
+    """
+    if video is None:
+        return None, None, None, None, "Draw a clip or drop a video."
+    from mmkit.video import VideoReader
+
+    with VideoReader(video) as reader:
+        if reader.duration > MAX_SECONDS:
+            raise InputError(f"The video is {reader.duration:.0f} s long; this page takes up to {MAX_SECONDS} s.")
+    result = classifier(form == MERGED)(
+        video, window=seconds_per_window, backwards=direction == BACKWARDS, progress=False
+    )
+    label = dict(zip(result.labels, result.scores, strict=True))
+    rows = [[f"{s['start']:.1f} - {s['end']:.1f} s", s["label"], f"{s['score']:.0%}"] for s in result.segments()]
+    damage = f" {result.n_replaced} damaged frames were replaced by a neighbour." if result.n_replaced else ""
+    status = (
+        f"{result.n_frames} frames, {result.duration:.1f} s at {result.fps:.4g} fps, {len(rows)} "
+        f"window{'s' if len(rows) > 1 else ''}, played {direction.lower()}: {result.label} ({result.scores[0]:.0%}).{damage}"
+    )
+    return label, film_strip(result.strip, result.strip_seconds), timeline(result), rows, status
+
+
+@readable
+def compare() -> tuple[list[list[str]], str]:
+    """Run one clip through the model with separate and with merged adapters: same answer, cheaper."""
+    found = classifier().compare_merged(rounds=15)
+    rows = [
+        [name, f"{found['parameters'][key]:,}", f"{found['milliseconds'][key]:.1f} ms"]
+        for name, key in ((SEPARATE, "unmerged"), (MERGED, "merged"))
+    ]
+    return rows, (
+        f"Largest difference between the two answers: {found['difference']:.1e} (logits). "
+        f"Merged takes {found['time_ratio']:.2f} x the time."
+    )
+
+
+@readable
+def head_map() -> Any:
+    """A figure of the frame each head of each block looks at."""
+    from matplotlib.figure import Figure
+
+    table = np.array(classifier().model.adapter.offsets())
+    figure = Figure(figsize=(7.2, 0.6 * len(table) + 1.2), layout="constrained")
+    axes = figure.subplots()
+    limit = max(1, int(np.abs(table).max()))
+    axes.imshow(table, cmap="RdBu", vmin=-2 * limit, vmax=2 * limit, aspect="auto")
+    words = {0: "own frame"}
+    for (block, head), offset in np.ndenumerate(table):
+        text = words.get(
+            int(offset), f"{abs(offset)} frame{'s' if abs(offset) > 1 else ''}\n{'back' if offset < 0 else 'ahead'}"
+        )
+        axes.text(head, block, text, ha="center", va="center", fontsize=9)
+    axes.set_xticks(range(table.shape[1]), [f"head {i + 1}" for i in range(table.shape[1])])
+    axes.set_yticks(range(table.shape[0]), [f"block {i + 1}" for i in range(table.shape[0])])
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    return figure
+
+
+def build() -> None:
+    """The page."""
+    gr.Markdown(HELP, elem_id="video-help")
+    with gr.Row():
+        with gr.Column(scale=1, min_width=320):
+            video = gr.Video(label="Clip", sources=["upload"], height=280, elem_id="video-clip")
+            with gr.Row():
+                wanted = gr.Dropdown(
+                    list(DIRECTIONS), value=ANY, label="Draw an object that", elem_id="video-direction", min_width=140
+                )
+                draw = gr.Button("Draw a clip", variant="primary", elem_id="video-draw", min_width=120)
+            play = gr.Radio([FORWARDS, BACKWARDS], value=FORWARDS, label="Play it to the model", elem_id="video-play")
+            form = gr.Radio([SEPARATE, MERGED], value=SEPARATE, label="Model", elem_id="video-form")
+            window = gr.Slider(
+                0.5,
+                10,
+                2,
+                step=0.5,
+                label="Seconds per answer",
+                info="eight frames are spread over each stretch",
+                elem_id="video-window",
+            )
+        with gr.Column(scale=2, min_width=480):
+            label = gr.Label(label="What it sees", num_top_classes=3, elem_id="video-label")
+            strip = gr.Image(
+                label="The frames the model sees (first stretch, in the order played)",
+                type="pil",
+                format="png",
+                interactive=False,
+                elem_id="video-strip",
+            )
+            status = gr.Textbox(label="Summary", interactive=False, elem_id="video-status")
+            with gr.Tabs():
+                with gr.Tab("Over time"):
+                    plot = gr.Plot(label="Scores", show_label=False, elem_id="video-plot")
+                    table = gr.Dataframe(
+                        headers=["When", "What", "Score"], interactive=False, label="Answers", elem_id="video-table"
+                    )
+                with gr.Tab("Merged or not", id="merge"):
+                    run = gr.Button("Measure both forms", elem_id="video-compare")
+                    forms = gr.Dataframe(
+                        headers=["Form", "Parameters", "CPU time of one clip"],
+                        interactive=False,
+                        label="Cost",
+                        elem_id="video-forms",
+                    )
+                    verdict = gr.Textbox(label="Difference", interactive=False, elem_id="video-verdict")
+                with gr.Tab("Which head looks where"):
+                    heads = gr.Plot(label="Frame offsets", show_label=False, elem_id="video-heads")
+                    show = gr.Button("Show the heads", elem_id="video-show-heads")
+    controls = [video, window, play, form]
+    gr.on(
+        [c.change for c in controls],
+        classify,
+        inputs=controls,
+        outputs=[label, strip, plot, table, status],
+        api_name="video_classify",
+        trigger_mode="always_last",
+        show_progress="minimal",
+    )
+    draw.click(draw_clip, inputs=wanted, outputs=video, api_name="video_draw")
+    gr.on(None, draw_clip, outputs=video, api_visibility="private")  # once, when the page opens
+    run.click(compare, outputs=[forms, verdict], api_name="video_compare")
+    show.click(head_map, outputs=heads, api_visibility="private")
+
+
+APP = App(
+    "video",
+    "Video",
+    "See what moves where in a clip, and when. A small image transformer recognises motion because some of its heads look at "
+    "neighbouring frames; play the clip backwards, or merge its adapters, and compare.",
+    build,
+)

@@ -1,0 +1,58 @@
+"""The page "Video" in a browser: a clip draws itself, its answer appears, backwards turns it round, merging is measured."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+pytestmark = pytest.mark.browser
+
+STATUS = "#video-status textarea, #video-status input"
+
+
+def test_a_clip_is_drawn_classified_reversed_and_merged(launch, page, screenshot, tmp_path):
+    expect = pytest.importorskip("playwright.sync_api").expect
+    page.goto(f"{launch('video')}/video")
+    status = page.locator(STATUS).first
+    expect(status).to_have_value(re.compile(r"24 frames, 2\.0 s .* played forwards"))
+    page.wait_for_function("document.querySelector('#video-strip img')?.naturalWidth > 400")
+    page.locator("#video-direction input").click()
+    page.get_by_role("option", name="moves right").click()
+    page.locator("#video-draw").click()
+    expect(status).to_have_value(re.compile("forwards: moves right"))
+    page.wait_for_timeout(800)
+    screenshot(page, "video-forwards")
+    page.get_by_label("Backwards").check()
+    expect(status).to_have_value(re.compile("backwards: moves left"))
+    page.get_by_label("Adapters merged").check()
+    page.get_by_role("tab", name="Merged or not").click()
+    page.locator("#video-compare").click()
+    expect(page.locator("#video-verdict textarea, #video-verdict input").first).to_have_value(
+        re.compile("Largest difference")
+    )
+    screenshot(page, "video-merged")
+    page.get_by_role("tab", name="Which head looks where").click()
+    page.locator("#video-show-heads").click()
+    page.wait_for_function("document.querySelector('#video-heads img')?.naturalWidth > 100")
+    screenshot(page, "video-heads")
+    bad = tmp_path / "bad.mp4"
+    bad.write_bytes(b"not a video")
+    page.locator("#video-clip button[aria-label='Clear']").first.click()
+    page.locator("#video-clip input[type=file]").set_input_files(bad)
+    expect(page.locator(".toast-body").first).to_contain_text("not a readable video")
+
+
+def test_the_endpoints_work_without_the_page(launch):
+    from gradio_client import Client, handle_file
+
+    client = Client(launch("video"), verbose=False)
+    clip = client.predict("moves up", api_name="/video_draw")
+    path = clip["video"] if isinstance(clip, dict) else clip
+    label, *_, status = client.predict(
+        {"video": handle_file(path)}, 2, "Backwards", "Adapters merged", api_name="/video_classify"
+    )
+    assert label["label"] == "moves down"
+    assert "backwards" in status
+    with pytest.raises(Exception, match="direction must be"):
+        client.predict("sideways", api_name="/video_draw")

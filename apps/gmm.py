@@ -111,6 +111,26 @@ def clicked_patch(event: gr.SelectData) -> tuple[int, int]:
     return min(GRID, int(y * GRID / VIEW) + 1), min(GRID, int(x * GRID / VIEW) + 1)
 
 
+def _heat_map(name: str, title: str) -> gr.Image:
+    with gr.Column(min_width=180):
+        gr.Markdown(f"#### {title}")
+        return gr.Image(
+            label=title,
+            show_label=False,
+            type="pil",
+            format="png",
+            interactive=False,
+            buttons=[],
+            elem_id=f"gmm-{name}",
+        )
+
+
+def _prediction(name: str, title: str) -> gr.Label:
+    with gr.Column(min_width=150):
+        gr.Markdown(f"#### {title}")
+        return gr.Label(label=title, show_label=False, num_top_classes=3, elem_id=f"gmm-{name}")
+
+
 def build() -> None:
     """The page."""
     gr.Markdown(HELP, elem_id="gmm-help")
@@ -126,12 +146,12 @@ def build() -> None:
                 2,
                 1,
                 step=0.05,
-                label="Strength (alpha x)",
+                label="Strength (α ×)",
                 info="0 removes content, below 0 flips",
                 elem_id="gmm-alpha",
             )
             sigma = gr.Slider(
-                0.05, 4, 1, step=0.05, label="Width (sigma x)", info="small: only close patches", elem_id="gmm-sigma"
+                0.05, 4, 1, step=0.05, label="Width (σ ×)", info="small: only close patches", elem_id="gmm-sigma"
             )
             scope = gr.Radio(list(SCOPES), value="This head", label="The sliders act on", elem_id="gmm-scope")
             reset = gr.Button("Back to the trained mask", elem_id="gmm-reset")
@@ -141,22 +161,22 @@ def build() -> None:
         with gr.Column(scale=3, min_width=600):
             with gr.Row():
                 maps = [
-                    gr.Image(
-                        label=label, type="pil", format="png", interactive=False, elem_id=f"gmm-{name}", min_width=180
-                    )
-                    for name, label in (
-                        ("mask", "Mask, seen from the framed patch"),
+                    _heat_map(name, title)
+                    for name, title in (
+                        ("mask", "Mask seen from the framed patch"),
                         ("attention", "Attention with the mask"),
                         ("plain", "Attention without the mask"),
                     )
                 ]
             status = gr.Textbox(label="What you see", interactive=False, elem_id="gmm-status")
             with gr.Row():
-                profile = gr.Plot(label="Mask against distance", elem_id="gmm-profile", min_width=320)
+                with gr.Column(scale=2, min_width=320):
+                    gr.Markdown("#### Mask against distance")
+                    profile = gr.Plot(show_label=False, label="Mask against distance", elem_id="gmm-profile")
                 labels = [
-                    gr.Label(label=label, num_top_classes=3, elem_id=f"gmm-{name}", min_width=150)
-                    for name, label in (
-                        ("trained", "Prediction as trained"),
+                    _prediction(name, title)
+                    for name, title in (
+                        ("trained", "As trained"),
                         ("edited", "With your edit"),
                         ("unmasked", "Without any mask"),
                     )

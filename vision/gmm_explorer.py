@@ -57,7 +57,7 @@ class MaskView:
     def attention_image(self, masked: bool = True, size: int = 384) -> Image.Image:
         """The attention weights over the picture; both pictures share one scale."""
         limit = max(float(self.attention.max()), float(self.plain_attention.max()))
-        return self._overlay((self.attention if masked else self.plain_attention) / limit, "inferno", size)
+        return self._overlay((self.attention if masked else self.plain_attention) / limit, "plasma", size)
 
     def plot(self) -> Any:
         """A matplotlib figure of the mask against the distance, as trained and edited."""
@@ -95,7 +95,7 @@ class MaskView:
 
         place = values / 2 + 0.5 if colours == "RdBu_r" else values
         rgb = Image.fromarray((colormaps[colours](place)[..., :3] * 255).astype(np.uint8))
-        opacity = np.clip(0.25 + 0.6 * np.abs(values), 0, 0.85) if colours == "RdBu_r" else np.full(values.shape, 0.7)
+        opacity = np.clip(0.1 + 0.6 * np.abs(values), 0, 0.7)
         width, height = self.picture.size
         shape = (size, round(size * height / width))
         base = self.picture.convert("L").convert("RGB").resize(shape, Image.Resampling.BICUBIC)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import math
+from pathlib import Path
 
 import pytest
 import timm
@@ -369,3 +371,17 @@ def test_half_precision_and_compiled_models():
         torch.testing.assert_close(compiled(images), expected.detach(), atol=1e-5, rtol=1e-5)
     half = model.to(torch.bfloat16)
     assert half(images.to(torch.bfloat16)).dtype == torch.bfloat16
+
+
+@pytest.mark.slow
+def test_digits_from_scratch_need_the_mask():
+    """Four hundred digits: with the mask the small ViT learns, without it it hardly does (one seed of the benchmark)."""
+    path = Path(__file__).parents[2] / "benchmarks" / "gmm_small_data.py"
+    spec = importlib.util.spec_from_file_location("gmm_small_data", path)
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    masked, plain = (
+        benchmark.run("digits", f"mean pooling, {name}", 0, path, None)["accuracy"] for name in ("GMM", "no mask")
+    )
+    assert masked >= 0.85
+    assert masked >= plain + 0.2

@@ -163,7 +163,7 @@ def build() -> None:
                 maps = [
                     _heat_map(name, title)
                     for name, title in (
-                        ("mask", "Mask seen from the framed patch"),
+                        ("mask", "Mask of the framed patch"),
                         ("attention", "Attention with the mask"),
                         ("plain", "Attention without the mask"),
                     )

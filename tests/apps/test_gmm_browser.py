@@ -34,8 +34,10 @@ def test_bending_a_mask_changes_what_the_page_shows(launch, page, screenshot, cl
     set_slider(page, "layer", 2)
     expect(status).to_have_value(re.compile("Layer 2"), timeout=30_000)
     page.get_by_label("The whole model").check()
+    before = page.locator("#gmm-mask img").get_attribute("src")
     set_slider(page, "sigma", 0.1)
-    page.wait_for_timeout(1500)
+    expect(page.locator("#gmm-mask img")).not_to_have_attribute("src", before, timeout=30_000)
+    page.wait_for_timeout(500)
     expect(page.locator("#gmm-edited")).to_contain_text("%")
     screenshot(page, "gmm-edited")
 

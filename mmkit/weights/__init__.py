@@ -120,6 +120,7 @@ def bundle(entry: WeightEntry, state: dict[str, Tensor], *, half: bool = True) -
     file = f"{entry.name}.safetensors"
     write_safetensors(FOLDER / file, stored)
     entry = dataclasses.replace(entry, file=file, sha256=_sha256(FOLDER / file))
+    _manifest.cache_clear()  # another script may have added its entry meanwhile
     rows = {**_manifest(), entry.name: entry}
     write_json(MANIFEST, [dataclasses.asdict(rows[k]) for k in sorted(rows)])
     _manifest.cache_clear()

@@ -89,8 +89,10 @@ def test_only_the_adapter_is_trained(family: str, row: Row) -> None:
         assert_unchanged(model, before)
     else:
         plain = {k: v for k, v in model.state_dict().items() if "lora_" not in k and "modules_to_save" not in k}
-        assert all(torch.equal(v, before[k]) for k, v in plain.items())
+        drift = 1e-6 if family == "clip" else 0.0  # peft adds to and subtracts from nn.MultiheadAttention's weights
+        assert all(torch.allclose(v, before[k], atol=drift, rtol=0) for k, v in plain.items() if k in before)
     adapter.detach()
+    assert_unchanged(model, before)
     assert all(p.requires_grad for p in model.parameters())
 
 

@@ -1,0 +1,35 @@
+# Every target sets up what it needs in .venv on a fresh machine. PYTHON picks the interpreter (3.11 or newer).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+export HF_HUB_OFFLINE ?= 1
+export GRADIO_ANALYTICS_ENABLED ?= False
+
+.PHONY: demo test test-fast lint bench clean
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -c "import sys; sys.exit('mmkit needs Python 3.11 or newer' if sys.version_info < (3, 11) else 0)"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -q -e ".[apps,dev]"
+	touch $(STAMP)
+
+demo: $(STAMP)  ## the studio on 127.0.0.1:7860; HEADLESS=1 runs the main job without a browser
+	$(BIN)/mmkit demo $(if $(HEADLESS),--headless)
+
+test: $(STAMP)  ## everything
+	$(BIN)/python -m pytest -q
+
+test-fast: $(STAMP)  ## without training runs, processes and browsers
+	$(BIN)/python -m pytest -q -m "not slow and not browser"
+
+lint: $(STAMP)  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(STAMP)  ## the adapter benchmark; the others are run by name, see benchmarks/README.md
+	$(BIN)/python benchmarks/adapters.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

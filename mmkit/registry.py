@@ -133,6 +133,7 @@ APPS = Registry(
     {
         "gmm": "mmkit.apps.gmm:APP",
         "segment": "mmkit.apps.segment:APP",
+        "medical": "mmkit.apps.medical:APP",
         "finetune": "mmkit.apps.finetune:APP",
         "video": "mmkit.apps.video:APP",
     },

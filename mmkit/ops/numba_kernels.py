@@ -50,7 +50,7 @@ def kernel(signature: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 @contextlib.contextmanager
-def compile_note(op: str, after: float = 1.0) -> Iterator[None]:
+def compile_note(op: str, after: float = 2.5) -> Iterator[None]:
     """Say that `op` is being compiled when the block takes longer than `after` seconds (it does once per machine)."""
     message = "%s: compiling the CPU kernels, about 5 s, once per machine ..."
     timer = threading.Timer(after, logger.warning, (message, op))

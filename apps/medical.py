@@ -1,0 +1,302 @@
+"""Medical segmentation: drop a picture or a volume, look through the slices, read the measures, compare with the truth."""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import Any
+
+import gradio as gr
+import numpy as np
+from PIL import Image
+
+from mmkit.apps.frame import App, output_folder, readable
+from mmkit.apps.segment import Sessions
+from mmkit.checkpoints import write_json
+from mmkit.errors import InputError
+from mmkit.vision.medical import (
+    COLOURS,
+    MedicalSegmentationPipeline,
+    SegmentationResult,
+    Volume,
+    is_volume,
+    load_labels,
+)
+
+MODELS_VARIABLE = "MMKIT_MEDICAL_MODELS"
+"""Environment variable: folders of further models (written by `save_pretrained`), separated as in PATH."""
+
+AUTOMATIC = "Automatic"
+AXES = {"Axial (Z)": 2, "Coronal (Y)": 1, "Sagittal (X)": 0}
+PREDICTION, TRUTH, NOTHING = "Prediction", "Ground truth", "Nothing"
+MAX_WINDOWS = 4096
+"""Inputs that need more windows than this are refused: they would take hours on a CPU."""
+
+_HEADERS = ["Class", "Objects", "Size", "Share", "Mean probability", "Dice"]
+SESSIONS: Any = Sessions(limit=12)
+_PROGRESS = gr.Progress()
+
+
+def model_choices() -> list[str]:
+    """Bundled LightM-UNet weights, then the folders of `MODELS_VARIABLE`."""
+    from mmkit.weights import list_weights, weight_entry
+
+    bundled = [name for name in list_weights() if weight_entry(name).model.startswith("lightm_unet")]
+    return [*bundled, *(f for f in os.environ.get(MODELS_VARIABLE, "").split(os.pathsep) if f)]
+
+
+@functools.lru_cache(maxsize=3)
+def load_pipeline(name: str) -> MedicalSegmentationPipeline:
+    """The pipeline of one of `model_choices()`, loaded once."""
+    if name not in model_choices():
+        raise InputError("No model of that name is offered here.")
+    return MedicalSegmentationPipeline(name)
+
+
+def choose_pipeline(name: str | None, dims: int) -> MedicalSegmentationPipeline:
+    """The named model, or with "Automatic" the first one for pictures (2) or volumes (3)."""
+    if name and name != AUTOMATIC:
+        return load_pipeline(name)
+    for choice in model_choices():
+        pipeline = load_pipeline(choice)
+        if pipeline.dims == dims:
+            return pipeline
+    kind = "pictures" if dims == 2 else "volumes"
+    raise InputError(f"No model for {kind} is installed; train one and name its folder in {MODELS_VARIABLE}.")
+
+
+def predict(
+    source: Any, model: str | None, truth: Any = None, progress: Any = None
+) -> tuple[SegmentationResult, np.ndarray | None]:
+    """Result and ground truth (or None) of a file, array or volume. Raises `InputError` when they do not fit together."""
+    pipeline = choose_pipeline(model, 3 if is_volume(source) else 2)
+
+    def report(done: int, total: int) -> None:
+        if total > MAX_WINDOWS:
+            raise InputError(f"This input needs {total} windows; the page takes at most {MAX_WINDOWS}. Crop it first.")
+        if progress is not None:
+            progress(done / total, desc=f"Window {done} of {total}")
+
+    result = pipeline(source, progress=False, on_progress=report)
+    labels = None if truth is None else load_labels(truth, len(result.classes))
+    if labels is not None and labels.shape != result.mask.shape:
+        raise InputError(
+            f"The ground truth has shape {labels.shape}, the image {result.mask.shape}; they must be equal."
+        )
+    return result, labels
+
+
+def table(result: SegmentationResult, truth: np.ndarray | None) -> list[list[str]]:
+    """The rows of the measures table."""
+    rows = []
+    for row in result.measures(truth):
+        size = f"{row['volume_mm3']:,.0f} mm³" if "volume_mm3" in row else f"{row['area_px']:,.0f} px"
+        probability = "-" if row["mean_probability"] is None else f"{row['mean_probability']:.2f}"
+        overlap = f"{row['dice']:.3f}" if "dice" in row else "-"
+        rows.append([row["class"], str(row["objects"]), size, f"{row['percent']:.2f} %", probability, overlap])
+    return rows
+
+
+def legend(result: SegmentationResult) -> str:
+    """Coloured squares with the class names, as Markdown."""
+    import html
+
+    squares = [
+        f'<span style="color:rgb{COLOURS[1 + (i - 1) % (len(COLOURS) - 1)]};font-size:1.3em">■</span> {html.escape(name)}'
+        for i, name in enumerate(result.classes)
+        if i
+    ]
+    return " &nbsp; ".join(squares)
+
+
+def draw(
+    result: SegmentationResult, truth: np.ndarray | None, show: str, opacity: float, axis: str, index: float
+) -> Image.Image:
+    """The picture, or a slice in true proportions, under the chosen labels."""
+    number = AXES.get(axis, 2)
+    labels = truth if show == TRUTH and truth is not None else result.mask
+    picture = result.overlay(0.0 if show == NOTHING else opacity, int(index), number, labels)
+    if result.mask.ndim == 2:
+        return picture
+    right, up = (s for a, s in enumerate(result.spacing) if a != number)
+    scale = max(1.0, 480 / max(picture.width * right, picture.height * up))
+    return picture.resize(
+        (round(picture.width * right * scale), round(picture.height * up * scale)), Image.Resampling.BICUBIC
+    )
+
+
+def export(result: SegmentationResult, truth: np.ndarray | None) -> tuple[str, str]:
+    """Files for the download buttons: the mask (PNG or NIfTI) and the measures (JSON), under a random folder."""
+    folder = output_folder()
+    mask = result.save(folder / ("mask.png" if result.mask.ndim == 2 else "mask.nii.gz"))
+    write_json(folder / "measures.json", {"spacing": list(result.spacing), "classes": result.measures(truth)})
+    return str(mask), str(folder / "measures.json")
+
+
+def _show(result: SegmentationResult, truth: np.ndarray | None, opacity: float) -> list[Any]:
+    """Every output of the page after a prediction."""
+    volume = result.mask.ndim == 3
+    axis, best = "Axial (Z)", result.best_slice() if volume else 0
+    size = " x ".join(map(str, result.mask.shape))
+    note = f"**{size} {'voxels' if volume else 'pixels'}** in {result.seconds:.1f} s"
+    if volume:
+        note += " · spacing " + " x ".join(f"{s:g}" for s in result.spacing) + " mm"
+    mask, record = export(result, truth)
+    depth = result.mask.shape[2] - 1 if volume else 1
+    return [
+        SESSIONS.add((result, truth)),
+        draw(result, truth, PREDICTION, opacity, axis, best),
+        f"{note} &nbsp; {legend(result)}",
+        table(result, truth),
+        gr.update(value=axis, visible=volume),
+        gr.update(value=best, maximum=depth, visible=volume),
+        gr.update(value=PREDICTION, choices=[PREDICTION, NOTHING] if truth is None else [PREDICTION, TRUTH, NOTHING]),
+        gr.update(value=mask, interactive=True),
+        gr.update(value=record, interactive=True),
+    ]
+
+
+@readable
+def on_file(file: str | None, truth: str | None, model: str, opacity: float, progress: Any = _PROGRESS) -> list[Any]:
+    """A file was dropped, or its truth or the model changed: segment it."""
+    if file is None:
+        return on_clear()
+    progress(0, desc="Reading")
+    return _show(*predict(file, model, truth, progress), opacity)
+
+
+@readable
+def on_sample(volume: bool, opacity: float, progress: Any = _PROGRESS) -> list[Any]:
+    """A drawn sample with its truth; the file boxes are emptied."""
+    from mmkit.vision.medical_training import sample_picture, sample_volume
+
+    progress(0, desc="Drawing")
+    if volume:
+        image, labels = sample_volume(7)
+        source: Any = Volume(image, (1.0, 1.0, 1.2), np.diag([1.0, 1.0, 1.2, 1.0]))
+    else:
+        source, labels = sample_picture(7)
+    return [None, None, *_show(*predict(source, AUTOMATIC, labels, progress), opacity)]
+
+
+def on_clear() -> list[Any]:
+    """The file was taken away: an empty page again."""
+    hidden = gr.update(visible=False)
+    off = gr.update(value=None, interactive=False)
+    return [None, None, "Drop a picture or a volume to begin.", [], hidden, hidden, gr.update(), off, off]
+
+
+@readable
+def on_view(key: str | None, show: str, opacity: float, axis: str, index: float) -> Any:
+    """Another slice, opacity or layer."""
+    return draw(*SESSIONS.get(key), show, opacity, axis, index) if key else None
+
+
+@readable
+def on_axis(key: str | None, show: str, opacity: float, axis: str) -> tuple[Any, Any]:
+    """Another viewing direction: the slider gets its length and stands at the fullest slice."""
+    if not key:
+        return None, gr.update()
+    result, truth = SESSIONS.get(key)
+    best = result.best_slice(AXES[axis])
+    slider = gr.update(value=best, maximum=result.mask.shape[AXES[axis]] - 1)
+    return draw(result, truth, show, opacity, axis, best), slider
+
+
+@readable
+def segment_medical(file: str | None, model: str | None = None, truth: str | None = None) -> tuple[str, dict[str, Any]]:
+    """Segment a picture or a NIfTI volume.
+
+    Args:
+        file: the picture, .nii or .nii.gz file.
+        model: a bundled name; empty chooses by the kind of file.
+        truth: a label map of the same size; adds Dice to the measures.
+
+    Returns:
+        The mask file (PNG or .nii.gz), and {"spacing": [...], "classes": [measures per class]}.
+    """
+    if file is None:
+        raise InputError("Give a file.")
+    result, labels = predict(file, model, truth)
+    return export(result, labels)[0], {"spacing": list(result.spacing), "classes": result.measures(labels)}
+
+
+def build() -> None:
+    """The page."""
+    choices = model_choices()
+    key = gr.State(None)
+    if not choices:
+        gr.Markdown(
+            f"**No model found.** Train one with `python examples/train_nuclei.py`, or name folders in `{MODELS_VARIABLE}`.",
+            elem_id="medical-missing",
+        )
+    with gr.Row():
+        with gr.Column(scale=2):
+            file = gr.File(
+                label="Picture (PNG, JPEG, TIFF) or volume (.nii, .nii.gz)",
+                type="filepath",
+                height=150,
+                elem_id="medical-file",
+            )
+            with gr.Row():
+                picture = gr.Button("Sample picture", elem_id="medical-sample-picture")
+                volume = gr.Button("Sample volume", elem_id="medical-sample-volume")
+            with gr.Accordion("Compare with ground truth", open=False, elem_id="medical-truth-box"):
+                truth = gr.File(
+                    label="Label map of the same size (PNG or NIfTI)",
+                    type="filepath",
+                    height=120,
+                    elem_id="medical-truth",
+                )
+            model = gr.Dropdown(
+                [AUTOMATIC, *choices], value=AUTOMATIC, label="Model", elem_id="medical-model",
+                info="The bundled ones are small: cell nuclei in microscopy pictures, blobs in drawn volumes.",
+            )  # fmt: skip
+            gr.Markdown(
+                "Not a medical device: nothing here was validated for clinical decisions.", elem_id="medical-notice"
+            )
+        with gr.Column(scale=3):
+            view = gr.Image(
+                label="Segmentation", type="pil", interactive=False, format="png", height=500, buttons=["fullscreen"],
+                elem_id="medical-view",
+            )  # fmt: skip
+            status = gr.Markdown("Drop a picture or a volume to begin.", elem_id="medical-status")
+            with gr.Row():
+                axis = gr.Radio(list(AXES), value="Axial (Z)", label="View", visible=False, elem_id="medical-axis")
+                index = gr.Slider(0, 1, value=0, step=1, label="Slice", visible=False, elem_id="medical-slice")
+            with gr.Row():
+                show = gr.Radio([PREDICTION, NOTHING], value=PREDICTION, label="Show", elem_id="medical-show")
+                opacity = gr.Slider(0, 1, value=0.45, step=0.05, label="Opacity", elem_id="medical-opacity")
+            measures = gr.Dataframe(
+                headers=_HEADERS, interactive=False, label="Measures per class", elem_id="medical-measures"
+            )
+            with gr.Row():
+                mask = gr.DownloadButton("Mask", interactive=False, variant="primary", elem_id="medical-mask")
+                record = gr.DownloadButton("Measures (JSON)", interactive=False, elem_id="medical-json")
+    shared = [key, view, status, measures, axis, index, show, mask, record]
+    private = {"api_visibility": "private"}
+    given = [file, truth, model, opacity]
+    file.upload(on_file, given, shared, **private)
+    truth.upload(on_file, given, shared, **private)
+    truth.clear(on_file, given, shared, **private)
+    model.input(on_file, given, shared, **private)
+    file.clear(on_clear, None, shared, **private)
+    picture.click(functools.partial(on_sample, False), opacity, [file, truth, *shared], **private)
+    volume.click(functools.partial(on_sample, True), opacity, [file, truth, *shared], **private)
+    quick: dict[str, Any] = {"show_progress": "hidden", "trigger_mode": "always_last", **private}
+    for control in (index, opacity, show):
+        control.input(on_view, [key, show, opacity, axis, index], view, **quick)
+    axis.input(on_axis, [key, show, opacity, axis], [view, index], **quick)
+    endpoint = [gr.File(visible=False), gr.Textbox(visible=False), gr.File(visible=False)]
+    gr.Button(visible=False).click(
+        segment_medical, endpoint, [gr.File(visible=False), gr.JSON(visible=False)], api_name="segment_medical"
+    )
+
+
+APP = App(
+    "medical",
+    "Medical segmentation",
+    "Drop a microscopy picture or a NIfTI volume: see the segmentation slice by slice, read objects and volumes per class, "
+    "compare with a ground truth, download the mask.",
+    build,
+)

@@ -1,0 +1,84 @@
+"""The medical page in a browser: samples, slices, a dropped picture with its truth, downloads, refusals."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+
+import nibabel
+import numpy as np
+import pytest
+from PIL import Image
+
+from mmkit.apps.medical import model_choices
+from mmkit.vision.medical_training import sample_picture
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(len(model_choices()) < 2, reason="the bundled models are not installed"),
+]
+
+
+def shown(page) -> np.ndarray:
+    """The pixels of the view."""
+    view = page.locator("#medical-view img")
+    view.wait_for()
+    return np.asarray(Image.open(io.BytesIO(page.request.get(view.get_attribute("src")).body())).convert("RGB"))
+
+
+def png(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def drop(page, box: str, name: str, content: bytes) -> None:
+    page.locator(f"{box} input[type=file]").set_input_files(
+        {"name": name, "mimeType": "application/octet-stream", "buffer": content}
+    )
+
+
+def test_sample_volume_is_looked_through_and_taken_home(launch, page, screenshot) -> None:
+    page.goto(launch("medical") + "/medical")
+    page.locator("#medical-sample-volume").click()
+    page.locator("#medical-status", has_text="voxels").wait_for()
+    before = shown(page)
+    page.locator("#medical-measures", has_text="bright blob").wait_for()
+    screenshot(page, "medical-volume")
+    slider = page.locator("#medical-slice input[type=number]")
+    slider.fill("2")
+    slider.press("Enter")
+    page.wait_for_function(
+        "old => document.querySelector('#medical-view img').src !== old",
+        arg=page.locator("#medical-view img").get_attribute("src"),
+    )
+    assert not np.array_equal(before, shown(page))
+    with page.expect_download() as download:
+        page.locator("#medical-mask").click()
+    path = download.value.path()
+    assert nibabel.Nifti1Image.from_bytes(gzip.decompress(path.read_bytes())).shape == (48, 48, 40)
+
+
+def test_a_dropped_picture_is_measured_against_its_truth(launch, page, screenshot) -> None:
+    picture, truth = sample_picture(5)
+    page.goto(launch("medical") + "/medical")
+    drop(page, "#medical-file", "cells.png", png(picture))
+    page.locator("#medical-status", has_text="256 x 256 pixels").wait_for()
+    page.locator("#medical-measures", has_text="nucleus").wait_for()
+    painted = shown(page)
+    red = painted[..., 0].astype(int) - painted[..., 1] > 20
+    assert 2 * (red & (truth > 0)).sum() / (red.sum() + (truth > 0).sum()) > 0.6
+    page.locator("#medical-truth-box button").first.click()
+    drop(page, "#medical-truth", "truth.png", png(truth))
+    page.locator("#medical-show label", has_text="Ground truth").wait_for()
+    screenshot(page, "medical-picture")
+    with page.expect_download() as download:
+        page.locator("#medical-json").click()
+    assert json.loads(download.value.path().read_text())["classes"][0]["dice"] > 0.6
+
+
+def test_a_broken_file_is_explained(launch, page) -> None:
+    page.goto(launch("medical") + "/medical")
+    drop(page, "#medical-file", "scan.nii", b"not a volume")
+    page.locator(".toast-body", has_text="cannot be read as a NIfTI volume").wait_for()

@@ -1,0 +1,85 @@
+"""The medical page's handlers without a browser: which model, which views, and what is refused."""
+
+from __future__ import annotations
+
+import json
+
+import nibabel
+import numpy as np
+import pytest
+from PIL import Image
+
+pytest.importorskip("gradio")
+
+from mmkit.apps import medical
+from mmkit.errors import InputError
+from mmkit.vision.medical import SegmentationResult
+from mmkit.vision.medical_training import sample_picture, sample_volume
+
+pytestmark = pytest.mark.skipif(len(medical.model_choices()) < 2, reason="the bundled models are not installed")
+
+
+def result(shape=(6, 8, 4), spacing=(1.0, 2.0, 1.5)) -> SegmentationResult:
+    mask = np.zeros(shape, np.uint8)
+    mask[1:3, 2:5, 1] = 1
+    image = np.random.default_rng(0).random(shape).astype(np.float32)
+    return SegmentationResult(mask, image, image, ("background", "<b>spot</b>"), spacing, np.eye(4), 0.1)
+
+
+def test_the_kind_of_file_chooses_the_model(tmp_path) -> None:
+    picture, truth = sample_picture(1, 96)
+    Image.fromarray(picture).save(tmp_path / "cells.png")
+    Image.fromarray(truth).save(tmp_path / "truth.png")
+    mask, record = medical.segment_medical(str(tmp_path / "cells.png"), None, str(tmp_path / "truth.png"))
+    assert np.asarray(Image.open(mask)).shape == (96, 96)
+    assert [row["class"] for row in record["classes"]] == ["nucleus"]
+    assert 0 <= record["classes"][0]["dice"] <= 1
+
+    volume, _ = sample_volume(1, (20, 24, 16))
+    nibabel.save(nibabel.Nifti1Image(volume, np.diag([1, 1, 3, 1])), tmp_path / "scan.nii.gz")
+    mask, record = medical.segment_medical(str(tmp_path / "scan.nii.gz"))
+    assert nibabel.load(mask).shape == (20, 24, 16)
+    assert record["spacing"] == [1.0, 1.0, 3.0]
+    with pytest.raises(Exception, match="must be equal"):
+        medical.segment_medical(str(tmp_path / "cells.png"), None, str(tmp_path / "scan.nii.gz"))
+    with pytest.raises(Exception, match="No model of that name"):
+        medical.segment_medical(str(tmp_path / "cells.png"), "/etc")
+
+
+def test_views_keep_proportions_and_names_are_escaped() -> None:
+    found = result()
+    picture = medical.draw(found, None, medical.PREDICTION, 0.5, "Axial (Z)", 1)
+    assert picture.size == (180, 480)
+    side = medical.draw(found, None, medical.PREDICTION, 0.5, "Sagittal (X)", 99)
+    assert side.size[0] / side.size[1] == pytest.approx(8 * 2 / (4 * 1.5), rel=0.01)
+    assert "&lt;b&gt;" in medical.legend(found)
+    (row,) = medical.table(found, found.mask)
+    assert row[1:3] == ["1", "18 mm³"]
+    assert row[-1] == "1.000"
+
+
+def test_truth_and_nothing_can_be_shown() -> None:
+    found = result()
+    truth = np.zeros_like(found.mask)
+    truth[5, 7, 1] = 1
+    views = {
+        s: np.asarray(medical.draw(found, truth, s, 1.0, "Axial (Z)", 1))
+        for s in ("Prediction", "Ground truth", "Nothing")
+    }
+    assert not np.array_equal(views["Prediction"], views["Ground truth"])
+    assert not np.array_equal(views["Nothing"], views["Ground truth"])
+    assert (np.ptp(views["Nothing"].astype(int), axis=-1) == 0).all()
+
+
+def test_export_writes_what_the_table_shows() -> None:
+    found = result()
+    mask, record = medical.export(found, None)
+    assert mask.endswith("mask.nii.gz")
+    with open(record) as f:
+        assert json.load(f)["classes"] == found.measures()
+
+
+def test_oversized_inputs_are_refused(monkeypatch) -> None:
+    monkeypatch.setattr(medical, "MAX_WINDOWS", 0)
+    with pytest.raises(InputError, match="Crop it first"):
+        medical.predict(sample_picture(0, 64)[0], medical.AUTOMATIC)

@@ -200,7 +200,7 @@ class _Run:
         seed_everything(mix_seed(config.seed, self.rank))
         trainee.train()
         freeze_running_statistics(trainee)
-        share_weights(self.accelerator, trainee)
+        self.sharded = share_weights(self.accelerator, trainee)
         self.trainee, self.optimizer = self.accelerator.prepare(trainee, optimizer)
         self.inner = self.accelerator.unwrap_model(self.trainee)
         self.fingerprint = {
@@ -380,10 +380,7 @@ class _Run:
             log.add("history", row)
 
     def _metrics(self) -> dict[str, float]:
-        from accelerate.utils import DistributedType
-
-        default = self.metrics_fn is None
-        shared = default and self.world > 1 and self.accelerator.distributed_type != DistributedType.FSDP
+        shared = self.metrics_fn is None and self.world > 1 and not self.sharded
         loader = EvalLoader(
             self.val,
             self.config.batch_size,
@@ -404,6 +401,10 @@ class _Run:
         finally:
             self.trainee.train()
             freeze_running_statistics(self.inner)
+            if self.sharded:  # without a backward pass FSDP would leave its root whole
+                for module in self.trainee.modules():
+                    if hasattr(module, "reshard"):
+                        module.reshard()
         if not isinstance(found, dict):
             raise InputError(f"metrics_fn must return a dict of numbers, not {type(found).__name__}.")
         return {str(k): float(v) for k, v in found.items()}

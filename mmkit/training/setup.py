@@ -71,13 +71,15 @@ def make_accelerator(config: FitConfig) -> Any:
     return accelerator
 
 
-def share_weights(accelerator: Any, module: nn.Module) -> None:
-    """Give all processes the first one's weights before FSDP shards them, as DDP does by itself."""
+def share_weights(accelerator: Any, module: nn.Module) -> bool:
+    """Give all processes the first one's weights before FSDP shards them (DDP does by itself); returns whether it will."""
     from accelerate.utils import DistributedType, broadcast
 
-    if accelerator.distributed_type == DistributedType.FSDP:
-        for tensor in [*module.parameters(), *module.buffers()]:
-            tensor.data.copy_(broadcast(tensor.data.to(accelerator.device), from_process=0))
+    if accelerator.distributed_type != DistributedType.FSDP:
+        return False
+    for tensor in [*module.parameters(), *module.buffers()]:
+        tensor.data.copy_(broadcast(tensor.data.to(accelerator.device), from_process=0))
+    return True
 
 
 def parameter_groups(

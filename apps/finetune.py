@@ -193,15 +193,15 @@ def pack(folder: Path, archive: Path, skip: str = "training") -> str:
 
 
 def examples_with_predictions(prepared: Prepared, count: int = SHOWN) -> list[tuple[Image.Image, str]]:
-    """Held-back pictures spread over the classes, captioned with truth and prediction."""
+    """Held-back pictures spread over the classes, captioned with right or wrong, the prediction and its probability."""
     plain = prepared.val.with_transform(None)
     indices = sorted(range(len(plain)), key=lambda i: (plain.labels[:i].count(plain.labels[i]), plain.labels[i]))
     pictures = [plain[i] for i in indices[:count]]
     found = ImageClassificationPipeline(prepared.model)([p for p, _ in pictures], top_k=1)
     shown = []
     for (picture, label), result in zip(pictures, found, strict=True):
-        mark = "✓" if result.label == prepared.classes[label] else f"✗ is {prepared.classes[label]}"
-        shown.append((enlarge(picture), f"{result.label} {100 * result.scores[0]:.0f} % {mark}"))
+        mark = "✓" if result.label == prepared.classes[label] else "✗"
+        shown.append((enlarge(picture), f"{mark} {result.label} {100 * result.scores[0]:.0f} %"))
     return shown
 
 
@@ -218,7 +218,7 @@ def show_plan(
     source: str, archive: str | None, backbone: str, method: str, request: gr.Request
 ) -> tuple[Any, Any, Any, Any, Any, Any]:
     """What will be trained, before training: data summary, examples, figures, map, the method's sentence, Train enabled."""
-    blank = (None, "", "", METHODS.get(method, ""), gr.update(interactive=False))
+    blank = ("", "", "", METHODS.get(method, ""), gr.update(interactive=False))
     try:
         data = open_data(source, archive, _session(request))
         prepared = build_model(data, backbone, method)
@@ -226,7 +226,7 @@ def show_plan(
         return (f"⚠️ {html.escape(str(error))}", *blank)
     firsts = [data.labels.index(i) for i in range(min(len(data.classes), 10))]
     raw = data.with_transform(None)
-    gallery = [(enlarge(raw[i][0]), data.classes[data.labels[i]]) for i in firsts]
+    examples = view.strip([(raw[i][0], data.classes[data.labels[i]]) for i in firsts])
     skipped = f" {len(data.skipped)} unreadable files are left out." if data.skipped else ""
     summary = (
         f"**{len(data.classes)} classes**: {len(prepared.train):,} pictures to train on, {len(prepared.val):,} held back "
@@ -234,7 +234,7 @@ def show_plan(
     )
     return (
         summary,
-        gallery,
+        examples,
         view.plan_figures(prepared),
         view.model_map(prepared),
         METHODS.get(method, ""),
@@ -288,8 +288,8 @@ def train(
     losses: list[tuple[int, float]] = []
     points: list[tuple[float, float]] = []
     folder = session.new_folder("run")
-    keep = (gr.skip(),) * 6
-    yield (f"Run {run}: preparing ...", view.loss_curve([]), view.accuracy_curve([*session.curves, (run, [])]), *keep)
+    keep = (gr.skip(),) * 8
+    yield (f"Run {run}: preparing ...", view.loss_curve([]), view.accuracy_curve(session.curves, epochs), *keep)
     options = {"epochs": int(epochs), "lr": lr or None, "batch_size": int(batch_size), "seed": int(seed)}
     result = None
     for steps, result in train_in_thread(prepared, stop, output_dir=folder, **options):
@@ -304,7 +304,7 @@ def train(
             if points:
                 status += f", {view.percent(points[-1][1])} right"
             curves = [*session.curves, (run, points)]
-            yield (status, view.loss_curve(losses), view.accuracy_curve(curves), *keep)
+            yield (status, view.loss_curve(losses, last.total), view.accuracy_curve(curves, epochs), *keep)
     assert result is not None  # train_in_thread ends with it or raises
     history = [(h["epoch"], h["accuracy"]) for h in result.fit.history if "accuracy" in h]
     yield finish(session, result, run, backbone, losses, history)
@@ -327,8 +327,10 @@ def finish(
     table = view.runs_table(session.runs)
     curves = (view.loss_curve(losses), view.accuracy_curve(session.curves))
     if not report["steps"] or result.folder is None:
-        return (status, *curves, gr.update(visible=False), "", None, None, table, "")
+        return (status, *curves, gr.update(visible=False), "", None, None, table, "", gr.skip(), gr.skip())
     session.result = result
+    adapted = result.prepared.adapter is not None
+    archive = result.folder.with_name(f"mmkit-{report['method']}-{uuid.uuid4().hex[:6]}.zip")
     if report["accuracy"] is not None:
         status += f" {view.percent(report['accuracy'])} of {report['val_images']} held-back pictures are right."
     return (
@@ -337,9 +339,11 @@ def finish(
         gr.update(visible=True),
         view.result_figures(report),
         examples_with_predictions(result.prepared),
-        pack(result.folder, result.folder.with_name(f"mmkit-{report['method']}-{uuid.uuid4().hex[:6]}.zip")),
+        gr.update(value=pack(result.folder, archive), label=f"Download the {'adapter' if adapted else 'model'}"),
         table,
         "",
+        gr.update(visible=adapted),
+        gr.update(visible=False),
     )
 
 
@@ -436,10 +440,7 @@ def _controls() -> dict[str, Any]:
         elem_id="finetune-zip",
     )  # fmt: skip
     c["data"] = gr.Markdown(elem_id="finetune-data")
-    c["examples"] = gr.Gallery(
-        label="One picture of each class", columns=5, height=170, object_fit="contain", format="png", buttons=[],
-        interactive=False, elem_id="finetune-examples",
-    )  # fmt: skip
+    c["examples"] = gr.HTML(elem_id="finetune-examples", padding=False)
     gr.Markdown("### 2 · Model and method")
     first = next(iter(BACKBONES))
     c["backbone"] = gr.Dropdown(list(BACKBONES), value=first, label="Backbone", elem_id="finetune-backbone")
@@ -466,20 +467,14 @@ def _controls() -> dict[str, Any]:
 def _results(c: dict[str, Any]) -> None:
     """The right column: the plan, the curves, the result."""
     gr.Markdown("### What will be trained")
-    c["figures"] = gr.HTML(elem_id="finetune-figures")
+    c["figures"] = gr.HTML("Preparing ...", elem_id="finetune-figures")
     with gr.Accordion("Where in the model", open=True, elem_id="finetune-where"):
         c["map"] = gr.HTML(elem_id="finetune-map")
     gr.Markdown("### 3 · Training")
     c["status"] = gr.Textbox("Press Train.", label="Status", interactive=False, lines=1, elem_id="finetune-status")
     with gr.Row():
-        c["loss"] = gr.LinePlot(
-            x="step", y="loss", title="Training loss", x_title="step", y_title="loss", height=230, buttons=[],
-            container=False, elem_id="finetune-loss",
-        )  # fmt: skip
-        c["accuracy"] = gr.LinePlot(
-            x="epoch", y="right", color="run", title="Held-back pictures right (%)", x_title="epoch", y_title="%",
-            y_lim=[0, 100], height=230, buttons=[], container=False, elem_id="finetune-accuracy",
-        )  # fmt: skip
+        c["loss"] = gr.HTML(view.loss_curve([]), elem_id="finetune-loss", min_height=200)
+        c["accuracy"] = gr.HTML(view.accuracy_curve([]), elem_id="finetune-accuracy", min_height=200)
     with gr.Column(visible=False, elem_id="finetune-result") as c["result"]:
         gr.Markdown("### 4 · Result")
         c["result_figures"] = gr.HTML(elem_id="finetune-result-figures")
@@ -488,10 +483,12 @@ def _results(c: dict[str, Any]) -> None:
             c["merge"] = gr.Button("Merge into the weights", elem_id="finetune-merge")
             c["merged"] = gr.DownloadButton("Download the merged model", visible=False, elem_id="finetune-merged")
         c["merge_text"] = gr.Markdown(elem_id="finetune-merge-text")
+        gr.Markdown(
+            "What the model says about held-back pictures; ✗ is wrong. Click one to try it below, or bring your own."
+        )
         c["shown"] = gr.Gallery(
-            label="Held-back pictures: what the model says (click one to try it below)", columns=6, height=270,
-            object_fit="contain", format="png", buttons=[], interactive=False, allow_preview=False,
-            elem_id="finetune-shown",
+            label="Held-back pictures", show_label=False, columns=6, height=235, object_fit="contain", format="png", buttons=[],
+            interactive=False, allow_preview=False, elem_id="finetune-shown",
         )  # fmt: skip
         with gr.Row():
             c["image"] = gr.Image(
@@ -526,7 +523,7 @@ def build() -> None:
     settings = [c["epochs"], c["lr"], c["batch"], c["seed"], c["augment"]]
     outputs = [
         c["status"], c["loss"], c["accuracy"], c["result"], c["result_figures"], c["shown"], c["download"], c["runs"],
-        c["merge_text"],
+        c["merge_text"], c["merge"], c["merged"],
     ]  # fmt: skip
     limit: dict[str, Any] = {"concurrency_id": "training", "concurrency_limit": 1}
     started = c["train"].click(begin, None, [*buttons, c["status"], c["result"]], queue=False, **private)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import html
+import io
 from typing import Any
 
-import pandas as pd
+from PIL import Image
 
 from mmkit.backbones import backbone_info
 from mmkit.finetune import Prepared
@@ -72,7 +74,7 @@ def plan_figures(prepared: Prepared) -> str:
             ("numbers are trained", f"{trained:,}"),
             (f"of {total:,} in the model", f"{100 * trained / total:.1f} %"),
             ("places in the model", str(sites)),
-            ("to take away", size(4 * trained)),
+            ("file to take away, about", size(4 * trained)),
         ]
     )
 
@@ -85,7 +87,7 @@ def result_figures(report: dict[str, Any]) -> str:
             "not measured" if report["accuracy"] is None else percent(report["accuracy"]),
         ),
         ("numbers trained", f"{report['trainable_parameters']:,}"),
-        ("to take away", size(report["file_size"])),
+        ("file to take away", size(report["file_size"])),
         ("of training", f"{report['seconds']:.1f} s"),
     ]
     if report["merge_error"] is not None:
@@ -107,18 +109,83 @@ def runs_table(runs: list[dict[str, Any]]) -> list[list[str]]:
     ]  # fmt: skip
 
 
-def loss_curve(losses: list[tuple[int, float]], points: int = 200) -> pd.DataFrame:
-    """Columns step, loss; long runs are averaged down to `points` rows."""
-    frame = pd.DataFrame(losses, columns=["step", "loss"]).astype({"step": int, "loss": float})
-    if len(frame) > points:
-        frame = frame.groupby(frame.index * points // len(frame)).agg({"step": "max", "loss": "mean"})
-    return frame
+COLOURS = ("#0d9488", "#d97706", "#7c3aed", "#db2777", "#2563eb", "#65a30d")
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 380, 190, 40, 14, 8, 30
 
 
-def accuracy_curve(runs: list[tuple[str, list[tuple[float, float]]]]) -> pd.DataFrame:
-    """Columns epoch, right (percent), run for `(run, [(epoch, accuracy)])`."""
-    rows = [(epoch, 100 * accuracy, name) for name, points in runs for epoch, accuracy in points]
-    return pd.DataFrame(rows, columns=["epoch", "right", "run"]).astype({"epoch": float, "right": float})
+def loss_curve(losses: list[tuple[int, float]], total: int = 0, points: int = 150) -> str:
+    """Training loss over the steps, up to `total`; long runs are averaged down to `points` points."""
+    count = -(-len(losses) // points) or 1
+    chunks = [losses[i : i + count] for i in range(0, len(losses), count)]
+    line = [(float(c[-1][0]), sum(y for _, y in c) / len(c)) for c in chunks]
+    top = max((y for _, y in line), default=1.0)
+    last = f"{losses[-1][1]:.3f}" if losses else ""
+    right = max(total, losses[-1][0] if losses else 1, 2)
+    return _chart("Training loss", "step", [("", line)], (1, right), (0, top * 1.05 or 1.0), "{:.2g}", last)
+
+
+def accuracy_curve(runs: list[tuple[str, list[tuple[float, float]]]], epochs: float = 1) -> str:
+    """Share of held-back pictures that are right, over the epochs, for `(run, [(epoch, accuracy)])`; runs have their own colours."""
+    shown = [(name, points) for name, points in runs if points]
+    right = max([epochs, 2, *(points[-1][0] for _, points in shown)])
+    last = percent(runs[-1][1][-1][1]) if runs and runs[-1][1] else ""
+    return _chart("Held-back pictures right", "epoch", shown, (0, right), (0, 1), "{:.0%}", last)
+
+
+def _chart(
+    title: str,
+    axis: str,
+    series: list[tuple[str, list[tuple[float, float]]]],
+    x_range: tuple[float, float],
+    y_range: tuple[float, float],
+    number: str,
+    last: str,
+) -> str:
+    """Lines as inline SVG in the page's colours, with the newest value in the title and a legend for named series."""
+
+    def x(v: float) -> float:
+        return LEFT + (v - x_range[0]) / (x_range[1] - x_range[0]) * (WIDTH - LEFT - RIGHT)
+
+    def y(v: float) -> float:
+        return HEIGHT - BOTTOM - (v - y_range[0]) / (y_range[1] - y_range[0]) * (HEIGHT - TOP - BOTTOM)
+
+    parts = []
+    for i in range(5):
+        v = y_range[0] + i / 4 * (y_range[1] - y_range[0])
+        parts.append(f'<path class="grid" d="M{LEFT} {y(v):.1f}H{WIDTH - RIGHT}"/>')
+        parts.append(f'<text x="{LEFT - 6}" y="{y(v) + 4:.1f}" text-anchor="end">{number.format(v)}</text>')
+        h = x_range[0] + i / 4 * (x_range[1] - x_range[0])
+        parts.append(f'<text x="{x(h):.1f}" y="{HEIGHT - 12}" text-anchor="middle">{h:.4g}</text>')
+    first = max(0, len(series) - len(COLOURS))
+    for i, (_, points) in enumerate(series[first:]):
+        path = "L".join(f"{x(a):.1f} {y(min(max(b, y_range[0]), y_range[1])):.1f}" for a, b in points)
+        end = path.rpartition("L")[2].split(" ") if path else None
+        parts.append(f'<path d="M{path}" fill="none" stroke="{COLOURS[i]}" stroke-width="2"/>' if path else "")
+        parts.append(f'<circle cx="{end[0]}" cy="{end[1]}" r="3" fill="{COLOURS[i]}"/>' if end else "")
+    legend = "".join(
+        f'<span><i style="background:{COLOURS[i]}"></i>{html.escape(name)}</span>'
+        for i, (name, _) in enumerate(series[first:])
+        if name
+    )
+    return (
+        f'<figure class="ft-chart"><figcaption><b>{title}</b><em>{last}</em></figcaption>'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{title} {last}">{"".join(parts)}'
+        f'<text x="{WIDTH - RIGHT}" y="{HEIGHT}" text-anchor="end">{axis}</text></svg><div>{legend}</div></figure>'
+    )
+
+
+def strip(pictures: list[tuple[Image.Image, str]], side: int = 56) -> str:
+    """Small pictures in a row with their names, inside the page itself."""
+    cells = []
+    for picture, name in pictures:
+        small = picture.copy()
+        small.thumbnail((2 * side, 2 * side))
+        file = io.BytesIO()
+        small.save(file, "PNG")
+        data = base64.b64encode(file.getvalue()).decode()
+        text = html.escape(name)
+        cells.append(f'<div><img src="data:image/png;base64,{data}" alt="Example of {text}"><span>{text}</span></div>')
+    return f'<div class="ft-strip">{"".join(cells)}</div>'
 
 
 def percent(share: float) -> str:
@@ -132,19 +199,33 @@ def size(count: float) -> str:
 
 
 CSS = """<style>
-.ft-figures {display: flex; flex-wrap: wrap; gap: 8px 36px; padding: 6px 2px;}
+.ft-figures {display: flex; flex-wrap: wrap; gap: 8px 32px; padding: 2px;}
 .ft-figures div {display: flex; flex-direction: column;}
-.ft-figures b {font-size: 1.7em; line-height: 1.25; color: var(--body-text-color); font-variant-numeric: tabular-nums;}
+.ft-figures b {font-size: 1.6em; line-height: 1.25; color: var(--body-text-color); font-variant-numeric: tabular-nums;}
 .ft-figures span {color: var(--body-text-color-subdued); font-size: .9em;}
 .ft-map {max-height: 330px; overflow-y: auto;}
-.ft-map table {width: 100%; border-collapse: collapse; font-size: .9em;}
-.ft-map th {text-align: left; font-weight: 600; padding: 3px 8px; color: var(--body-text-color-subdued);}
-.ft-map td {padding: 3px 8px; border-top: 1px solid var(--border-color-primary); font-variant-numeric: tabular-nums;}
+.ft-map table {width: 100%; border-collapse: collapse; font-size: .9em; border: 0 !important; margin: 0 !important;}
+.ft-map tr {border: 0 !important; background: none !important;}
+.ft-map th, .ft-map td {text-align: left; padding: 4px 8px !important; border: 0 !important; color: var(--body-text-color);}
+.ft-map td {border-top: 1px solid var(--border-color-primary) !important; font-variant-numeric: tabular-nums;}
+.ft-map th {font-weight: 600; color: var(--body-text-color-subdued);}
 .ft-map td:nth-child(1) {white-space: nowrap; font-family: var(--font-mono);}
-.ft-map td:nth-child(2) {width: 26%;}
-.ft-map td:nth-child(3) {white-space: nowrap; text-align: right;}
+.ft-map td:nth-child(2) {width: 24%;}
+.ft-map th:nth-child(3), .ft-map td:nth-child(3) {white-space: nowrap; text-align: right;}
 .ft-map td:nth-child(4) {color: var(--body-text-color-subdued); font-family: var(--font-mono); font-size: .92em;}
 .ft-map i {display: block; height: 12px; border-radius: 3px; background: var(--color-accent);}
 .ft-map tr.off td {color: var(--body-text-color-subdued);}
+.ft-chart {margin: 0;}
+.ft-chart figcaption {display: flex; justify-content: space-between; color: var(--body-text-color);}
+.ft-chart em {font-style: normal; font-variant-numeric: tabular-nums;}
+.ft-chart svg {width: 100%; height: auto; display: block;}
+.ft-chart text {font-size: 11px; fill: var(--body-text-color-subdued);}
+.ft-chart .grid {stroke: var(--border-color-primary); stroke-width: 1;}
+.ft-chart div {display: flex; flex-wrap: wrap; gap: 2px 14px; font-size: .9em; min-height: 1.4em; color: var(--body-text-color);}
+.ft-chart div i {display: inline-block; width: 10px; height: 10px; border-radius: 5px; margin-right: 5px;}
+.ft-strip {display: flex; flex-wrap: wrap; gap: 8px;}
+.ft-strip div {display: flex; flex-direction: column; align-items: center; width: 56px;}
+.ft-strip img {width: 56px; height: 56px; object-fit: cover; border-radius: 6px;}
+.ft-strip span {font-size: .85em; max-width: 100%; overflow: hidden; text-overflow: ellipsis; white-space: nowrap;}
 </style>"""
 """Style of the pieces above, inside the page that uses them."""

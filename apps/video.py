@@ -29,7 +29,7 @@ HELP = """
 frames are the same, only their order is new, and left becomes right. A model that averages frames cannot tell.
 **4.** Switch to *merged*: same answer, fewer parameters, nothing left to compute for the adapters.
 
-The bundled model is tiny and was trained on drawn clips: it tells where **one clear object** goes over a **still background**.
+The bundled model is tiny and was trained on drawn clips: it tells where **one bright object** goes over a **darker, still background**.
 """
 
 
@@ -72,12 +72,13 @@ def draw_clip(direction: str = ANY) -> str:
 def film_strip(frames: np.ndarray[Any, Any], seconds: np.ndarray[Any, Any], height: int = 120) -> Image.Image:
     """The frames in a row, each with its time."""
     width = max(1, round(frames.shape[2] * height / frames.shape[1]))
-    strip = Image.new("RGB", (len(frames) * (width + 6) - 6, height + 22), "white")
+    top = 44  # room for the caption that the page lays over the picture
+    strip = Image.new("RGB", (len(frames) * (width + 6) - 6, top + height + 22), "white")
     pen = ImageDraw.Draw(strip)
     for i, (frame, second) in enumerate(zip(frames, seconds, strict=True)):
         x = i * (width + 6)
-        strip.paste(Image.fromarray(frame).resize((width, height), Image.Resampling.NEAREST), (x, 0))
-        pen.text((x + 2, height + 4), f"{second:.2f} s", fill=(51, 65, 85), font_size=14)
+        strip.paste(Image.fromarray(frame).resize((width, height), Image.Resampling.NEAREST), (x, top))
+        pen.text((x + 2, top + height + 4), f"{second:.2f} s", fill=(51, 65, 85), font_size=14)
     return strip
 
 
@@ -179,11 +180,8 @@ def build() -> None:
     with gr.Row():
         with gr.Column(scale=1, min_width=320):
             video = gr.Video(label="Clip", sources=["upload"], height=280, elem_id="video-clip")
-            with gr.Row():
-                wanted = gr.Dropdown(
-                    list(DIRECTIONS), value=ANY, label="Draw an object that", elem_id="video-direction", min_width=140
-                )
-                draw = gr.Button("Draw a clip", variant="primary", elem_id="video-draw", min_width=120)
+            wanted = gr.Dropdown(list(DIRECTIONS), value=ANY, label="Draw an object that", elem_id="video-direction")
+            draw = gr.Button("Draw a clip", variant="primary", elem_id="video-draw")
             play = gr.Radio([FORWARDS, BACKWARDS], value=FORWARDS, label="Play it to the model", elem_id="video-play")
             form = gr.Radio([SEPARATE, MERGED], value=SEPARATE, label="Model", elem_id="video-form")
             window = gr.Slider(
@@ -220,9 +218,8 @@ def build() -> None:
                         elem_id="video-forms",
                     )
                     verdict = gr.Textbox(label="Difference", interactive=False, elem_id="video-verdict")
-                with gr.Tab("Which head looks where"):
+                with gr.Tab("Which head looks where") as heads_tab:
                     heads = gr.Plot(label="Frame offsets", show_label=False, elem_id="video-heads")
-                    show = gr.Button("Show the heads", elem_id="video-show-heads")
     controls = [video, window, play, form]
     gr.on(
         [c.change for c in controls],
@@ -236,7 +233,7 @@ def build() -> None:
     draw.click(draw_clip, inputs=wanted, outputs=video, api_name="video_draw")
     gr.on(None, draw_clip, outputs=video, api_visibility="private")  # once, when the page opens
     run.click(compare, outputs=[forms, verdict], api_name="video_compare")
-    show.click(head_map, outputs=heads, api_visibility="private")
+    heads_tab.select(head_map, outputs=heads, api_visibility="private")
 
 
 APP = App(

@@ -69,7 +69,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=60, help="stop early after this time")
     parser.add_argument("--bundle", action="store_true", help="write the weights into mmkit/weights")
@@ -110,7 +110,7 @@ def main() -> None:
             model="video_classifier",
             config=CONFIG,
             summary="Where the one clear object in a clip is going, at 32 px and 8 frames. Made from drawn clips: it knows "
-            "steady motion over a still background, not actions, and is easily fooled by a moving camera.",
+            "steady motion of a bright object over a darker still background, not actions, and is easily fooled by a moving camera.",
             licence="Apache-2.0",
             command=f"python examples/train_motion_default.py --steps {args.steps} --seed {args.seed} --bundle",
             data="procedural: one ellipse or box moving over a smooth random background",

@@ -18,9 +18,8 @@ def drawn_motion(
 ) -> tuple[Tensor, Tensor]:
     """Clips `(batch, frames, 3, size, size)` with values in 0..1, and their classes (indices into `MOTIONS`).
 
-    An ellipse or box of 7 to 16 px in a random colour moves 1 to 4 px a frame (for 48 px and 8 frames; other sizes and lengths
-    show the same scenes), or stands still, over a smooth random background. Brightness, contrast and noise vary. A single
-    frame does not tell the class.
+    A bright ellipse or box of 8 to 16 px moves 1.5 to 4 px a frame (for 48 px and 8 frames; other sizes and lengths show the
+    same scenes), or stands still, over a darker, smooth, random background. A single frame does not tell the class.
 
     Args:
         batch: number of clips.
@@ -36,12 +35,12 @@ def drawn_motion(
     if label is not None:
         labels = torch.full_like(labels, label)
     t = torch.linspace(-3.5, 3.5, frames) if frames > 1 else torch.zeros(1)
-    speed = uniform(1.0, 4.0, batch)
+    speed = uniform(1.5, 4.0, batch)
     dx = torch.where(labels == 0, -speed, torch.where(labels == 1, speed, uniform(-0.15, 0.15, batch)))
     dy = torch.where(labels == 2, -speed, torch.where(labels == 3, speed, uniform(-0.15, 0.15, batch)))
     x = uniform(14, 34, batch)[:, None] + dx[:, None] * t
     y = uniform(14, 34, batch)[:, None] + dy[:, None] * t
-    rx, ry = uniform(3.5, 8, batch), uniform(3.5, 8, batch)
+    rx, ry = uniform(4, 8, batch), uniform(4, 8, batch)
     axis = (torch.arange(size) + 0.5) * (48 / size)
     u = ((axis - x[..., None]) / rx[:, None, None])[:, :, None, :]  # (batch, T, 1, W)
     v = ((axis - y[..., None]) / ry[:, None, None])[:, :, :, None]
@@ -49,9 +48,8 @@ def drawn_motion(
     distance = torch.where(box, torch.maximum(u.abs(), v.abs()), (u.square() + v.square()).sqrt())
     mask = ((1 - distance) * 5).clamp(0, 1).unsqueeze(2)  # soft edge
     ground = F.interpolate(uniform(0, 1, batch, 3, 5, 5), (size, size), mode="bicubic", align_corners=False).clamp(0, 1)
-    ground = 0.5 + (ground - 0.5) * uniform(0.1, 0.8, batch)[:, None, None, None]
-    dark = torch.rand(batch, 3, generator=generator) < 0.5
-    colour = torch.where(dark, uniform(0, 0.25, batch, 3), uniform(0.75, 1, batch, 3))
+    ground = ground * uniform(0.1, 0.5, batch)[:, None, None, None]
+    colour = uniform(0.6, 1, batch, 3)
     clips = ground[:, None] * (1 - mask) + colour[:, None, :, None, None] * mask
-    clips = clips * uniform(0.7, 1.2, batch)[:, None, None, None, None]
+    clips = clips * uniform(0.8, 1.1, batch)[:, None, None, None, None]
     return (clips + 0.02 * torch.randn(clips.shape, generator=generator)).clamp(0, 1), labels

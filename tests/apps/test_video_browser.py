@@ -33,7 +33,6 @@ def test_a_clip_is_drawn_classified_reversed_and_merged(launch, page, screenshot
     )
     screenshot(page, "video-merged")
     page.get_by_role("tab", name="Which head looks where").click()
-    page.locator("#video-show-heads").click()
     page.wait_for_function("document.querySelector('#video-heads img')?.naturalWidth > 100")
     screenshot(page, "video-heads")
     bad = tmp_path / "bad.mp4"

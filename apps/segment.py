@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 
 from mmkit.apps.frame import App, output_folder, readable
 from mmkit.errors import InputError
-from mmkit.vision.interactive import InteractiveSegmenter, Mask
+from mmkit.vision.interactive import RANDOM_WALKER, InteractiveSegmenter, Mask
 
 MODELS_VARIABLE = "MMKIT_SEGMENT_MODELS"
 """Environment variable: folders of further models (SqueezeSAM, SAM, SAM 2), separated as in PATH."""
@@ -57,12 +57,12 @@ SESSIONS = Sessions()
 
 
 def model_choices() -> list[str]:
-    """Bundled SqueezeSAM weights, then the folders of `MODELS_VARIABLE`."""
+    """Bundled SqueezeSAM weights, the random walker, and the folders of `MODELS_VARIABLE`."""
     from mmkit.weights import list_weights, weight_entry
 
     bundled = [name for name in list_weights() if weight_entry(name).model.startswith("squeeze_sam")]
     folders = [f for f in os.environ.get(MODELS_VARIABLE, "").split(os.pathsep) if f]
-    return [*bundled, *folders]
+    return [*bundled, RANDOM_WALKER, *folders]
 
 
 @functools.lru_cache(maxsize=3)
@@ -134,14 +134,10 @@ def _outputs(
 
 
 @readable
-def on_upload(image: Image.Image | None, model: str | None, opacity: float) -> tuple[Any, ...]:
+def on_upload(image: Image.Image | None, model: str, opacity: float) -> tuple[Any, ...]:
     """A new picture: a session of its own and a first proposal."""
     if image is None:
         return (None, *on_clear()[1:])
-    if not model:
-        raise InputError(
-            f"No model is installed. Put a model's folder into the environment variable {MODELS_VARIABLE}."
-        )
     image.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
     segmenter = InteractiveSegmenter(load_engine(model))
     start = time.perf_counter()
@@ -152,7 +148,7 @@ def on_upload(image: Image.Image | None, model: str | None, opacity: float) -> t
     return SESSIONS.add(segmenter), *_outputs(segmenter, opacity, seconds, sure)
 
 
-def on_sample(model: str | None, opacity: float) -> tuple[Any, ...]:
+def on_sample(model: str, opacity: float) -> tuple[Any, ...]:
     """The sample picture instead of one's own."""
     return on_upload(Image.open(sample_picture()).convert("RGB"), model, opacity)
 
@@ -226,8 +222,8 @@ def segment(image: Image.Image | None, prompt: dict[str, Any] | None, model: str
         {"segmentation": COCO run-length encoding, "polygons": [...], "predicted_iou": number or null}.
     """
     choices = model_choices()
-    if image is None or not choices:
-        raise InputError("Give a picture." if choices else "No segmentation model is installed.")
+    if image is None:
+        raise InputError("Give a picture.")
     prompt = prompt or {}
     if not isinstance(prompt, dict) or set(prompt) - {"points", "labels", "box"}:
         raise InputError('The prompt must be like {"points": [[x, y]], "labels": [1], "box": [x0, y0, x1, y1]}.')
@@ -247,12 +243,8 @@ def sample_picture() -> Path:
 def build() -> None:
     """The page."""
     choices = model_choices()
+    labelled = [(Path(name).name, name) for name in choices]
     key, corner = gr.State(None), gr.State(None)
-    if not choices:
-        gr.Markdown(
-            f"**No model found.** Train one with `python examples/train_squeeze_sam.py`, or name folders in `{MODELS_VARIABLE}`.",
-            elem_id="segment-missing",
-        )
     with gr.Row():
         with gr.Column(scale=3):
             picture = gr.Image(
@@ -276,8 +268,8 @@ def build() -> None:
                 record = gr.DownloadButton("Mask (COCO JSON)", interactive=False, elem_id="segment-json")
             opacity = gr.Slider(0, 1, value=0.5, step=0.05, label="Mask opacity", elem_id="segment-opacity")
             model = gr.Dropdown(
-                choices, value=choices[0] if choices else None, label="Model", elem_id="segment-model",
-                info="The bundled one is small and trained mostly on cats and dogs: expect to correct it elsewhere.",
+                labelled, value=choices[0], label="Model", elem_id="segment-model",
+                info="squeezesam-photo is small and was trained mostly on cats and dogs; random-walker follows colours only.",
             )  # fmt: skip
     shared = [picture, cutout, status, corner, png, record]
     quick = {"show_progress": "minimal", "api_visibility": "private"}

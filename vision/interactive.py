@@ -28,8 +28,11 @@ from mmkit.checkpoints import atomic_write, read_json, write_json
 from mmkit.data.images import ImageLike, load_image
 from mmkit.errors import InputError
 from mmkit.pipelines import Pipeline
-from mmkit.vision.saliency import InitialPrompt, initial_prompt, saliency_map
+from mmkit.vision.saliency import InitialPrompt, initial_prompt, random_walker, saliency_map
 from mmkit.vision.squeeze_sam import BOX_A, BOX_B, MEAN, NEGATIVE, PADDING, POSITIVE, STD, SqueezeSAM
+
+RANDOM_WALKER = "random-walker"
+"""Name of the model that needs no network (`mmkit.vision.saliency.random_walker`)."""
 
 THRESHOLD = 0.0
 """Logits above this are inside."""
@@ -55,8 +58,10 @@ class Mask:
         return self.logits > THRESHOLD
 
     def cutout(self, soft: bool = True) -> Image.Image:
-        """The picture as RGBA, transparent outside the mask; `soft` keeps a smooth edge."""
-        alpha = 1 / (1 + np.exp(-np.clip(2 * self.logits, -30, 30))) if soft else self.binary
+        """The picture as RGBA, transparent outside the mask; `soft` smooths the edge."""
+        alpha = self.binary.astype(np.float32)
+        if soft:
+            alpha = F.avg_pool2d(torch.from_numpy(alpha)[None], 3, 1, 1, count_include_pad=False)[0].numpy()
         rgba = self.image.convert("RGBA")
         rgba.putalpha(Image.fromarray((alpha * 255 + 0.5).astype(np.uint8)))
         return rgba
@@ -290,8 +295,9 @@ class InteractiveSegmenter(Pipeline):
     """A session of clicks on one picture at a time.
 
     Args:
-        model: `SqueezeSAM`, HF `SamModel` or `Sam2Model`, an `Engine`, a function (see `CallableEngine`), the name of bundled
-            weights, a folder saved with `save_pretrained` (SqueezeSAM, SAM or SAM 2), or `None` for the bundled photo model.
+        model: `SqueezeSAM`, HF `SamModel` or `Sam2Model`, an `Engine`, a function (see `CallableEngine`), "random-walker" (no
+            network), the name of bundled weights, a folder saved with `save_pretrained` (SqueezeSAM, SAM or
+            SAM 2), or `None` for the bundled photo model.
         device, dtype: as in `mmkit.pipeline`.
         saliency: function from a PIL image to a map `(H, W)` in 0..1, used by `propose`.
 
@@ -317,6 +323,8 @@ class InteractiveSegmenter(Pipeline):
         saliency: Callable[[Image.Image], np.ndarray] = saliency_map,
     ):
         self.saliency = saliency
+        if model == RANDOM_WALKER:
+            model = random_walker
         if model is None or isinstance(model, (nn.Module, str, os.PathLike)):
             super().__init__(model, device=device, dtype=dtype)
             self.engine: Engine = SqueezeSAMEngine(self.model) if isinstance(self.model, SqueezeSAM) else self._sam()

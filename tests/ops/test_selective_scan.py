@@ -182,6 +182,13 @@ def test_operator_registration_is_sound() -> None:
         assert set(checks.values()) == {"SUCCESS"}
 
 
+def test_fake_and_real_states_have_the_same_shape() -> None:
+    from mmkit.ops import selective_scan_cpu, selective_scan_torch
+    from mmkit.ops.selective_scan import _STEPS
+
+    assert {"cpu": selective_scan_cpu.STEP, "torch": selective_scan_torch.STEP} == _STEPS
+
+
 def test_export_keeps_one_node() -> None:
     block = Mamba(8, backend="cpu").eval()
     x = torch.randn(1, 12, 8)

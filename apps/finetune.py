@@ -252,6 +252,7 @@ def begin(request: gr.Request) -> tuple[Any, ...]:
         gr.update(interactive=True),
         "Waiting for a free place ...",
         gr.update(visible=False),
+        None,
     )
 
 
@@ -487,7 +488,7 @@ def _results(c: dict[str, Any]) -> None:
             "What the model says about held-back pictures; ✗ is wrong. Click one to try it below, or bring your own."
         )
         c["shown"] = gr.Gallery(
-            label="Held-back pictures", show_label=False, columns=6, height=235, object_fit="contain", format="png", buttons=[],
+            label="Held-back pictures", show_label=False, columns=6, height=265, object_fit="contain", format="png", buttons=[],
             interactive=False, allow_preview=False, elem_id="finetune-shown",
         )  # fmt: skip
         with gr.Row():
@@ -526,7 +527,7 @@ def build() -> None:
         c["merge_text"], c["merge"], c["merged"],
     ]  # fmt: skip
     limit: dict[str, Any] = {"concurrency_id": "training", "concurrency_limit": 1}
-    started = c["train"].click(begin, None, [*buttons, c["status"], c["result"]], queue=False, **private)
+    started = c["train"].click(begin, None, [*buttons, c["status"], c["result"], c["image"]], queue=False, **private)
     done = started.then(train, [*chosen, *settings], outputs, show_progress="hidden", **limit, **private)
     done.then(end, None, buttons, queue=False, **private)
     c["stop"].click(stop_training, None, [c["status"], c["stop"]], queue=False, show_progress="hidden", **private)

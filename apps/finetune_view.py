@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import math
 from typing import Any
 
 from PIL import Image
@@ -81,28 +82,26 @@ def plan_figures(prepared: Prepared) -> str:
 
 def result_figures(report: dict[str, Any]) -> str:
     """Accuracy, trained numbers, file size, time and merge error of a finished run."""
+    right = "-" if report["accuracy"] is None else percent(report["accuracy"])
     items = [
-        (
-            "of the held-back pictures right",
-            "not measured" if report["accuracy"] is None else percent(report["accuracy"]),
-        ),
+        ("held-back pictures right", right),
         ("numbers trained", f"{report['trainable_parameters']:,}"),
         ("file to take away", size(report["file_size"])),
-        ("of training", f"{report['seconds']:.1f} s"),
+        ("training time", f"{report['seconds']:.1f} s"),
     ]
     if report["merge_error"] is not None:
-        items.append(("change of a logit by merging", f"{report['merge_error']:.0e}"))
+        items.append(("logits change by, if merged", f"{report['merge_error']:.0e}" if report["merge_error"] else "0"))
     return figures(items)
 
 
-RUN_HEADERS = ["Run", "Method", "Backbone", "Right", "Trained numbers", "File", "Seconds", "Ended"]
+RUN_HEADERS = ["Run", "Backbone", "Right", "Trained", "File", "Seconds", "Ended"]
 
 
 def runs_table(runs: list[dict[str, Any]]) -> list[list[str]]:
     """Rows under `RUN_HEADERS`, newest first."""
     return [
         [
-            r["run"], r["method"], r["backbone"], "-" if r["accuracy"] is None else percent(r["accuracy"]),
+            r["run"], r["backbone"], "-" if r["accuracy"] is None else percent(r["accuracy"]),
             f"{r['trainable_parameters']:,}", size(r["file_size"]), f"{r['seconds']:.1f}", r["stopped"],
         ]
         for r in reversed(runs)
@@ -110,7 +109,7 @@ def runs_table(runs: list[dict[str, Any]]) -> list[list[str]]:
 
 
 COLOURS = ("#0d9488", "#d97706", "#7c3aed", "#db2777", "#2563eb", "#65a30d")
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 380, 190, 40, 14, 8, 30
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 380, 196, 40, 14, 8, 36
 
 
 def loss_curve(losses: list[tuple[int, float]], total: int = 0, points: int = 150) -> str:
@@ -121,7 +120,7 @@ def loss_curve(losses: list[tuple[int, float]], total: int = 0, points: int = 15
     top = max((y for _, y in line), default=1.0)
     last = f"{losses[-1][1]:.3f}" if losses else ""
     right = max(total, losses[-1][0] if losses else 1, 2)
-    return _chart("Training loss", "step", [("", line)], (1, right), (0, top * 1.05 or 1.0), "{:.2g}", last)
+    return _chart("Training loss", "step", [("", line)], (1, right), (0, math.ceil(2 * top) / 2 or 1.0), "{:.2f}", last)
 
 
 def accuracy_curve(runs: list[tuple[str, list[tuple[float, float]]]], epochs: float = 1) -> str:
@@ -150,12 +149,12 @@ def _chart(
         return HEIGHT - BOTTOM - (v - y_range[0]) / (y_range[1] - y_range[0]) * (HEIGHT - TOP - BOTTOM)
 
     parts = []
+    ticks = {round(x_range[0] + i / 4 * (x_range[1] - x_range[0])) for i in range(5)}
+    parts += [f'<text x="{x(t):.1f}" y="{HEIGHT - 20}" text-anchor="middle">{t}</text>' for t in sorted(ticks)]
     for i in range(5):
         v = y_range[0] + i / 4 * (y_range[1] - y_range[0])
         parts.append(f'<path class="grid" d="M{LEFT} {y(v):.1f}H{WIDTH - RIGHT}"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{y(v) + 4:.1f}" text-anchor="end">{number.format(v)}</text>')
-        h = x_range[0] + i / 4 * (x_range[1] - x_range[0])
-        parts.append(f'<text x="{x(h):.1f}" y="{HEIGHT - 12}" text-anchor="middle">{h:.4g}</text>')
     first = max(0, len(series) - len(COLOURS))
     for i, (_, points) in enumerate(series[first:]):
         path = "L".join(f"{x(a):.1f} {y(min(max(b, y_range[0]), y_range[1])):.1f}" for a, b in points)
@@ -170,7 +169,7 @@ def _chart(
     return (
         f'<figure class="ft-chart"><figcaption><b>{title}</b><em>{last}</em></figcaption>'
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{title} {last}">{"".join(parts)}'
-        f'<text x="{WIDTH - RIGHT}" y="{HEIGHT}" text-anchor="end">{axis}</text></svg><div>{legend}</div></figure>'
+        f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 5}" text-anchor="end">{axis}</text></svg><div>{legend}</div></figure>'
     )
 
 

@@ -112,6 +112,8 @@ def theme() -> gr.Theme:
         font=("ui-sans-serif", "system-ui", "sans-serif"),
         font_mono=("ui-monospace", "Consolas", "monospace"),
     ).set(
+        block_border_width="1px",
+        checkbox_border_color="*neutral_400",
         body_text_color_subdued="*neutral_600",
         body_text_color_subdued_dark="*neutral_300",
         block_info_text_color="*neutral_600",

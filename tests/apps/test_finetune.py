@@ -1,0 +1,212 @@
+"""The Fine-tune lab without a browser: plan, train, stop, sessions, endpoints, and bad zips."""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+import zipfile
+from types import SimpleNamespace
+
+import gradio as gr
+import numpy as np
+import pytest
+from gradio_client import Client, handle_file
+from PIL import Image
+
+import mmkit
+from mmkit.apps import finetune as lab
+from mmkit.apps import finetune_view as view
+from mmkit.errors import InputError
+
+TINY = "Tiny ViT, 32 px, pre-trained (comes with mmkit)"
+
+
+@pytest.fixture
+def visitor():
+    visitors = []
+
+    def make():
+        visitors.append(SimpleNamespace(session_hash=f"test-{len(visitors)}-{time.monotonic_ns()}"))
+        return visitors[-1]
+
+    yield make
+    for one in visitors:
+        lab.forget(one)
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A zip with two easy classes, 8 pictures each."""
+    rng = np.random.default_rng(0)
+    path = tmp_path / "pictures.zip"
+    with zipfile.ZipFile(path, "w") as target:
+        for name, level in (("dark <b>", 40), ("light", 200)):
+            for i in range(8):
+                noise = rng.integers(-30, 30, (24, 24, 3)) + level
+                Image.fromarray(noise.astype(np.uint8)).save(tmp_path / "one.png")
+                target.write(tmp_path / "one.png", f"{name}/{i}.png")
+    return path
+
+
+def _train(visitor, archive, method="linear_probe", epochs=2):
+    source = lab.UPLOAD if archive else lab.DIGITS
+    lab.begin(visitor)
+    return list(lab.train(source, archive and str(archive), TINY, method, epochs, None, 8, 0, False, visitor))
+
+
+@pytest.mark.parametrize("method", list(lab.METHODS))
+def test_plan_counts_what_the_adapter_trains(method):
+    from mmkit.data import load_digits
+
+    prepared = lab.build_model(load_digits((0, 1)), "tiny_vit", method)
+    sites = view.trained_sites(prepared)
+    assert sum(n for _, n in sites) == prepared.trainable_parameters
+    html = view.model_map(prepared)
+    assert f"{prepared.trainable_parameters:,}" in view.plan_figures(prepared)
+    assert ("frozen" in html) == (method != "full")
+
+
+def test_random_backbones_build():
+    from mmkit.data import load_digits
+
+    for name, _ in lab.BACKBONES.values():
+        assert lab.build_model(load_digits((0, 1)), name, "ssf").trainable_parameters > 0
+
+
+@pytest.mark.slow
+def test_train_try_merge_and_download(visitor, pictures, tmp_path):
+    one, other = visitor(), visitor()
+    status, *_, shown, download, runs, _, merge_button, _ = _train(one, pictures)[-1]
+    assert "finished" in status
+    assert "held-back pictures are right" in status
+    assert len(shown) == 4
+    assert merge_button["visible"]
+    assert len(runs) == 1
+    with zipfile.ZipFile(download["value"]) as saved:
+        assert {"adapter_config.json", "adapter_model.safetensors", "report.json"} == set(saved.namelist())
+        saved.extractall(tmp_path / "adapter")
+    picture = Image.new("RGB", (24, 24), (210, 205, 200))
+    scores = lab.classify(picture, one)
+    again = mmkit.pipeline("image-classification", tmp_path / "adapter")(picture)
+    assert again.label == max(scores, key=scores.get)
+    assert again.scores[0] == pytest.approx(max(scores.values()), abs=1e-5)
+    text, merged = lab.merge(one)
+    assert "on 4 of 4 pictures" in text
+    with zipfile.ZipFile(merged["value"]) as saved:
+        assert set(saved.namelist()) == {"config.json", "model.safetensors"}
+    with pytest.raises(gr.Error, match="Nothing is trained yet"):
+        lab.classify(picture, other)  # another visitor sees nothing of it
+    assert lab.classify(None, other) is None
+
+
+@pytest.mark.slow
+def test_stop_ends_within_a_step_and_keeps_what_was_learned(visitor):
+    one = visitor()
+    lab.begin(one)
+    steps = lab.train(lab.DIGITS, None, TINY, "linear_probe", 50, None, 8, 0, False, one)
+    while not re.search(r"step \d+ of 9000", next(steps)[0]):
+        pass
+    lab.stop_training(one)
+    start = time.monotonic()
+    status = list(steps)[-1][0]
+    assert re.search("stopped after [1-9][0-9]* steps", status)
+    assert time.monotonic() - start < 8  # saving and the merge check included
+    assert not _training_threads()
+
+
+@pytest.mark.slow
+def test_leaving_the_page_ends_the_training(visitor):
+    one = visitor()
+    lab.begin(one)
+    steps = lab.train(lab.DIGITS, None, TINY, "linear_probe", 50, None, 8, 0, False, one)
+    next(steps), next(steps)
+    steps.close()
+    assert not _training_threads()
+    lab.stop_training(one)
+    waiting = lab.train(lab.DIGITS, None, TINY, "linear_probe", 50, None, 8, 0, False, one)
+    assert "stopped after" in list(waiting)[-1][0]  # stopped while it was still waiting
+
+
+def _training_threads():
+    return [t for t in threading.enumerate() if t.name == "mmkit-training"]
+
+
+def test_sessions_are_bounded(visitor):
+    first = visitor()
+    stop = lab._session(first).stop
+    for _ in range(lab.KEPT_SESSIONS):
+        lab._session(visitor())
+    assert first.session_hash not in lab._sessions
+    assert stop.is_set()
+
+
+def _zip(path, names):
+    with zipfile.ZipFile(path, "w") as target:
+        for name in names:
+            target.writestr(name, b"x")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["../x/1.png", "b/1.png"], "points outside"),
+        ([], "no pictures"),
+        (["a/1.png", "b/1.png"], "cannot be read|unreadable|classes|pictures"),
+        (["1.png"], "sub-folder"),
+    ],
+)
+def test_bad_zips_are_explained_without_server_paths(visitor, tmp_path, names, message):
+    archive = _zip(tmp_path / "bad.zip", names)
+    summary, *_, button = lab.show_plan(lab.UPLOAD, str(archive), TINY, "ssf", visitor())
+    assert re.search(message, summary)
+    assert not button["interactive"]
+    assert str(tmp_path) not in summary
+    assert "mmkit-studio" not in summary
+
+
+def test_one_class_no_zip_and_no_upload(visitor, tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "1.png")
+    with zipfile.ZipFile(tmp_path / "one.zip", "w") as target:
+        target.write(tmp_path / "1.png", "only/1.png")
+        target.write(tmp_path / "1.png", "only/2.png")
+    (tmp_path / "text.zip").write_text("no zip")
+    for archive, message in (
+        (tmp_path / "one.zip", "at least 2"),
+        (tmp_path / "text.zip", "not a zip"),
+        (None, "Upload"),
+    ):
+        summary = lab.show_plan(lab.UPLOAD, archive and str(archive), TINY, "ssf", visitor())[0]
+        assert message in summary
+
+
+def test_unknown_names_are_refused():
+    from mmkit.data import load_digits
+
+    data = load_digits((0, 1))
+    with pytest.raises(InputError, match="tiny_vit"):
+        lab.build_model(data, "tiny_vitt", "ssf")
+    with pytest.raises(InputError, match="Unknown backbone"):
+        lab.build_model(data, "/etc", "ssf")
+    with pytest.raises(InputError, match="ssf"):
+        lab.build_model(data, "tiny_vit", "sfs")
+
+
+def test_names_from_a_zip_are_escaped():
+    assert "<b>" not in view.strip([(Image.new("RGB", (4, 4)), "dark <b>")])
+
+
+@pytest.mark.slow
+def test_endpoints_need_no_session(launch, pictures, tmp_path):
+    client = Client(launch("finetune"), verbose=False, download_files=str(tmp_path))
+    plan = client.predict(backbone="tiny_vit", adapter="bitfit", api_name="/finetune_plan")
+    assert plan["trainable_parameters"] < plan["total_parameters"] / 10
+    report, adapter = client.predict(handle_file(pictures), "tiny_vit", "ssf", 2, 0, api_name="/finetune_train")
+    assert report["stopped"] == "finished"
+    assert report["classes"] == ["dark <b>", "light"]
+    assert "adapter_model.safetensors" in zipfile.ZipFile(adapter).namelist()
+    with pytest.raises(Exception, match="Unknown adapter"):
+        client.predict(backbone="tiny_vit", adapter="bitfitt", api_name="/finetune_plan")
+    public = client.view_api(return_format="dict", print_info=False)["named_endpoints"]
+    assert set(public) == {"/finetune_plan", "/finetune_train"}

@@ -45,6 +45,7 @@ def browser() -> Iterator[Any]:
     sync_api = pytest.importorskip("playwright.sync_api")
     if not sys.platform.startswith("linux") or not CHROME:
         pytest.skip("no Chromium found; install it or set CHROME_PATH")
+    sync_api.expect.set_options(timeout=TIMEOUT_MS)
     with sync_api.sync_playwright() as p:
         chrome = p.chromium.launch(executable_path=CHROME, args=["--no-sandbox", "--disable-dev-shm-usage"])
         yield chrome

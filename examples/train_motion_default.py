@@ -67,7 +67,7 @@ def accuracy(model: VideoClassifier, clips: int = 1000, seed: int = 10_000) -> t
 def main() -> None:
     """Train, measure, and bundle if asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
@@ -112,7 +112,7 @@ def main() -> None:
             summary="Where the one clear object in a clip is going, at 32 px and 8 frames. Made from drawn clips: it knows "
             "steady motion of a bright object over a darker still background, not actions, and is easily fooled by a moving camera.",
             licence="Apache-2.0",
-            command=f"python examples/train_motion_default.py --steps {args.steps} --seed {args.seed} --bundle",
+            command=f"python examples/train_motion_default.py --steps {step + 1} --seed {args.seed} --bundle",
             data="procedural: one ellipse or box moving over a smooth random background",
             seed=args.seed,
             score={"accuracy": round(score, 3), "accuracy_backwards": round(reverse, 3), "chance": 0.2},

@@ -26,6 +26,10 @@ def logits_of(output: Any) -> Tensor:
     return found
 
 
+def _full_precision(logits: Tensor) -> Tensor:
+    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+
+
 def split_batch(batch: Any) -> tuple[Any, Tensor]:
     """`(inputs, targets)` of a batch; raises `InputError` for other layouts."""
     if isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[1], Tensor):
@@ -43,7 +47,7 @@ class CrossEntropyLoss:
 
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
         images, targets = split_batch(batch)
-        return F.cross_entropy(logits_of(model(images)).float(), targets, label_smoothing=self.label_smoothing)
+        return F.cross_entropy(_full_precision(logits_of(model(images))), targets, label_smoothing=self.label_smoothing)
 
 
 def accuracy_sums(model: nn.Module, loader: Iterable[Any]) -> Tensor:
@@ -51,7 +55,7 @@ def accuracy_sums(model: nn.Module, loader: Iterable[Any]) -> Tensor:
     total = torch.zeros(3, dtype=torch.float64)
     for batch in loader:
         images, targets = split_batch(batch)
-        logits = logits_of(model(images)).float()
+        logits = _full_precision(logits_of(model(images)))
         if targets.ndim != 1 or targets.is_floating_point():
             raise InputError("The default metrics need integer targets (B,); pass metrics_fn to fit.")
         loss = F.cross_entropy(logits, targets, reduction="sum")

@@ -7,12 +7,15 @@ import json
 import os
 import random
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+import mmkit
 from mmkit.errors import InputError, TrainingError
 from mmkit.training import FitConfig, fit
 from mmkit.training.checkpoint import list_checkpoints
@@ -68,6 +71,12 @@ def test_learns_and_reports(tmp_path):
         saved["trainable_parameters"] == result.trainable_parameters == sum(p.numel() for p in network().parameters())
     )
     assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_fit_is_the_function_whatever_was_imported_first():
+    code = "import mmkit.training.loop, mmkit.training.config; from mmkit.training import fit; assert callable(fit)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert mmkit.fit is fit
 
 
 def test_best_weights_are_restored():

@@ -192,11 +192,16 @@ def pack(folder: Path, archive: Path, skip: str = "training") -> str:
     return str(archive)
 
 
-def examples_with_predictions(prepared: Prepared, count: int = SHOWN) -> list[tuple[Image.Image, str]]:
-    """Held-back pictures spread over the classes, captioned with right or wrong, the prediction and its probability."""
+def held_back(prepared: Prepared, count: int = SHOWN) -> list[tuple[Image.Image, int]]:
+    """Validation pictures spread over the classes, with their labels."""
     plain = prepared.val.with_transform(None)
     indices = sorted(range(len(plain)), key=lambda i: (plain.labels[:i].count(plain.labels[i]), plain.labels[i]))
-    pictures = [plain[i] for i in indices[:count]]
+    return [plain[i] for i in indices[:count]]
+
+
+def examples_with_predictions(prepared: Prepared) -> list[tuple[Image.Image, str]]:
+    """`held_back` pictures, captioned with right or wrong, the prediction and its probability."""
+    pictures = held_back(prepared)
     found = ImageClassificationPipeline(prepared.model)([p for p, _ in pictures], top_k=1)
     shown = []
     for (picture, label), result in zip(pictures, found, strict=True):
@@ -355,6 +360,12 @@ def _trained(request: gr.Request) -> FinetuneResult:
     return result
 
 
+def pick(event: gr.SelectData, request: gr.Request) -> Image.Image | None:
+    """The clicked held-back picture, as it is in the data."""
+    result = _session(request).result
+    return None if result is None else held_back(result.prepared)[event.index][0]
+
+
 @readable
 def classify(image: Any, request: gr.Request) -> dict[str, float] | None:
     """Probabilities of the classes for one picture, by the visitor's trained model."""
@@ -474,8 +485,10 @@ def _results(c: dict[str, Any]) -> None:
     gr.Markdown("### 3 · Training")
     c["status"] = gr.Textbox("Press Train.", label="Status", interactive=False, lines=1, elem_id="finetune-status")
     with gr.Row():
-        c["loss"] = gr.HTML(view.loss_curve([]), elem_id="finetune-loss", min_height=200)
-        c["accuracy"] = gr.HTML(view.accuracy_curve([]), elem_id="finetune-accuracy", min_height=200)
+        with gr.Column(min_width=280):
+            c["loss"] = gr.HTML(view.loss_curve([]), elem_id="finetune-loss", min_height=200)
+        with gr.Column(min_width=280):
+            c["accuracy"] = gr.HTML(view.accuracy_curve([]), elem_id="finetune-accuracy", min_height=200)
     with gr.Column(visible=False, elem_id="finetune-result") as c["result"]:
         gr.Markdown("### 4 · Result")
         c["result_figures"] = gr.HTML(elem_id="finetune-result-figures")
@@ -493,7 +506,7 @@ def _results(c: dict[str, Any]) -> None:
         )  # fmt: skip
         with gr.Row():
             c["image"] = gr.Image(
-                label="Try a picture", type="pil", image_mode="RGB", height=230, sources=["upload", "clipboard"],
+                label="Try a picture", format="png", type="pil", image_mode="RGB", height=230, sources=["upload", "clipboard"],
                 elem_id="finetune-image",
             )  # fmt: skip
             c["label"] = gr.Label(label="It is", num_top_classes=5, elem_id="finetune-label")
@@ -533,13 +546,8 @@ def build() -> None:
     c["stop"].click(stop_training, None, [c["status"], c["stop"]], queue=False, show_progress="hidden", **private)
     c["merge"].click(merge, None, [c["merge_text"], c["merged"]], **private)
     c["image"].change(classify, c["image"], c["label"], show_progress="minimal", **private)
-    c["shown"].select(_pick, c["shown"], c["image"], show_progress="hidden", **private)
+    c["shown"].select(pick, None, c["image"], show_progress="hidden", **private)
     _endpoints(limit)
-
-
-def _pick(gallery: list[Any], event: gr.SelectData) -> Any:
-    """The clicked picture of the gallery."""
-    return gallery[event.index][0]
 
 
 def _endpoints(limit: dict[str, Any]) -> None:

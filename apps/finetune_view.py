@@ -198,9 +198,9 @@ def size(count: float) -> str:
 
 
 CSS = """<style>
-.ft-figures {display: flex; flex-wrap: wrap; gap: 8px 32px; padding: 2px;}
+.ft-figures {display: flex; flex-wrap: wrap; gap: 8px 26px; padding: 2px;}
 .ft-figures div {display: flex; flex-direction: column;}
-.ft-figures b {font-size: 1.6em; line-height: 1.25; color: var(--body-text-color); font-variant-numeric: tabular-nums;}
+.ft-figures b {font-size: 1.45em; line-height: 1.25; color: var(--body-text-color); font-variant-numeric: tabular-nums;}
 .ft-figures span {color: var(--body-text-color-subdued); font-size: .9em;}
 .ft-map {max-height: 330px; overflow-y: auto;}
 .ft-map table {width: 100%; border-collapse: collapse; font-size: .9em; border: 0 !important; margin: 0 !important;}
@@ -226,5 +226,6 @@ CSS = """<style>
 .ft-strip div {display: flex; flex-direction: column; align-items: center; width: 56px;}
 .ft-strip img {width: 56px; height: 56px; object-fit: cover; border-radius: 6px;}
 .ft-strip span {font-size: .85em; max-width: 100%; overflow: hidden; text-overflow: ellipsis; white-space: nowrap;}
+#finetune-image img {object-fit: contain; width: 100%; height: 100%; image-rendering: pixelated;}
 </style>"""
 """Style of the pieces above, inside the page that uses them."""

@@ -129,6 +129,11 @@ CSS = """
 .studio-card:hover, .studio-card:focus {border-color: var(--color-accent);}
 .studio-card b {display: block; font-size: 1.1em; margin-bottom: 6px;}
 .studio-card span {color: var(--body-text-color-subdued);}
+.studio-model {padding: 14px 2px; border-top: 1px solid var(--border-color-primary); color: var(--body-text-color);}
+.studio-model p {margin: 4px 0 8px;}
+.studio-model dl {display: grid; grid-template-columns: 90px 1fr; gap: 2px 12px; margin: 0; font-size: .92em;}
+.studio-model dt {color: var(--body-text-color-subdued);}
+.studio-model dd {margin: 0; overflow-wrap: anywhere;}
 """
 
 
@@ -262,21 +267,21 @@ def _about() -> None:
         elem_id="about-header",
     )
     entries = [weight_entry(name) for name in list_weights()]
-    rows = [
-        [e.name, e.summary, ", ".join(f"{k} {v:.4g}" for k, v in e.score.items()), e.data, e.licence, e.command]
-        for e in entries
-    ]
-    if rows:
-        gr.Dataframe(
-            rows,
-            headers=["Model", "What it can and cannot do", "Measured", "Trained on", "Licence", "Made by"],
-            interactive=False,
-            wrap=True,
-            label="Bundled models",
-            elem_id="about-models",
+    cards = "".join(
+        f'<div class="studio-model"><b>{html.escape(e.name)}</b><p>{html.escape(e.summary)}</p><dl>'
+        + "".join(
+            f"<dt>{label}</dt><dd>{html.escape(text)}</dd>"
+            for label, text in (
+                ("Measured", ", ".join(f"{k} {v:.4g}" for k, v in e.score.items())),
+                ("Trained on", e.data),
+                ("Licence", e.licence),
+                ("Made by", e.command),
+            )
         )
-    else:
-        gr.Markdown("No weights are bundled in this installation.", elem_id="about-models")
+        + "</dl></div>"
+        for e in entries
+    )
+    gr.HTML(cards or "No weights are bundled in this installation.", elem_id="about-models")
     gr.Markdown(
         "## Privacy and safety\n"
         "- The server listens on this machine only, unless it was started otherwise.\n"

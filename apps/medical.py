@@ -112,13 +112,12 @@ def legend(result: SegmentationResult) -> str:
 def draw(
     result: SegmentationResult, truth: np.ndarray | None, show: str, opacity: float, axis: str, index: float
 ) -> Image.Image:
-    """The picture, or a slice in true proportions, under the chosen labels."""
+    """The picture, or a slice in true proportions, under the chosen labels; enlarged when it is small."""
     number = AXES.get(axis, 2)
     labels = truth if show == TRUTH and truth is not None else result.mask
     picture = result.overlay(0.0 if show == NOTHING else opacity, int(index), number, labels)
-    if result.mask.ndim == 2:
-        return picture
-    right, up = (s for a, s in enumerate(result.spacing) if a != number)
+    flat = result.mask.ndim == 2
+    right, up = (1.0, 1.0) if flat else (s for a, s in enumerate(result.spacing) if a != number)
     scale = max(1.0, 480 / max(picture.width * right, picture.height * up))
     return picture.resize(
         (round(picture.width * right * scale), round(picture.height * up * scale)), Image.Resampling.BICUBIC
@@ -235,7 +234,7 @@ def build() -> None:
             file = gr.File(
                 label="Picture (PNG, JPEG, TIFF) or volume (.nii, .nii.gz)",
                 type="filepath",
-                height=150,
+                height=180,
                 elem_id="medical-file",
             )
             with gr.Row():
@@ -245,7 +244,7 @@ def build() -> None:
                 truth = gr.File(
                     label="Label map of the same size (PNG or NIfTI)",
                     type="filepath",
-                    height=120,
+                    height=150,
                     elem_id="medical-truth",
                 )
             model = gr.Dropdown(

@@ -49,7 +49,7 @@ def saliency_map(image: Image.Image, side: int = 128) -> np.ndarray:
         offset = lab - colors.mean(0)
         contrast.append(np.sqrt(np.einsum("hwi,ij,hwj->hw", offset, spread, offset)))
     contrast.sort(key=np.mean)
-    score = np.mean(contrast[:3], axis=0)  # the border that differs most may be the object itself, cut by the frame
+    score = np.min(contrast[1:], axis=0)  # the border most like the rest may be the object itself, cut by the frame
     rows, cols = np.indices((h, w))
     center = np.exp(-(((rows / max(h - 1, 1) - 0.5) / 0.33) ** 2 + ((cols / max(w - 1, 1) - 0.5) / 0.33) ** 2) / 2)
     score = ndimage.gaussian_filter(score * center, max(h, w) / 40)

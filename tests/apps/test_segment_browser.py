@@ -68,7 +68,7 @@ def test_a_box_and_a_new_picture_start_over(launch, page, click_pixel):
     page.locator("#segment-status", has_text="opposite corner").wait_for()
     click_pixel(page, "#segment-picture img", 780, 540)
     page.locator("#segment-status", has_text="ms").wait_for()
-    page.locator("#segment-picture button[aria-label='Clear'], #segment-picture button[title='Clear']").first.click()
+    page.locator("#segment-picture button[aria-label='Remove Image']").first.click()
     page.locator("#segment-status", has_text="Drop a photo").wait_for()
     assert page.locator("#segment-cutout img").count() == 0
     load(page, ball=(330, 330))

@@ -175,7 +175,14 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    result: dict[str, Any] = {"tasks": {}}
+    setting = {
+        "minutes_per_network": args.minutes,
+        "threads": torch.get_num_threads(),
+        "cpu": platform.processor() or platform.machine(),
+        "torch": torch.__version__,
+        "seed": args.seed,
+    }
+    result: dict[str, Any] = {"setting": setting, "official": official_totals(), "tasks": {}}
     for name in args.tasks:
         task = TASKS[name]
         train, test = (task["cases"](args.data / task["folder"], split) for split in ("train", "test"))
@@ -191,15 +198,7 @@ def main() -> None:
                 row["volume_cpu_seconds"] = inference_seconds(model, test[0])
             print(f"{name:12s} {label:12s} {row[label]}", flush=True)
         result["tasks"][name] = row
-    result["official"] = official_totals()
-    result["setting"] = {
-        "minutes_per_network": args.minutes,
-        "threads": torch.get_num_threads(),
-        "cpu": platform.processor() or platform.machine(),
-        "torch": torch.__version__,
-        "seed": args.seed,
-    }
-    write_json(RESULTS, result)
+        write_json(RESULTS, result)  # after each task: an interrupted run keeps what it measured
     print("->", RESULTS)
 
 

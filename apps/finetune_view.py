@@ -90,7 +90,7 @@ def result_figures(report: dict[str, Any]) -> str:
         ("training time", f"{report['seconds']:.1f} s"),
     ]
     if report["merge_error"] is not None:
-        items.append(("logits change by, if merged", f"{report['merge_error']:.0e}" if report["merge_error"] else "0"))
+        items.append(("merge error (logits)", f"{report['merge_error']:.0e}" if report["merge_error"] else "0"))
     return figures(items)
 
 

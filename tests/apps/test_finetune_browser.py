@@ -52,3 +52,30 @@ def test_another_visitor_and_small_dark_screen(launch, new_page, screenshot):
     assert phone.locator("#finetune-result").count() == 0 or not phone.locator("#finetune-result").is_visible()
     assert phone.evaluate("document.documentElement.scrollWidth") <= 400
     screenshot(phone, "finetune-phone")
+
+
+def test_own_pictures_from_a_zip(launch, page, screenshot, tmp_path):
+    from PIL import Image
+    from playwright.sync_api import expect
+
+    page.goto(launch("finetune") + "/finetune")
+    page.locator("#finetune-map table").wait_for()
+    page.locator("#finetune-source label", has_text="My pictures").click()
+    expect(page.locator("#finetune-data")).to_contain_text("Upload a zip")
+    expect(page.locator("#finetune-train")).to_be_disabled()
+    for archive, names, text in (
+        ("evil.zip", ["../up/1.png", "b/1.png"], "points outside"),
+        ("good.zip", [f"{kind}/{i}.png" for kind in ("cats", "dogs") for i in range(5)], "2 classes"),
+    ):
+        with zipfile.ZipFile(tmp_path / archive, "w") as target:
+            for i, name in enumerate(names):
+                Image.new("RGB", (24, 24), (20 * i, 90, 120)).save(tmp_path / "one.png")
+                target.write(tmp_path / "one.png", name)
+        if page.locator("#finetune-zip input[type=file]").count() == 0:
+            page.locator(
+                "#finetune-zip button[aria-label*='emove'], #finetune-zip button[aria-label*='lear']"
+            ).first.click()
+        page.locator("#finetune-zip input[type=file]").set_input_files(tmp_path / archive)
+        expect(page.locator("#finetune-data")).to_contain_text(text)
+    expect(page.locator("#finetune-train")).to_be_enabled()
+    screenshot(page, "finetune-zip")

@@ -87,7 +87,7 @@ def test_comparing_forms() -> None:
 def test_the_bundled_default_sees_motion_and_its_reverse(tmp_path: Path) -> None:
     pipe = mmkit.pipeline("video-classification")
     generator = torch.Generator().manual_seed(5)
-    clips, labels = drawn_motion(40, generator)
+    clips, labels = drawn_motion(40, generator, size=32)
     with torch.no_grad():
         x = (clips - 0.5) / 0.25
         forwards, reverse = pipe.model(x).argmax(-1), pipe.model(x.flip(1)).argmax(-1)

@@ -220,7 +220,7 @@ def build() -> None:
                     verdict = gr.Textbox(label="Difference", interactive=False, elem_id="video-verdict")
                 with gr.Tab("Which head looks where") as heads_tab:
                     heads = gr.Plot(label="Frame offsets", show_label=False, elem_id="video-heads")
-    controls = [video, window, play, form]
+    controls: list[Any] = [video, window, play, form]
     gr.on(
         [c.change for c in controls],
         classify,

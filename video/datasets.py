@@ -141,7 +141,8 @@ class VideoClassificationDataset(Dataset[Any]):
         rows = list(rows)
         names = list(classes) if classes is not None else _class_names([r[1] for r in rows])
         lookup = {name: i for i, name in enumerate(names)}
-        found, missing = [], []
+        found: list[VideoSample] = []
+        missing: list[VideoSample] = []
         for row in rows:
             path, label = os.fspath(row[0]), row[1]
             if not isinstance(label, (int, np.integer)):

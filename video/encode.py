@@ -48,7 +48,7 @@ def write_video(
             kind = _container_format(path)
             extra = {"movflags": "+faststart"} if faststart and kind in ("mp4", "mov") else {}
             with av.open(os.fspath(temporary), "w", format=kind, options=extra) as container:
-                stream = container.add_stream(
+                stream: Any = container.add_stream(
                     codec, rate=Fraction(fps).limit_denominator(1001), options=_encoder(codec, options)
                 )
                 shape = None

@@ -42,7 +42,7 @@ class VideoClassifier(Model):
         adapter: the `ZeroI2V` adapter on `backbone`, or `None`.
     """
 
-    adapter: ZeroI2V | None
+    adapter: Any
 
     def __init__(
         self,
@@ -64,7 +64,7 @@ class VideoClassifier(Model):
             raise InputError(f"num_classes is {num_classes} and there are {len(class_names)} class names.")
         self.backbone: Any = create_backbone(backbone, **{"num_classes": 0, **(backbone_args or {})})
         if isinstance(getattr(self.backbone, "proj", None), nn.Parameter):
-            self.backbone.proj = None  # CLIP's projection into the text space is not used
+            self.backbone.register_parameter("proj", None)  # CLIP's projection into the text space is not used
         info = backbone_info(self.backbone)
         self.head = nn.Linear(_feature_dim(self.backbone), num_classes)
         nn.init.normal_(self.head.weight, std=0.01)
@@ -81,8 +81,9 @@ class VideoClassifier(Model):
             self._attach(settings)
 
     def _attach(self, settings: ZeroI2VConfig) -> None:
-        self.__dict__["adapter"] = apply_adapter(self.backbone, settings)
-        self.zeroi2v = self.adapter.sites
+        adapter = apply_adapter(self.backbone, settings)
+        self.__dict__["adapter"] = adapter  # not a submodule: its parameters are registered as `zeroi2v`
+        self.zeroi2v = adapter.sites
         self.config["zeroi2v"] = _plain(settings)
 
     @classmethod

@@ -56,8 +56,8 @@ def head_offsets_from_div(
         InputError: a group is not a whole number of heads, or there are more groups than heads.
     """
     offsets: list[int] = []
-    groups = ((shift_div, 1, True), (long_shift_div, 2, long_shift_right))
-    groups += ((shift3_div, 3, shift3_right), (shift4_div, 4, shift4_right))
+    groups = [(shift_div, 1, True), (long_shift_div, 2, long_shift_right)]
+    groups += [(shift3_div, 3, shift3_right), (shift4_div, 4, shift4_right)]
     for div, step, right in groups:
         if div == -1:
             continue
@@ -150,7 +150,7 @@ class TemporalEmbedding(nn.Module):
 
     def forward(self, x: Tensor, frames: int) -> Tensor:
         """`frames` is T of this batch."""
-        table = self.temporal_embedding
+        table: Tensor = self.temporal_embedding
         if frames != table.shape[1]:
             table = F.interpolate(table.transpose(1, 2), frames, mode="linear", align_corners=False).transpose(1, 2)
         return (x.unflatten(0, (-1, frames)) + table.to(x.dtype).unsqueeze(2)).flatten(0, 1)
@@ -268,7 +268,7 @@ class ZeroI2V(Adapter):
     def build(self, model: nn.Module) -> None:
         blocks = self._blocks(model)
         self.offsets(model)
-        plain = dict(hooks.named_plain_modules(model))
+        plain: dict[str, Any] = dict(hooks.named_plain_modules(model))
         c = self.config
         if c.temporal_embedding:
             self.add_site(self._entry(model), TemporalEmbedding(c.num_frames, _width(plain[blocks[0].attn_in])))

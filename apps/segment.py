@@ -47,7 +47,7 @@ class Sessions:
     def get(self, key: str | None) -> InteractiveSegmenter:
         """The segmenter of `key`. Raises `InputError` when there is none (any more)."""
         with self._lock:
-            if key not in self._open:
+            if key is None or key not in self._open:
                 raise InputError("Load a picture first." if not key else "This picture was put away; load it again.")
             self._open.move_to_end(key)
             return self._open[key]
@@ -272,7 +272,7 @@ def build() -> None:
                 info="squeezesam-photo is small and was trained mostly on cats and dogs; random-walker follows colours only.",
             )  # fmt: skip
     shared = [picture, cutout, status, corner, png, record]
-    quick = {"show_progress": "minimal", "api_visibility": "private"}
+    quick: dict[str, Any] = {"show_progress": "minimal", "api_visibility": "private"}
     picture.upload(on_upload, [picture, model, opacity], [key, *shared], **quick)
     sample.click(on_sample, [model, opacity], [key, *shared], **quick)
     picture.clear(on_clear, None, [key, *shared], **quick)

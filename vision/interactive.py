@@ -84,7 +84,7 @@ class Mask:
         from contourpy import contour_generator
 
         padded = np.pad(self.logits - THRESHOLD, 1, constant_values=-1.0)
-        lines = contour_generator(z=padded).lines(0.0)
+        lines: Any = contour_generator(z=padded).lines(0.0)
         return [[(float(x) - 1, float(y) - 1) for x, y in line] for line in lines if len(line) > min_points]
 
     def rle(self) -> dict[str, Any]:
@@ -192,10 +192,10 @@ class SqueezeSAMEngine:
 class SamEngine:
     """Drives HF `SamModel` or `Sam2Model` (transformers): the image embedding is computed once per picture."""
 
-    def __init__(self, model: nn.Module):
-        self.model: Any = model
+    def __init__(self, model: Any):
+        self.model = model
         self.stretch = type(model).__name__.startswith("Sam2")  # SAM 2 stretches to a square, SAM pads
-        vision = model.config.vision_config
+        vision = self.model.config.vision_config
         size = getattr(vision, "image_size", None) or vision.backbone_config.image_size
         self.size = int(size[0] if isinstance(size, (list, tuple)) else size)
 

@@ -87,7 +87,7 @@ def cost(repeats: int) -> dict[str, float]:
 def gain(backbone: str, method: str, seed: int, per_class: int, epochs: int) -> dict[str, Any]:
     """Train one method once."""
     model = create_backbone(backbone, num_classes=10)
-    transform = ImageTransform.of(model.backbone_info.preprocessing, train=False)
+    transform = ImageTransform.of(model.backbone_info.preprocessing(), train=False)
     digits = load_digits().with_transform(transform)
     _, train = stratified_split(digits.labels, 10 * per_class / len(digits), seed)
     test = sorted(set(range(len(digits))) - set(train))[::2]

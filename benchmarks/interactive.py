@@ -184,7 +184,7 @@ def cost(huge: bool, repeats: int) -> dict[str, dict[str, Any]]:
         "SqueezeSAM base, 512": squeeze_sam_base,
         "SqueezeSAM small, 512": squeeze_sam_small,
         "SqueezeSAM tiny, 512": squeeze_sam_tiny,
-        "SqueezeSAM photo (bundled), 384": squeeze_sam_photo,
+        "SqueezeSAM photo (bundled), 128": squeeze_sam_photo,
     }
     models = {name: build().eval() for name, build in builders.items()}
     points, labels = torch.tensor([[[[500.0, 500.0]]]]), torch.tensor([[[1]]])

@@ -40,7 +40,7 @@ def _command(fn: Callable[..., Any]) -> Callable[..., Any]:
 def demo(
     headless: Annotated[bool, typer.Option("--headless", help="Run the main job without a browser.")] = False,
     output: Annotated[Path, typer.Option(help="Where the headless run writes.")] = Path("runs/demo"),
-    epochs: Annotated[int, typer.Option(help="Passes over the data for each method (headless).")] = 8,
+    epochs: Annotated[int, typer.Option(help="Passes over the data for each method (headless).")] = 12,
     port: Annotated[int, typer.Option(help="Port of the studio on 127.0.0.1.")] = 7860,
 ) -> None:
     """Open the studio, or with --headless adapt the bundled ViT to handwritten digits and compare four methods."""
@@ -67,6 +67,9 @@ def finetune(
     val: Annotated[float, typer.Option(help="Share of the images kept for validation.")] = 0.2,
     seed: int = 0,
     augment: Annotated[bool, typer.Option("--augment", help="Random crops and flips.")] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Start over instead of continuing the run in --output.")
+    ] = False,
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="Leave out unreadable images instead of stopping.")
     ] = False,
@@ -84,7 +87,9 @@ def finetune(
     )
     trained = f"{about['trainable_parameters']:,} of {about['total_parameters']:,} parameters"
     print(f"{adapter} trains {trained} at {len(about['sites'])} places.")
-    result = train_prepared(prepared, output_dir=output, epochs=epochs, lr=lr, batch_size=batch_size, seed=seed)
+    result = train_prepared(
+        prepared, output_dir=output, epochs=epochs, lr=lr, batch_size=batch_size, seed=seed, resume=not restart
+    )
     print("\n" + report_table([result.report]))
     print(f'\nSaved to {output}. Try it: mmkit predict IMAGE --model "{output}"')
 

@@ -21,7 +21,7 @@ from mmkit.finetune import FinetuneResult, load_finetuned, prepare, report_table
 METHODS = ("linear_probe", "ssf", "lora", "full")
 
 
-def run_demo(output_dir: str | os.PathLike[str] = "runs/demo", *, epochs: int = 8, seed: int = 0) -> dict[str, Any]:
+def run_demo(output_dir: str | os.PathLike[str] = "runs/demo", *, epochs: int = 12, seed: int = 0) -> dict[str, Any]:
     """Train, print one table, write `report.json`, `curves.png` and the best adapter under `output_dir`.
 
     Then the best adapter that folds into the weights is loaded by a fresh process, merged there, and the predictions of all three
@@ -44,7 +44,10 @@ def run_demo(output_dir: str | os.PathLike[str] = "runs/demo", *, epochs: int = 
     for method in METHODS:
         prepared = prepare(digits, "tiny_vit", method, seed=seed)
         print(f"{method}: {prepared.trainable_parameters:,} trainable parameters")
-        results.append(train_prepared(prepared, output_dir=folder / method, epochs=epochs, batch_size=64, seed=seed))
+        run = train_prepared(
+            prepared, output_dir=folder / method, epochs=epochs, batch_size=64, seed=seed, resume=False
+        )
+        results.append(run)
     reports = [r.report for r in results]
     print("\n" + report_table(reports) + "\n")
     _plot(results, folder / "curves.png")

@@ -24,7 +24,7 @@ from mmkit.errors import CheckpointError, InputError, nearest
 from mmkit.registry import ADAPTERS
 from mmkit.training import FitConfig, FitResult, StepInfo, fit
 
-LEARNING_RATES = {"linear_probe": 1e-2, "ssf": 5e-3, "bitfit": 5e-3, "lora": 5e-3, "full": 5e-4}
+LEARNING_RATES = {"linear_probe": 3e-2, "ssf": 2e-2, "bitfit": 2e-2, "lora": 5e-3, "full": 5e-4}
 """Peak learning rates that work on small data sets; other methods start from 2e-3."""
 
 
@@ -171,6 +171,7 @@ def train_prepared(
     batch_size: int = 32,
     seed: int = 0,
     progress: bool = True,
+    resume: bool = True,
     on_step: Callable[[StepInfo], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> FinetuneResult:
@@ -178,6 +179,7 @@ def train_prepared(
 
     Args:
         config: everything at once; else `epochs`, `lr` (`None`: the method's usual), `batch_size`, `seed` and `progress`.
+        resume: continue the run that `output_dir` holds, if there is one; `False` starts over.
         on_step, should_stop: see `mmkit.training.fit`.
 
     Returns:

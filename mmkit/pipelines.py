@@ -189,12 +189,13 @@ class ImageClassificationPipeline(Pipeline):
         if top_k < 1:
             raise InputError(f"top_k must be at least 1, not {top_k}.")
         single = isinstance(images, (str, bytes, os.PathLike, Image.Image)) or hasattr(images, "__array__")
-        pictures = [load_image(i) for i in ([images] if single else images)]  # type: ignore[list-item]
+        batch: Any = [images] if single else images
+        pictures = [load_image(i) for i in batch]
         results = []
         for start in range(0, len(pictures), batch_size):
             chunk = pictures[start : start + batch_size]
-            batch = torch.stack([self.transform(p) for p in chunk]).to(self.device, self.dtype)
-            scores, order = self.model(batch).float().softmax(-1).sort(-1, descending=True)
+            tensors = torch.stack([self.transform(p) for p in chunk]).to(self.device, self.dtype)
+            scores, order = self.model(tensors).float().softmax(-1).sort(-1, descending=True)
             for picture, s, o in zip(chunk, scores[:, :top_k].tolist(), order[:, :top_k].tolist(), strict=True):
                 results.append(ImageClassification([self._name(k) for k in o], s, picture))
         return results[0] if single else results

@@ -90,6 +90,7 @@ class PeftAdapter(Adapter):
 
     def __init__(self, config: Any = None, name: str = "default"):
         super().__init__(config, name)
+        self.key = f"mmkit_{name}".replace(".", "_")  # peft's module dicts refuse names such as "half"
         self.peft_config: Any = None
         self._tensors: dict[str, torch.Tensor] | None = None
         self._fused: list[tuple[nn.Module, str, nn.Parameter, torch.Tensor]] = []
@@ -110,12 +111,13 @@ class PeftAdapter(Adapter):
         flags = {k: p.requires_grad for k, p in model.named_parameters()}
         self._keep_fused(model)
         try:
-            with _wrapped_paths_as_plain(model):
-                inject_adapter_in_model(self.peft_config, model, adapter_name=self.name)
+            with _peft_config(model, {}):
+                inject_adapter_in_model(self.peft_config, model, adapter_name=self.key)
             self.__dict__["_model"] = model
             self._refuse_silent()
             if self._tensors is not None:
-                set_peft_model_state_dict(model, self._tensors, adapter_name=self.name)
+                with _peft_config(model, {self.key: self.peft_config}):
+                    set_peft_model_state_dict(model, self._tensors, adapter_name=self.key)
         except (ValueError, TypeError, RuntimeError) as error:
             self._unload(model)
             self.__dict__["_model"] = None
@@ -173,9 +175,9 @@ class PeftAdapter(Adapter):
 
         found = []
         for path, module in self.__dict__["_model"].named_modules():
-            if isinstance(module, BaseTunerLayer) and self.name in module._get_available_adapters():
+            if isinstance(module, BaseTunerLayer) and self.key in module._get_available_adapters():
                 found.append((path.replace(".base_layer", ""), module))
-            elif isinstance(module, AuxiliaryTrainingWrapper) and self.name in module._adapters:
+            elif isinstance(module, AuxiliaryTrainingWrapper) and self.key in module._adapters:
                 found.append((path, module))
         return found
 
@@ -208,7 +210,7 @@ class PeftAdapter(Adapter):
         for path, layer in self._layers():
             for key, p in layer.named_parameters():
                 if (
-                    self.name in key.split(".")
+                    self.key in key.split(".")
                     and "base_layer" not in key.split(".")
                     and "original_module" not in key.split(".")
                 ):
@@ -225,7 +227,8 @@ class PeftAdapter(Adapter):
 
         if self.__dict__["_model"] is None or self.merged:
             return {prefix + k: v for k, v in (self._tensors or {}).items()}
-        state = get_peft_model_state_dict(self.model, adapter_name=self.name)
+        with _peft_config(self.model, {self.key: self.peft_config}):
+            state = get_peft_model_state_dict(self.model, adapter_name=self.key)
         return {prefix + k: v for k, v in state.items()}
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
@@ -239,7 +242,8 @@ class PeftAdapter(Adapter):
             raise CheckpointError(
                 f"peft adapter does not fit: {len(missing)} missing {missing[:4]}, {len(wrong)} unexpected {sorted(wrong)[:4]}."
             )
-        return set_peft_model_state_dict(self.model, dict(state_dict), adapter_name=self.name)
+        with _peft_config(self.model, {self.key: self.peft_config}):
+            return set_peft_model_state_dict(self.model, dict(state_dict), adapter_name=self.key)
 
     @contextlib.contextmanager
     def registered(self) -> Iterator[nn.Module]:
@@ -254,7 +258,7 @@ class PeftAdapter(Adapter):
         self.enabled = False
         try:
             for layer in layers:
-                others = sorted(layer._get_available_adapters() - {self.name})
+                others = sorted(layer._get_available_adapters() - {self.key})
                 layer.set_adapter(others) if others else layer.enable_adapters(False)
             yield
         finally:
@@ -274,9 +278,9 @@ class PeftAdapter(Adapter):
         """Put the wrapped modules back; hooks that others placed on a wrapper move to the module inside."""
         self.__dict__["_model"] = model
         for path, layer in self._layers():
-            others = sorted(layer._get_available_adapters() - {self.name})
+            others = sorted(layer._get_available_adapters() - {self.key})
             if others:  # the wrapper stays for them
-                layer.delete_adapter(self.name)
+                layer.delete_adapter(self.key)
                 layer.set_adapter(others)
                 continue
             inner = hooks.inner_module(layer)
@@ -284,7 +288,6 @@ class PeftAdapter(Adapter):
             hooks.move_hooks(layer, inner)  # type: ignore[arg-type]
             parent._modules[leaf] = inner
         self._restore_fused()
-        model.__dict__.pop("peft_config", None)
 
     # --- merging --------------------------------------------------------------------------------------------------------
 
@@ -296,15 +299,18 @@ class PeftAdapter(Adapter):
             if inside and path.startswith(inside):
                 continue  # the output projection of an attention that is merged as a whole
             if "original_module" in layer._modules:
-                saved = layer.modules_to_save[self.name]  # type: ignore[index, union-attr]
+                saved = layer.modules_to_save[self.key]  # type: ignore[index, union-attr]
                 edits += [Edit(*_owner_and_leaf(path, key), value) for key, value in saved.state_dict().items()]
             elif isinstance(plain, nn.MultiheadAttention):
                 inside += (f"{path}.",)
-                edits += [Edit(f"{path}.out_proj" if key == "weight" else path, key, v) for key, v in self._fused_values(layer)]
+                edits += [
+                    Edit(f"{path}.out_proj" if key == "weight" else path, key, v)
+                    for key, v in self._fused_values(layer)
+                ]
             else:
                 trial = copy.deepcopy(layer).double()
                 try:
-                    trial.merge(adapter_names=[self.name])  # type: ignore[operator]
+                    trial.merge(adapter_names=[self.key])  # type: ignore[operator]
                 except (ValueError, TypeError, RuntimeError, AttributeError) as error:
                     refused.append(f"{path} ({error})")
                     continue
@@ -325,7 +331,7 @@ class PeftAdapter(Adapter):
             ("weight", hooks.unwrap(plain.out_proj), hooks.unwrap(inner.out_proj)),  # type: ignore[arg-type]
         ]
         before = [getattr(copied, key).detach().clone() for key, _, copied in pairs]
-        trial.merge(adapter_names=[self.name])  # type: ignore[operator]
+        trial.merge(adapter_names=[self.key])  # type: ignore[operator]
         return [
             (key, kept[id(own), key].double() + getattr(copied, key).detach() - old)
             for (key, own, copied), old in zip(pairs, before, strict=True)
@@ -398,11 +404,12 @@ def _parent_of(model: nn.Module, path: str, layer: nn.Module) -> tuple[nn.Module
 
 
 @contextlib.contextmanager
-def _wrapped_paths_as_plain(model: nn.Module) -> Iterator[None]:
-    """A second injection must not read the settings of the first as its own."""
-    before = model.__dict__.pop("peft_config", None)
+def _peft_config(model: nn.Module, configs: dict[str, Any]) -> Iterator[None]:
+    """peft keeps the settings of its adapters on the model; mmkit leaves them there only while peft looks at them."""
+    model.__dict__.pop("peft_config", None)
+    if configs:
+        model.__dict__["peft_config"] = configs
     try:
         yield
     finally:
-        if before is not None:
-            model.__dict__["peft_config"] = before
+        model.__dict__.pop("peft_config", None)

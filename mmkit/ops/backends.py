@@ -40,7 +40,7 @@ def choose_backend(
         if problem:
             raise BackendUnavailableError(f"{op}: backend {requested!r} cannot run here: {problem}")
         return requested
-    reasons = []
+    reasons: list[str] = []
     for name in preference.get(device.type, preference["cpu"]):
         problem = problems[name](device)
         if problem is None:

@@ -73,9 +73,9 @@ def test_identity_start_disabled_and_detach(family: str, row: Row) -> None:
 @cases
 def test_only_the_adapter_is_trained(family: str, row: Row) -> None:
     model, x = contract.build(family), contract.inputs(family)
+    before = snapshot(model)
     adapter = contract.attach(model, family, row, head=True)
     contract.randomise(adapter, row.random_scale)
-    before = snapshot(model)
     own = {id(p) for p in adapter.parameters()}
     contract.run(model, x).square().mean().backward()
     named = adapter.trainable_parameters()

@@ -32,7 +32,8 @@ def test_case_matches_the_official_implementation(case: Path) -> None:
     if not loader.exists():
         pytest.skip(f"no loader yet for {method}")
     spec = importlib.util.spec_from_file_location(loader.stem, loader)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     module.run(case, json.loads((case / "meta.json").read_text(encoding="utf-8")))

@@ -1,0 +1,145 @@
+"""Backbones: they describe themselves, keep their preprocessing, and refuse what does not fit."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmkit.adapters import apply_adapter
+from mmkit.backbones import backbone_info, create_backbone, head_name, save_backbone
+from mmkit.checkpoints import write_safetensors
+from mmkit.errors import CheckpointError, InputError
+
+VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
+
+
+def vit(**kwargs):  # type: ignore[no-untyped-def]
+    return create_backbone("vit_tiny_patch16_224", **{**VIT, **kwargs}).eval()
+
+
+def test_a_vit_tells_its_parts() -> None:
+    info = vit(num_classes=5).backbone_info
+    assert (info.grid, info.num_prefix_tokens, info.input_size) == ((4, 4), 1, (3, 32, 32))
+    assert info.blocks == ("blocks.0", "blocks.1")
+    assert (info.head, info.num_classes) == ("head", 5)
+    assert info.mean == (0.5, 0.5, 0.5)
+
+
+def test_an_open_clip_tower_tells_its_parts() -> None:
+    vision = {"image_size": 32, "patch_size": 8, "width": 64, "layers": 2, "head_width": 32}
+    tower = create_backbone("open_clip:ViT-B-32", embed_dim=16, vision_cfg=vision)
+    assert tower(torch.zeros(1, 3, 32, 32)).shape == (1, 16)
+    assert tower.backbone_info.grid == (4, 4)
+    assert len(tower.backbone_info.blocks) == 2
+    assert tower.backbone_info.mean[0] == pytest.approx(0.48145466)
+    with pytest.raises(InputError, match="no classifier"):
+        head_name(tower)
+
+
+def test_unknown_names_offer_the_nearest() -> None:
+    with pytest.raises(InputError, match="vit_tiny_patch16_224"):
+        create_backbone("vit_tiny_patch16_244")
+    with pytest.raises(InputError, match="ViT-B-32"):
+        create_backbone("open_clip:ViT-B-33")
+    with pytest.raises(InputError, match="UNet2DConditionModel"):
+        create_backbone("diffusers:UNet2DConditionalModel")
+    with pytest.raises(InputError, match="known"):
+        create_backbone("timmm:vit_tiny_patch16_224")
+    with pytest.raises(InputError, match="not a folder"):
+        create_backbone("./no/such/folder")
+    with pytest.raises(InputError, match="num_classes"):
+        vit(num_classes=-1)
+
+
+def test_saved_with_its_preprocessing_and_read_by_timm_too(tmp_path: Path) -> None:
+    import timm
+
+    model = vit(num_classes=5)
+    model.__dict__["backbone_info"] = dataclasses.replace(
+        model.backbone_info, mean=(0.1, 0.2, 0.3), interpolation="bilinear"
+    )
+    save_backbone(model, tmp_path / "m", class_names=tuple("abcde"))
+    again = create_backbone(tmp_path / "m").eval()
+    x = torch.randn(1, 3, 32, 32)
+    assert torch.equal(again(x), model(x))
+    assert again.backbone_info.mean == (0.1, 0.2, 0.3)
+    assert again.backbone_info.interpolation == "bilinear"
+    assert again.backbone_info.class_names == tuple("abcde")
+    by_timm = timm.create_model(f"local-dir:{tmp_path / 'm'}", pretrained=True).eval()
+    assert torch.equal(by_timm(x), model(x))
+    assert by_timm.pretrained_cfg["mean"] == (0.1, 0.2, 0.3)
+    other_head = create_backbone(tmp_path / "m", num_classes=3)
+    assert other_head(x).shape == (1, 3)
+    assert torch.equal(other_head.blocks[0].attn.qkv.weight, model.blocks[0].attn.qkv.weight)
+
+
+def test_an_attached_adapter_is_not_lost_silently(tmp_path: Path) -> None:
+    model = vit()
+    apply_adapter(model, "ssf")
+    with pytest.raises(InputError, match="merge"):
+        save_backbone(model, tmp_path / "m")
+
+
+def test_partial_and_wrong_checkpoints_list_keys_and_load_nothing(tmp_path: Path) -> None:
+    state = vit(num_classes=5).state_dict()
+    target = vit(num_classes=5)
+    before = {k: v.clone() for k, v in target.state_dict().items()}
+    partial = {k: v for k, v in state.items() if k != "norm.weight"} | {"extra.weight": torch.zeros(1)}
+    write_safetensors(tmp_path / "partial.safetensors", partial)
+    with pytest.raises(CheckpointError, match=r"(?s)1 missing: norm.weight.*1 unexpected: extra.weight"):
+        vit(num_classes=5, checkpoint_path=tmp_path / "partial.safetensors")
+    from mmkit.backbones.create import load_backbone_state
+
+    with pytest.raises(CheckpointError):
+        load_backbone_state(target, partial, "x")
+    assert all(torch.equal(v, before[k]) for k, v in target.state_dict().items())
+    for name, content in (("a.safetensors", b"123"), ("b.pth", b"not a checkpoint"), ("c.pth", b"")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(CheckpointError):
+            vit(checkpoint_path=tmp_path / name)
+    with pytest.raises(CheckpointError, match="does not exist"):
+        vit(checkpoint_path=tmp_path / "none.pth")
+
+
+def test_code_in_a_pickle_is_never_run(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self):  # type: ignore[no-untyped-def]
+            return (Path(tmp_path / "ran").touch, ())
+
+    torch.save({"state_dict": Evil()}, tmp_path / "evil.pth")
+    with pytest.raises(CheckpointError, match="without running code"):
+        vit(checkpoint_path=tmp_path / "evil.pth")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_position_embeddings_follow_the_image_size_and_it_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_safetensors(tmp_path / "m.safetensors", vit(num_classes=5).state_dict())
+    larger = vit(num_classes=5, img_size=64, checkpoint_path=tmp_path / "m.safetensors")
+    assert "interpolated" in caplog.text
+    assert larger(torch.zeros(1, 3, 64, 64)).shape == (1, 5)
+
+
+def test_the_hub_is_named_when_it_cannot_be_reached() -> None:
+    with pytest.raises(CheckpointError, match="works offline"):
+        create_backbone("vit_tiny_patch16_224", pretrained=True)
+
+
+def test_diffusers_folder(tmp_path: Path) -> None:
+    import diffusers
+
+    unet = diffusers.UNet2DModel(
+        sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=(8,), norm_num_groups=4,
+        down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), add_attention=False,
+    )  # fmt: skip
+    unet.save_pretrained(tmp_path / "unet")
+    again = create_backbone(tmp_path / "unet")
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in unet.state_dict().items())
+
+
+def test_info_of_any_module() -> None:
+    assert backbone_info(torch.nn.Linear(2, 2)).blocks == ()

@@ -1,0 +1,127 @@
+"""The package as users get it: cheap to import, complete as a wheel, arrows pointing one way."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+FOLDERS = {"mmkit": "mmkit", **{d: f"mmkit/{d}" for d in ("vision", "diffusion", "video", "pointcloud", "apps")}}
+
+
+def _sources() -> dict[str, Path]:
+    """Installed path -> source file, for everything a wheel must contain."""
+    found = {}
+    for folder, target in FOLDERS.items():
+        for path in (ROOT / folder).rglob("*"):
+            if path.suffix in (".py", ".safetensors", ".json") and "__pycache__" not in path.parts:
+                found[f"{target}/{path.relative_to(ROOT / folder).as_posix()}"] = path
+    return found
+
+
+def test_import_mmkit_is_cheap_and_lazy() -> None:
+    code = (
+        "import torch, time, sys, json; start = time.process_time(); import mmkit; cost = time.process_time() - start\n"
+        "heavy = [m for m in ('transformers', 'diffusers', 'peft', 'timm', 'gradio', 'open_clip', 'accelerate') if m in sys.modules]\n"
+        "print(json.dumps([heavy, cost]))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    heavy, cost = json.loads(out.stdout)
+    assert heavy == []
+    assert cost < 0.2
+
+
+def test_public_names_resolve() -> None:
+    import mmkit
+
+    for name in mmkit.__all__:
+        assert getattr(mmkit, name) is not None
+    with pytest.raises(AttributeError):
+        _ = mmkit.no_such_name
+    assert {"ssf", "bitfit", "linear_probe", "peft"} <= set(mmkit.list_adapters())
+    assert "image-classification" in mmkit.list_tasks()
+
+
+def test_every_registered_name_resolves() -> None:
+    from mmkit import registry
+
+    for table in (registry.ADAPTERS, registry.MODELS, registry.TASKS):
+        for name in table.names():
+            assert callable(table.get(name)), name
+
+
+@pytest.mark.slow
+def test_the_wheel_is_complete_and_works_elsewhere(tmp_path: Path) -> None:
+    subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        archive.extractall(tmp_path / "site")
+    missing = sorted(set(_sources()) - names)
+    assert not missing
+    assert not [n for n in names if n.split("/")[0] in FOLDERS and n.split("/")[0] != "mmkit"]
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in getattr(f, '__module__', '').lower()"
+        " and '__editable__' not in repr(f)]\n"
+        "import mmkit, mmkit.vision, numpy\nassert mmkit.__file__.startswith(sys.argv[1]), mmkit.__file__\n"
+        "assert mmkit.vision.__file__.startswith(sys.argv[1]), mmkit.vision.__file__\n"
+        "r = mmkit.pipeline('image-classification')(numpy.zeros((32, 32, 3), numpy.uint8))\nprint(len(r.labels))"
+    )
+    (tmp_path / "empty").mkdir()
+    out = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "site")],
+        cwd=tmp_path / "empty",
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert out.returncode == 0, out.stderr[-2000:]
+    assert out.stdout.strip() == "5"
+
+
+def test_the_core_never_imports_a_domain_and_domains_never_import_apps() -> None:
+    wrong = []
+    for target, path in _sources().items():
+        if path.suffix != ".py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            modules += [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            for module in modules:
+                area = re.match(r"mmkit/(vision|diffusion|video|pointcloud|apps)/", target)
+                domain = re.match(r"mmkit\.(vision|diffusion|video|pointcloud)\b", module)
+                if (
+                    module.split(".")[0] in ("vision", "diffusion", "video", "pointcloud", "apps")
+                    or (area is None and domain)
+                    or (
+                        area
+                        and area[1] != "apps"
+                        and (module.startswith(("gradio", "mmkit.apps")) or (domain and domain[1] != area[1]))
+                    )
+                ):
+                    wrong.append((target, module))
+    assert not wrong
+
+
+def test_bundled_weights_are_small_and_match_their_manifest() -> None:
+    from mmkit.weights import FOLDER, list_weights, load_tensors, weight_entry
+
+    assert sum(f.stat().st_size for f in FOLDER.glob("*.safetensors")) < 40e6
+    assert {f.name for f in FOLDER.glob("*.safetensors")} == {weight_entry(n).file for n in list_weights()}
+    for name in list_weights():
+        entry = weight_entry(name)
+        assert load_tensors(name)
+        assert all((entry.summary, entry.licence, entry.command, entry.data, entry.score))
+        script = entry.command.split("python ", 1)[1].split()[0]
+        assert (ROOT / script).is_file(), entry.command

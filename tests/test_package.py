@@ -11,7 +11,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+
+ROOT = Path(__file__).parent.parent
 
 FOLDERS = {"mmkit": "mmkit", **{d: f"mmkit/{d}" for d in ("vision", "diffusion", "video", "pointcloud", "apps")}}
 

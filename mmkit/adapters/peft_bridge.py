@@ -115,6 +115,7 @@ class PeftAdapter(Adapter):
                 inject_adapter_in_model(self.peft_config, model, adapter_name=self.key)
             self.__dict__["_model"] = model
             self._refuse_silent()
+            self._refuse_after_hooks()
             if self._tensors is not None:
                 with _peft_config(model, {self.key: self.peft_config}):
                     set_peft_model_state_dict(model, self._tensors, adapter_name=self.key)
@@ -200,6 +201,15 @@ class PeftAdapter(Adapter):
                 f"LoRA at {silent[:3]} would have no effect: nn.MultiheadAttention reads that weight directly. "
                 f"Target the attention itself instead, for example {silent[0].rpartition('.')[0]!r}."
             )
+
+    def _refuse_after_hooks(self) -> None:
+        """peft adds its update inside the fused weights, before what an earlier adapter does to the projection's output."""
+        for path, layer in self._layers():
+            if isinstance(hooks.unwrap(layer).__dict__.get("forward"), hooks.ExplicitAttention):
+                raise InputError(
+                    f"An adapter already acts inside the fused attention {path!r}, and peft would act before it instead of after: "
+                    "detach it and attach the peft adapter first."
+                )
 
     # --- parameters -----------------------------------------------------------------------------------------------------
 

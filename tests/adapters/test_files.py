@@ -155,6 +155,7 @@ def test_damaged_folder(saved: Path, damage: str) -> None:
         tensors.unlink()
     elif damage == "swapped":
         other = apply_adapter(contract.build("vit"), "ssf", modules_to_save=("head",))
+        contract.randomise(other, 0.1)
         tensors.write_bytes((save_adapter(other, saved.parent / "other") / tensors.name).read_bytes())
     elif damage == "nan":
         adapter = apply_adapter(contract.build("vit"), "ssf")

@@ -70,7 +70,7 @@ def test_saved_with_its_preprocessing_and_read_by_timm_too(tmp_path: Path) -> No
     assert again.backbone_info.class_names == tuple("abcde")
     by_timm = timm.create_model(f"local-dir:{tmp_path / 'm'}", pretrained=True).eval()
     assert torch.equal(by_timm(x), model(x))
-    assert by_timm.pretrained_cfg["mean"] == (0.1, 0.2, 0.3)
+    assert tuple(by_timm.pretrained_cfg["mean"]) == (0.1, 0.2, 0.3)
     other_head = create_backbone(tmp_path / "m", num_classes=3)
     assert other_head(x).shape == (1, 3)
     assert torch.equal(other_head.blocks[0].attn.qkv.weight, model.blocks[0].attn.qkv.weight)

@@ -37,6 +37,8 @@ def main() -> None:
         for seed in range(args.seeds):
             prepared = prepare(digits, "tiny_vit", method, seed=seed)
             result = train_prepared(prepared, epochs=args.epochs, batch_size=64, seed=seed, progress=False)
+            if result.fit.stopped != "finished":
+                raise SystemExit(f"{method} seed {seed} was {result.fit.stopped}; nothing was written")
             reports.append(result.report)
             print(f"{method} seed {seed}: {100 * result.accuracy:.1f} %", flush=True)
         accuracies = [r["accuracy"] for r in reports]

@@ -99,8 +99,9 @@ def read_tensors(path: str | os.PathLike[str], *, allow_pickle_format: bool = Tr
         with torch.serialization.safe_globals(_numpy_numbers()):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
-            f"{path} cannot be loaded without running code from it, or is damaged ({(str(error).splitlines() or [type(error).__name__])[0]}). "
+            f"{path} cannot be loaded without running code from it, or is damaged ({reason}). "
             "Convert it to safetensors in the environment that made it."
         ) from error
     for key in _PICKLED_KEYS:

@@ -46,23 +46,39 @@ class Row:
     """One adapter method: its settings that start as an identity, where it applies, and what it cannot do.
 
     `random_scale` is the size of the noise that stands for training; `compile_breaks` names families where the engine behind
-    the method cannot be traced in one graph.
+    the method cannot be traced in one graph. `stackable=False`: two of the kind on one model make no sense.
+    `stays_after_merge`: part of the method has no parameters and keeps acting (heads that look at other frames).
     """
 
     method: str
     settings: dict[str, Any] = field(default_factory=dict)
+    per_family: dict[str, dict[str, Any]] = field(default_factory=dict)
     families: tuple[str, ...] = ("vit", "resnet", "unet", "clip")
     mergeable: bool = True
     random_scale: float = 0.1
     compile_breaks: tuple[str, ...] = ()
+    stackable: bool = True
+    stays_after_merge: bool = False
 
 
 ROWS = [
     Row("ssf", {"init_std": 0.0}),
     Row("bitfit"),
-    Row("linear_probe"),
+    Row("linear_probe", stackable=False),  # two copies of one head replace each other by definition
     Row("peft", {"r": 2}, compile_breaks=("clip",)),  # peft merges and unmerges nn.MultiheadAttention at every call
     Row("gmm", families=("vit",), mergeable=False, random_scale=0.5),
+    Row(
+        "zeroi2v",
+        {
+            "num_frames": 2,
+            "dropout": 0.0,
+            "temporal_embedding": False,
+        },  # the embedding stays on the tokens after a merge
+        {"vit": {"head_offsets": (0,) * 4}, "clip": {"head_offsets": (0,) * 2}},
+        families=("vit", "clip"),
+        stackable=False,
+        stays_after_merge=True,
+    ),
 ]
 CASES = [(family, row) for row in ROWS for family in row.families]
 IDS = [f"{family}-{row.method}" for family, row in CASES]
@@ -97,7 +113,7 @@ def run(model: nn.Module, args: tuple[Any, ...]) -> Tensor:
 
 def attach(model: nn.Module, family: str, row: Row, *, name: str = "default", head: bool = False) -> Adapter:
     """Attach the row's adapter; `linear_probe` always trains the head."""
-    settings = dict(row.settings)
+    settings = {**row.settings, **row.per_family.get(family, {})}
     if head or row.method == "linear_probe":
         settings["modules_to_save"] = (HEADS[family],)
     return apply_adapter(model, row.method, name=name, **settings)

@@ -43,7 +43,7 @@ def assert_unchanged(model: nn.Module, before: dict[str, torch.Tensor]) -> None:
 
 def test_every_registered_method_has_a_row() -> None:
     builtin = {r.method for r in ROWS}
-    assert builtin | {"zeroi2v"} >= set(list_adapters()), "add a row for the new method in contract.py"
+    assert builtin >= set(list_adapters()), "add a row for the new method in contract.py"
 
 
 @cases
@@ -115,7 +115,7 @@ def test_merge_and_unmerge(family: str, row: Row, dtype: torch.dtype, tolerance:
         return
     assert adapter.mergeable
     adapter.merge()
-    assert count_hooks(model) == 0
+    assert count_hooks(model) == 0 or row.stays_after_merge
     scale = max(1.0, float(expected.abs().max()))
     assert (contract.run(model, x) - expected).abs().max() <= tolerance * scale
     assert [k for k in model.state_dict() if k in before] == list(before), "no key of the base may be lost or renamed"
@@ -153,8 +153,8 @@ def test_copies_and_half_precision(family: str, row: Row) -> None:
 
 @cases
 def test_two_adapters_act_in_the_order_of_attachment(family: str, row: Row) -> None:
-    if row.method == "linear_probe":
-        pytest.skip("two copies of one head replace each other by definition")
+    if not row.stackable:
+        pytest.skip("two of this kind on one model make no sense")
     x = contract.inputs(family)
     model = frozen(contract.build(family))
     before = snapshot(model)

@@ -27,16 +27,14 @@ def _sources() -> dict[str, Path]:
     return found
 
 
-def test_import_mmkit_is_cheap_and_lazy() -> None:
+def test_import_mmkit_loads_no_heavy_library() -> None:
     code = (
-        "import torch, time, sys, json; start = time.process_time(); import mmkit; cost = time.process_time() - start\n"
+        "import torch, sys, json; import mmkit\n"
         "heavy = [m for m in ('transformers', 'diffusers', 'peft', 'timm', 'gradio', 'open_clip', 'accelerate') if m in sys.modules]\n"
-        "print(json.dumps([heavy, cost]))"
+        "print(json.dumps(heavy))"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    heavy, cost = json.loads(out.stdout)
-    assert heavy == []
-    assert cost < 0.2
+    assert json.loads(out.stdout) == []
 
 
 def test_public_names_resolve() -> None:

@@ -236,17 +236,3 @@ def test_missing_cuda_kernel_names_the_pip_command_and_auto_falls_back_visibly(c
     _mamba_ssm_problem.cache_clear()
     assert chosen == "torch"
     assert "pip install 'mmkit[cuda]'" in caplog.text
-
-
-@pytest.mark.slow
-def test_cpu_kernels_beat_the_loop() -> None:
-    import time
-
-    tensors = problem(1024, dim=128, n=16, batch=1)
-    seconds = dict.fromkeys(("cpu", "reference"), float("inf"))
-    for _ in range(3):
-        for backend in seconds:
-            start = time.process_time()
-            run(backend, tensors)
-            seconds[backend] = min(seconds[backend], time.process_time() - start)
-    assert seconds["reference"] > 5 * seconds["cpu"], seconds

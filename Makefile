@@ -23,10 +23,13 @@ test: $(STAMP)  ## everything
 test-fast: $(STAMP)  ## without training runs, processes and browsers
 	$(BIN)/python -m pytest -q -m "not slow and not browser"
 
-lint: $(STAMP)  ## ruff and mypy
+TYPES := build/typecheck
+lint: $(STAMP)  ## ruff, and mypy on an installed copy (it cannot follow an editable install into the domain folders)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	rm -rf build
+	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps --no-build-isolation --target $(TYPES) .
+	cd $(TYPES) && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml --python-executable ../../$(BIN)/python -p mmkit
 
 bench: $(STAMP)  ## the adapter benchmark; the others are run by name, see benchmarks/README.md
 	$(BIN)/python benchmarks/adapters.py

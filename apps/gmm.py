@@ -181,7 +181,7 @@ def build() -> None:
                         ("unmasked", "Without any mask"),
                     )
                 ]
-    controls = [image, layer, head, row, column, alpha, sigma, scope]
+    controls: list[Any] = [image, layer, head, row, column, alpha, sigma, scope]
     gr.on(
         [control.change for control in controls],
         explore,

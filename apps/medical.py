@@ -188,7 +188,8 @@ def on_clear() -> list[Any]:
 @readable
 def on_view(key: str | None, show: str, opacity: float, axis: str, index: float) -> Any:
     """Another slice, opacity or layer."""
-    return draw(*SESSIONS.get(key), show, opacity, axis, index) if key else None
+    state: Any = SESSIONS.get(key) if key else ()
+    return draw(*state, show, opacity, axis, index) if key else None  # type: ignore[call-arg]
 
 
 @readable
@@ -273,7 +274,7 @@ def build() -> None:
                 mask = gr.DownloadButton("Mask", interactive=False, variant="primary", elem_id="medical-mask")
                 record = gr.DownloadButton("Measures (JSON)", interactive=False, elem_id="medical-json")
     shared = [key, view, status, measures, axis, index, show, mask, record]
-    private = {"api_visibility": "private"}
+    private: dict[str, Any] = {"api_visibility": "private"}
     given = [file, truth, model, opacity]
     file.upload(on_file, given, shared, **private)
     truth.upload(on_file, given, shared, **private)

@@ -198,7 +198,7 @@ def on_model(key: str | None, model: str, opacity: float) -> tuple[Any, ...]:
     old = SESSIONS.get(key)
     segmenter = InteractiveSegmenter(load_engine(model))
     start = time.perf_counter()
-    segmenter.set_image(old.image)
+    segmenter.set_image(old.image)  # type: ignore[arg-type]
     if old.box:
         segmenter.set_box(*old.box)
     for x, y, positive in old.clicks:

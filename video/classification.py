@@ -20,7 +20,7 @@ from mmkit.errors import InputError
 from mmkit.pipelines import Pipeline
 from mmkit.video.io import Clip, VideoReader
 from mmkit.video.models import VideoClassifier
-from mmkit.video.samplers import DenseSampler, Sampler, UniformSampler, window_starts
+from mmkit.video.samplers import DenseSampler, UniformSampler, window_starts
 from mmkit.video.transforms import ClipTransform
 from mmkit.weights import list_weights, load_weights, weight_entry
 
@@ -152,7 +152,7 @@ class VideoClassificationPipeline(Pipeline):
             raise InputError(f"The video-classification pipeline needs a VideoClassifier, not {type(model).__name__}.")
         if top_k < 1:
             raise InputError(f"top_k must be at least 1, not {top_k}.")
-        sampler: Sampler = UniformSampler(model.num_frames)
+        sampler: Any = UniformSampler(model.num_frames)
         if model.stride:
             sampler = DenseSampler(model.num_frames, model.stride)
         prepare = ClipTransform(model.image_size, model.mean, model.std, n_crops=n_crops)

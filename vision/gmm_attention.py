@@ -132,6 +132,10 @@ class GaussianMixtureMask(LogitMask):
     alpha: nn.Parameter
     sigma: nn.Parameter
 
+    _values: Any
+    _index: Any
+    _baked: Any
+
     def __init__(
         self,
         num_heads: int,
@@ -481,7 +485,7 @@ class GridReader:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         """timm gives `(B, rows, columns, C)` with `dynamic_img_size`, else `(B, N, C)` on the fixed grid."""
-        self.grid = (output.shape[1], output.shape[2]) if output.dim() == 4 else tuple(module.grid_size)
+        self.grid = (output.shape[1], output.shape[2]) if output.dim() == 4 else tuple(module.grid_size)  # type: ignore[arg-type]
 
 
 class MaskedForward(hooks.ForwardOverride):

@@ -214,11 +214,11 @@ class MaskExplorer(Pipeline):
             rows += [caught[1][0, head, index].float().softmax(-1), caught[0][0, head, index].float().softmax(-1)]
             distances, profile = mask.profile()
             trained_profile = self._mask(self.model, layer).profile()[1]
-        grids = [row.float().reshape(self.grid).cpu().numpy() for row in rows]
+        grids: Any = [row.float().reshape(self.grid).cpu().numpy() for row in rows]
         return MaskView(
             picture,
             patch,
-            *grids,
+            *grids,  # type: ignore[call-arg]
             distances.cpu().numpy(),
             profile[head].float().cpu().numpy(),
             trained_profile[head].float().cpu().numpy(),
@@ -227,7 +227,9 @@ class MaskExplorer(Pipeline):
 
     def _pixels(self, picture: Image.Image) -> Tensor:
         channels = len(self.mean)
-        array = np.asarray(picture if channels == 3 else picture.convert("L"), np.float32).reshape(*self.size, channels)
+        array: Any = np.asarray(picture if channels == 3 else picture.convert("L"), np.float32).reshape(
+            *self.size, channels
+        )
         array = (array / 255 - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
         return torch.from_numpy(array).permute(2, 0, 1)[None].to(self.device, self.dtype)
 

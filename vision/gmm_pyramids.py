@@ -199,7 +199,7 @@ class GMMSwin(GMMModel):
                     mlp_ratio=mlp_ratio,
                     drop_path=rates[sum(depths[:stage]) + index],
                 )
-                window = tuple(block.window_size)
+                window: Any = tuple(block.window_size)
                 logit_mask = create_mask(mask, heads, window, num_kernels, official_underflow=official_underflow)
                 block.attn = MaskedWindowAttention(dim, heads, window, logit_mask)
                 blocks.append(block)

@@ -184,7 +184,8 @@ class LightMUNet(Model):
         for up, blocks in zip(self.up_samples, self.up_layers, strict=True):
             x = blocks(up(x) + skips.pop())
         x = self.conv_final(x)
-        return x[(..., *(slice(0, s) for s in size))] if target != size else x
+        keep: Any = (..., *(slice(0, s) for s in size))
+        return x[keep] if target != size else x
 
     def _check(self, x: Tensor) -> list[int]:
         if x.dim() != self.spatial_dims + 2:

@@ -1,13 +1,15 @@
 """Train the bundled photo model of SqueezeSAM ("squeezesam-photo") from simulated clicks.
 
-    MMKIT_DATA_DIR=../shared/data python examples/train_squeeze_sam.py --device cuda --minutes 10 --output
-    runs/sam.safetensors python examples/train_squeeze_sam.py --bundle runs/sam.safetensors      # measure on the CPU
-    and add to mmkit.weights
+    python examples/train_squeeze_sam.py --data ../shared/data --minutes 120 --output runs/sam.safetensors
+    python benchmarks/interactive.py quality --weights runs/sam.safetensors
+    python examples/train_squeeze_sam.py --bundle runs/sam.safetensors      # add the measured file to mmkit.weights
 
-Data, all below `--data`: `seg_pets` (Oxford-IIIT Pet, CC-BY-SA-4.0), the CC-BY-2.0 and unrestricted pictures of
-`seg_coco`, `pc_mosd` (BSD-3), and as backgrounds and textures without masks `fewshot_dreambooth` (CC-BY-4.0) and
-`cls_clothing` (CC0). Everything lies in the accelerator's memory; pictures are cropped, composited, painted over
-with procedural objects and clicked there. A checkpoint is written every minute; the same command resumes it.
+Data, all below `--data`: `seg_pets` (Oxford-IIIT Pet, CC-BY-SA-4.0), the CC-BY-2.0, CC-BY-SA-2.0 and unrestricted pictures
+of `seg_coco`, `pc_mosd` (BSD-3), and without masks `fewshot_dreambooth` (CC-BY-4.0) and `cls_clothing` (CC0). Regions of
+similar colour, found in all of these without supervision (Felzenszwalb and Huttenlocher 2004), are further objects: they
+teach the network to follow edges and clicks where nothing is a pet. Everything lies in memory; pictures are cropped,
+composited, painted over with procedural objects and clicked there. A checkpoint is written every minute; the same command
+resumes it.
 """
 
 from __future__ import annotations
@@ -27,15 +29,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from skimage.segmentation import felzenszwalb
 from torch import Tensor
 
 from mmkit.checkpoints import read_tensors, write_safetensors
 from mmkit.vision.click_training import distance_transform, iterative_loss, mask_iou, merge_held_objects
 from mmkit.vision.squeeze_sam import MEAN, SqueezeSAM, squeeze_sam_photo
 
-FREE = ("CC-BY-2.0", "no-known-copyright-restrictions")
+FREE = ("CC-BY-2.0", "CC-BY-SA-2.0", "no-known-copyright-restrictions")
 """Licences of the COCO pictures that are trained on."""
-OTHER = ("CC-BY-SA-2.0", "CC-BY-NC-2.0", "CC-BY-NC-SA-2.0")
+OTHER = ("CC-BY-NC-2.0", "CC-BY-NC-SA-2.0")
 """Licences of the COCO pictures that only measure progress."""
 SUMMARY = (
     "Click segmentation at 128 pixels, trained for minutes on a CPU, mostly on cats and dogs. Good for trying the tools and for "
@@ -49,7 +52,8 @@ class Bank:
     """Pictures and their objects on square canvases, in the accelerator's memory.
 
     Attributes:
-        images: uint8 `(I, 3, S, S)`, the picture at the top left; sizes `(I, 2)` its height and width.
+        images: uint8 `(I, 3, S, S)`, the picture at the top left; sizes `(I, 2)` its height and width. S may exceed the
+            side of the network, so that crops around small objects stay sharp.
         maps: uint8 `(I, S, S)` segment ids.
         owner: `(O,)` picture of each object; table: uint8 `(O, 256)` segment id -> background, object or unknown.
         boxes: `(O, 4)` x0, y0, x1, y1 of each object; weight: `(O,)` sampling weight.
@@ -126,6 +130,26 @@ def read_backgrounds(data: Path, limit: int) -> list[tuple[Image.Image, np.ndarr
     return found
 
 
+def find_regions(
+    rows: list[tuple[Image.Image, np.ndarray, list[dict]]], side: int, scales: tuple[int, ...] = (400, 1000)
+) -> list[tuple[Image.Image, np.ndarray, list[dict]]]:
+    """Regions of similar colour as objects, each picture once per scale; parts of the known objects `rows` are left out."""
+    found = []
+    for picture, segments, objects in rows:
+        image = picture.convert("RGB")
+        image.thumbnail((side, side), Image.Resampling.BICUBIC)
+        named = [i for o in objects if o.get("thing", True) for i in (*o["ids"], *o["unknown"])]
+        things = np.asarray(Image.fromarray(np.isin(segments, named)).resize(image.size, Image.Resampling.NEAREST))
+        for scale in scales:
+            ids = np.minimum(felzenszwalb(np.asarray(image), scale, sigma=0.8, min_size=250) + 1, 255).astype(np.uint8)
+            area = np.bincount(ids.ravel(), minlength=256)
+            part = np.bincount(ids[things], minlength=256) > 0.3 * area
+            share = area / ids.size
+            wanted = [int(i) for i in np.nonzero((share > 0.015) & (share < 0.6) & ~part)[0] if i < 255]
+            found.append((image, ids, [{"ids": (i,), "unknown": (), "weight": share[i] ** 0.5} for i in wanted]))
+    return found
+
+
 def build_bank(groups: list[tuple[float, list]], side: int, device: torch.device) -> Bank:
     """Canvases of all pictures; each group's objects share its sampling weight."""
     images, sizes, maps, owner, table, boxes, weight = [], [], [], [], [], [], []
@@ -166,6 +190,7 @@ class SceneSampler:
 
     def __init__(self, bank: Bank, side: int):
         self.bank, self.side, self.device = bank, side, bank.images.device
+        self.canvas = bank.images.shape[-1]
         self.mean = torch.tensor(MEAN, device=self.device).view(1, 3, 1, 1)
 
     def uniform(self, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
@@ -189,12 +214,16 @@ class SceneSampler:
             ],
             dim=1,
         )
-        theta = theta * (extent / side)[:, None, None]
-        theta = torch.cat([theta, (2 * center / side - 1)[..., None]], dim=-1)
+        theta = theta * (extent / self.canvas)[:, None, None]
+        theta = torch.cat([theta, (2 * center / self.canvas - 1)[..., None]], dim=-1)
         grid = F.affine_grid(theta, [n, 3, side, side], align_corners=False)
-        images = F.grid_sample(self.bank.images[picture].float() / 255, grid, align_corners=False)
+        fine = self.bank.images[picture].float() / 255
+        images = F.grid_sample(fine, grid, align_corners=False)
+        if self.canvas > side:  # large extents from a coarser copy: bilinear sampling alone would alias
+            coarse = F.grid_sample(F.avg_pool2d(fine, self.canvas // side), grid, align_corners=False)
+            images = torch.where((extent > 1.25 * side)[:, None, None, None], coarse, images)
         ids = F.grid_sample(self.bank.maps[picture][:, None].float(), grid, mode="nearest", align_corners=False)[:, 0]
-        limit = 2 * self.bank.sizes[picture].flip(1) / side - 1
+        limit = 2 * self.bank.sizes[picture].flip(1) / self.canvas - 1
         inside = (grid >= -1).all(-1) & (grid <= limit[:, None, None]).all(-1)
         return images, ids.long(), inside
 
@@ -206,11 +235,14 @@ class SceneSampler:
         size = bank.sizes[picture]
         largest = (box[:, 2:] - box[:, :2]).amax(dim=1)
         middle = (box[:, 2:] + box[:, :2]) / 2
-        whole = self.uniform(n) < 0.5
+        whole = self.uniform(n) < 0.4
         near = largest * self.uniform(n, low=math.log(1.1), high=math.log(4.0)).exp()
-        extent = torch.where(whole, self.side * self.uniform(n, low=0.75, high=1.3), near.clamp(64, 1.2 * self.side))
+        extent = self.canvas * self.uniform(n, low=0.75, high=1.3)
+        extent = torch.where(whole, extent, near.clamp(64, 1.2 * self.canvas))
         offset = (self.uniform(n, 2) - 0.5) * ((extent - largest).clamp(min=0.1 * extent))[:, None]
-        center = torch.where(whole[:, None], size.flip(1) / 2 + (self.uniform(n, 2) - 0.5) * 60, middle + offset)
+        center = torch.where(
+            whole[:, None], size.flip(1) / 2 + (self.uniform(n, 2) - 0.5) * 0.4 * self.canvas, middle + offset
+        )
         images, ids, inside = self.crop(picture, center, extent)
         kind = bank.table[choice].gather(1, ids.flatten(1)).view_as(ids)
         return images, (kind == OBJECT) & inside, (kind != UNKNOWN) & inside, inside
@@ -401,6 +433,7 @@ def load_checkpoint(
 def train(args: argparse.Namespace) -> None:
     """Train for `args.minutes`, then write the averaged weights in half precision."""
     torch.manual_seed(args.seed)
+    torch.set_num_threads(args.threads or torch.get_num_threads())
     device = torch.device(args.device)
     torch.backends.cudnn.benchmark = True
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
@@ -409,13 +442,16 @@ def train(args: argparse.Namespace) -> None:
         device, memory_format=torch.channels_last
     )
     side = model.image_size
+    canvas = 2 * side
+    pets, photos = read_pets(data / "seg_pets", "train")[:limit], read_coco(data / "seg_coco/train", FREE)
+    free = read_backgrounds(data, limit or 10_000)
     groups = [
-        (0.55, read_pets(data / "seg_pets", "train")[:limit]),
-        (0.33, read_coco(data / "seg_coco/train", FREE)),
-        (0.12, read_tabletop(data / "pc_mosd/train")),
-        (0.0, read_backgrounds(data, limit or 10_000)),
+        (0.38, pets),
+        (0.22, photos),
+        (0.08, read_tabletop(data / "pc_mosd/train")),
+        (0.32, find_regions([*photos, *free, *pets], canvas)),
     ]
-    bank = build_bank([(share, rows) for share, rows in groups if rows], side, device)
+    bank = build_bank([(share, rows) for share, rows in groups if rows], canvas, device)
     held_out = {
         "pets val": build_bank([(1.0, read_pets(data / "seg_pets", "val")[:limit])], side, device),
         "coco val": build_bank([(1.0, things(read_coco(data / "seg_coco/train", OTHER))[:limit])], side, device),
@@ -469,6 +505,8 @@ def train(args: argparse.Namespace) -> None:
         print(f"final, {step} steps, {name}: {pretty(values)}", flush=True)
     half = {k: v.half() if v.is_floating_point() else v for k, v in ema.state_dict().items()}
     options = f"--device {device.type} --minutes {args.minutes:g} --batch-size {args.batch_size} --seed {args.seed}"
+    if args.max_steps:
+        options += f" --max-steps {args.max_steps}"
     notes = {"command": f"python examples/train_squeeze_sam.py {options}", "steps": str(step), "seed": str(args.seed)}
     write_safetensors(output, half, {**notes, "scores": json.dumps(scores)})
     print(f"wrote {output}", flush=True)
@@ -522,7 +560,8 @@ def main() -> None:
     parser.add_argument("--data", default=default, help="folder with seg_pets, seg_coco, ... (default: MMKIT_DATA_DIR)")
     parser.add_argument("--output", default="runs/squeezesam-photo.safetensors")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--minutes", type=float, default=27)
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads (0: as torch chooses)")
+    parser.add_argument("--minutes", type=float, default=120)
     parser.add_argument("--max-steps", type=int, default=0, help="stop after this many steps (0: only the time counts)")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--max-rounds", type=int, default=3)

@@ -388,11 +388,13 @@ class GMMAdapter(Adapter):
     Rows and columns of class and register tokens are never masked. The patch grid is read at every forward pass, so
     `dynamic_img_size` and `set_input_size` work. Masks multiply attention logits, which no weight can absorb:
     `merge()` raises, `bake()` turns them into constants. A model that classifies from its class token ignores the last
-    layer's mask, since only patches are masked. Train alpha and sigma without weight decay and with about ten times the
-    usual learning rate.
+    layer's mask, since only patches are masked. `fit` trains alpha and sigma without weight decay at ten times its
+    learning rate.
     """
 
     config_class = GMMConfig
+    lr_scale = 10.0
+    decays = False
 
     def build(self, model: nn.Module) -> None:
         config = self.config

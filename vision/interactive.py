@@ -147,46 +147,125 @@ class Engine(Protocol):
             state: of `encode`.
             points: float `(Q, P, 2)` x, y in pixels of the picture, -1 for padding.
             labels: long `(Q, P)` in -1..3.
-            previous: low-resolution logits `(Q, s, s)` of the mask shown before, or `None`.
+            previous: low-resolution logits `(Q, h, w)` of the mask shown before, as returned earlier, or `None`.
 
         Returns:
-            Low-resolution logits `(Q, M, s, s)`, predicted IoU `(Q, M)`, and a function that takes `(K, s, s)` to the
+            Low-resolution logits `(Q, M, h, w)`, predicted IoU `(Q, M)`, and a function that takes `(K, h, w)` to the
             picture's size.
         """
 
 
+@dataclass(frozen=True)
+class _View:
+    """A picture as `SqueezeSAMEngine` keeps it: the network's whole view, a copy to crop from, and the true size."""
+
+    whole: Tensor
+    canvas: Tensor
+    size: tuple[int, int]
+
+
 class SqueezeSAMEngine:
-    """Drives a `SqueezeSAM`: the resized picture is cached, the whole network runs at every click."""
+    """Drives a `SqueezeSAM`: the resized picture is cached, the whole network runs at every click.
 
-    def __init__(self, model: SqueezeSAM):
+    Args:
+        model: the network.
+        zoom: look closer once there is a mask or a box: the network then sees a square 1.4 times its size, so that small
+            objects keep their detail (the ZoomIn of f-BRS, arXiv 2001.10331, and RITM); the first click on a small object
+            costs two passes. Default: for models that keep the aspect. The published network sees the whole picture.
+    """
+
+    first = 2
+    margin = 1.4
+    """Side of the close view over the larger side of the object."""
+
+    def __init__(self, model: SqueezeSAM, zoom: bool | None = None):
         self.model = model
+        self.zoom = model.keep_aspect if zoom is None else zoom
 
-    def encode(self, image: Image.Image) -> tuple[Tensor, tuple[int, int]]:
-        """The network's view of the picture and the picture's height and width."""
+    def encode(self, image: Image.Image) -> _View:
+        """The network's view of the picture, and a copy of at most four times its side to look closer at."""
         reference = next(self.model.parameters())
         pixels = _pixels(image, reference.device)
-        return self.model.preprocess(pixels).to(reference.dtype), (image.height, image.width)
+        size = (image.height, image.width)
+        scale = min(1.0, 4 * self.model.image_size / max(size))
+        small = (max(1, round(size[0] * scale)), max(1, round(size[1] * scale)))
+        canvas = pixels if small == size else F.interpolate(pixels, small, mode="bilinear", antialias=True)
+        return _View(self.model.preprocess(pixels).to(reference.dtype), canvas, size)
 
     def predict(
         self, state: Any, points: Tensor, labels: Tensor, previous: Tensor | None
     ) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
         """See `Engine.predict`."""
-        rgb, size = state
         model = self.model
         if not model.negative_clicks and not model.strict_official_prompts and (labels == NEGATIVE).any():
             raise InputError(
                 "This SqueezeSAM has no negative-click channel (the published encoding has none); "
                 "use a model built with negative_clicks=True."
             )
-        points, labels = points.to(rgb.device)[None], labels.to(rgb.device)[None]
-        previous = None if previous is None else previous[None]
-        prompts = model.encode_prompts(points, labels, size, previous)[0]
+        points, labels = points.to(state.whole.device), labels.to(state.whole.device)
+        if not self.zoom:
+            low, iou = self._run(state.whole, points, labels, state.size, previous)
+            return low, iou, lambda x: model.upscale(x[:, None], state.size)[:, 0]
+        full = points.new_tensor(state.size).flip(0)
+        grid = points.new_tensor(state.canvas.shape[2:]).flip(0)
+        points = torch.where((labels == PADDING)[..., None], -1.0, points * grid / full)
+        rows = [
+            self._closer(state, points[i], labels[i], None if previous is None else previous[i])
+            for i in range(len(points))
+        ]
+        low, iou = (torch.cat(parts) for parts in zip(*rows, strict=True))
+        return low, iou, lambda x: F.interpolate(x[:, None], state.size, mode="bicubic")[:, 0]
+
+    def _closer(self, view: _View, points: Tensor, labels: Tensor, previous: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Logits `(1, M, h, w)` on the canvas and IoU `(1, M)` of one prompt `(P, 2)`, `(P,)`, given in canvas pixels."""
+        h, w = view.canvas.shape[2:]
+        x0, y0, x1, y1 = 0, 0, w, h
+        if (previous is not None and (labels != PADDING).sum() >= self.first) or (labels == BOX_A).any():
+            x0, y0, x1, y1 = self._window(points[labels != PADDING], previous, (h, w))
+        size = (y1 - y0, x1 - x0)
+        shifted = torch.where((labels == PADDING)[:, None], -1.0, points - points.new_tensor([x0, y0]))
+        before = None if previous is None else self._framed(previous[y0:y1, x0:x1])
+        rgb = (
+            view.whole if size == (h, w) else self.model.preprocess(view.canvas[..., y0:y1, x0:x1]).to(view.whole.dtype)
+        )
+        near, iou = self._run(rgb, shifted[None], labels[None], size, before)
+        low = near.new_full((1, near.shape[1], h, w), -10.0)
+        low[..., y0:y1, x0:x1] = self.model.upscale(near, size)
+        return low, iou
+
+    def _window(self, points: Tensor, mask: Tensor | None, size: tuple[int, int]) -> tuple[int, int, int, int]:
+        """The square around the prompts and the mask `(h, w)`, with its margin, inside the canvas: x0, y0, x1, y1."""
+        h, w = size
+        inside = torch.empty(0, 2) if mask is None else (mask > THRESHOLD).nonzero().flip(1)
+        spots = torch.cat([points, inside.to(points)])
+        low, high = spots.amin(dim=0), spots.amax(dim=0)
+        side = max(self.margin * float((high - low).max()), self.model.image_size / 2)
+        window = []
+        for a, b, limit in ((low[0], high[0], w), (low[1], high[1], h)):
+            start = max(0, min(round(float(a + b) / 2 - side / 2), limit - round(side)))
+            window.append((start, min(limit, start + round(side))))
+        return window[0][0], window[1][0], window[0][1], window[1][1]
+
+    def _framed(self, logits: Tensor) -> Tensor:
+        """Logits of a crop `(h, w)` in the network's square, as the previous mask `(1, S, S)`."""
+        h, w = self.model.scaled_size(*logits.shape)
+        scaled = F.interpolate(logits[None, None], (h, w), mode="bilinear", antialias=True)[0]
+        side = self.model.image_size
+        return F.pad(scaled, (0, side - w, 0, side - h), value=-10.0)
+
+    def _run(
+        self, rgb: Tensor, points: Tensor, labels: Tensor, size: tuple[int, int], previous: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The network on one view `(1, 3, S, S)` of a picture of `size` for Q prompts: logits `(Q, M, s, s)`, IoU `(Q, M)`."""
+        model = self.model
+        before = None if previous is None else previous[None]
+        prompts = model.encode_prompts(points[None], labels[None], size, before)[0]
         token = None
         if model.prompt_token is not None:
-            token = model.prompt_token(model.scale_points(points[0], *size) / model.image_size, labels[0])
+            token = model.prompt_token(model.scale_points(points, *size) / model.image_size, labels)
         fused = torch.cat([rgb.expand(len(prompts), -1, -1, -1), prompts.to(rgb.dtype)], dim=1)
         low, iou = model.forward_fused(fused, token)
-        return low[:, 1:].float(), iou[:, 1:].float(), lambda x: model.upscale(x[:, None], size)[:, 0]
+        return low[:, 1:].float(), iou[:, 1:].float()
 
 
 class SamEngine:

@@ -122,6 +122,10 @@ class Adapter(nn.Module):
 
     method: ClassVar[str] = ""
     config_class: ClassVar[type[AdapterConfig]] = AdapterConfig
+    lr_scale: ClassVar[float] = 1.0
+    """Learning rate of the method's own parameters over the one `fit` is given, which heads and norms keep."""
+    decays: ClassVar[bool] = True
+    """Whether weight decay applies to the method's own parameters."""
 
     def __init__(self, config: AdapterConfig | None = None, name: str = "default"):
         super().__init__()
@@ -269,6 +273,10 @@ class Adapter(nn.Module):
     def trainable_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """The parameters to optimise, named `<module path>.<parameter>`."""
         return [(self._plain(k), p) for k, p in self.named_parameters() if p.requires_grad]
+
+    def own_parameters(self) -> list[nn.Parameter]:
+        """The method's own parameters, without the trained copies of whole modules (`modules_to_save`)."""
+        return [p for path in self.site_paths if path not in self._saved for p in self.site(path).parameters()]
 
     def num_parameters(self) -> int:
         """Number of trainable values, saved modules included."""

@@ -71,6 +71,9 @@ def selective_scan(
     x, dt, A, B, C = (t.to(work) for t in (u, delta, A, B, C))
     if delta_bias is not None:
         dt = dt + delta_bias.to(work)[:, None]
+    dt = (
+        dt.contiguous()
+    )  # the kernels want that, and a compiled softplus_backward mistakes the strides of mixed layouts
     if delta_softplus:
         dt = F.softplus(dt)
     B, C = (t.unsqueeze(1) if t.dim() == 3 else t for t in (B, C))

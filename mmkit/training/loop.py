@@ -36,6 +36,7 @@ from mmkit.training.setup import (
     StepUndo,
     Trainee,
     check_loss,
+    current_lr,
     freeze_running_statistics,
     has_non_finite,
     kept_modes,
@@ -261,7 +262,7 @@ class _Run:
                 state.step += 1
                 self.losses.append(loss)
                 epoch = (state.step - 1) // self.sampler.steps_per_epoch + 1
-                lr = self.optimizer.param_groups[0]["lr"]
+                lr = current_lr(self.optimizer)
                 self.scheduler.step_update(state.step)
                 if log is not None:
                     log.add("log", {"step": state.step, "epoch": epoch, "loss": loss, "lr": lr, **extras})
@@ -367,7 +368,7 @@ class _Run:
             "step": state.step,
             "epoch": state.step / per_epoch,
             "train_loss": sum(recent) / len(recent),
-            "lr": self.optimizer.param_groups[0]["lr"],
+            "lr": current_lr(self.optimizer),
         }
         if self.val is not None:
             with self._evaluation_weights():

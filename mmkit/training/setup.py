@@ -85,7 +85,7 @@ def share_weights(accelerator: Any, module: nn.Module) -> bool:
 def parameter_groups(
     trainee: nn.Module, model: nn.Module, adapter: Any, weight_decay: float
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """Optimiser groups (decayed, not decayed) and the parameter names in their order; freezes what is not trained."""
+    """Optimiser groups by learning rate and decay, and the parameter names in their order; freezes what is not trained."""
     if adapter is not None:
         wanted = {id(p) for _, p in adapter.trainable_parameters()}
         unseen = wanted - {id(p) for p in trainee.parameters()}
@@ -97,13 +97,30 @@ def parameter_groups(
     if not named:
         raise InputError("There is nothing to train: no parameter has requires_grad. Unfreeze some, or pass adapter.")
     skip = {f"model.{k}" for k in getattr(model, "no_weight_decay", set)()}
-    decayed = [(k, p) for k, p in named if p.ndim > 1 and k not in skip]
-    plain = [(k, p) for k, p in named if not (p.ndim > 1 and k not in skip)]
-    groups = [(decayed, weight_decay), (plain, 0.0)]
+    own = {id(p) for p in getattr(adapter, "own_parameters", list)()}
+    groups: dict[tuple[float, bool], list[tuple[str, nn.Parameter]]] = {}
+    for k, p in named:
+        scale, decays = (adapter.lr_scale, adapter.decays) if id(p) in own else (1.0, True)
+        groups.setdefault((scale, not (decays and p.ndim > 1 and k not in skip)), []).append((k, p))
+    order = sorted(groups)
     return (
-        [{"params": [p for _, p in g], "weight_decay": decay} for g, decay in groups if g],
-        [k for g, _ in groups for k, _ in g],
+        [
+            # `lr_scale` is timm's: its schedulers multiply by it
+            {
+                "params": [p for _, p in groups[scale, plain]],
+                "weight_decay": 0.0 if plain else weight_decay,
+                "lr_scale": scale,
+            }
+            for scale, plain in order
+        ],
+        [k for key in order for k, _ in groups[key]],
     )
+
+
+def current_lr(optimizer: torch.optim.Optimizer) -> float:
+    """The learning rate of this step, before any group's own scale."""
+    group = optimizer.param_groups[0]
+    return group["lr"] / group.get("lr_scale", 1.0)
 
 
 def make_optimizer(config: FitConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:

@@ -39,3 +39,15 @@ def test_the_first_tokens_do_not_see_the_last() -> None:
     changed[:, 12:] += 1
     torch.testing.assert_close(block(x)[:, :12], block(changed)[:, :12])
     assert not torch.allclose(block(x)[:, 12:], block(changed)[:, 12:])
+
+
+def test_a_compiled_training_step_gives_the_same_gradients() -> None:
+    torch.manual_seed(0)
+    block = Mamba(16, d_state=8, backend="cpu")
+    x = torch.randn(2, 40, 16)
+    block(x).square().sum().backward()
+    expected = {k: p.grad.clone() for k, p in block.named_parameters()}
+    block.zero_grad()
+    torch.compile(block, fullgraph=True, backend="aot_eager")(x).square().sum().backward()
+    for name, parameter in block.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-5, atol=1e-5)

@@ -274,6 +274,31 @@ def test_weight_decay_spares_one_dimensional_tensors():
     assert len(decay) == 6
 
 
+def test_an_adapter_may_ask_for_its_own_rate_and_no_decay():
+    import timm
+
+    from mmkit.adapters import apply_adapter
+    from mmkit.training.setup import Trainee, current_lr, make_optimizer, make_scheduler, parameter_groups
+
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=16, depth=1, num_heads=2, num_classes=3
+    )
+    adapter = apply_adapter(model, "gmm", modules_to_save=("head",))
+    groups, names = parameter_groups(Trainee(model, adapter), model, adapter, 0.1)
+    wanted = {"alpha": (10.0, 0.0), "sigma": (10.0, 0.0), "weight": (1.0, 0.1), "bias": (1.0, 0.0)}
+    found = [(g["lr_scale"], g["weight_decay"]) for g in groups for _ in g["params"]]
+    assert found == [wanted[name.rsplit(".", 1)[-1]] for name in names]
+    config = FitConfig(lr=0.02, warmup_steps=2, **QUIET)
+    optimizer = make_optimizer(config, groups)
+    scheduler = make_scheduler(config, optimizer, 10, 5)
+    for step in (0, 2, 9):
+        scheduler.step_update(step)
+        rates = [g["lr"] / g["lr_scale"] for g in optimizer.param_groups]
+        assert rates == pytest.approx([current_lr(optimizer)] * len(rates))
+    scheduler.step_update(2)
+    assert current_lr(optimizer) == pytest.approx(0.02, rel=0.2)
+
+
 def test_two_steps_by_hand_match_plain_torch():
     data, ours, theirs = points(32), nn.Linear(6, 3), nn.Linear(6, 3)
     theirs.load_state_dict(ours.state_dict())

@@ -15,13 +15,16 @@ import functools
 import html
 import inspect
 import os
+import secrets
 import shutil
 import tempfile
+import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import gradio as gr
 import numpy as np
@@ -37,6 +40,35 @@ KEEP_SECONDS = 3600
 
 MAX_FILE_SIZE = "64mb"
 """Larger uploads are refused."""
+
+
+Kept = TypeVar("Kept")
+
+
+class Sessions(Generic[Kept]):
+    """What the visitors have loaded, at most `limit`; the one unused for longest is put away. A page keeps only the key."""
+
+    def __init__(self, limit: int = 24):
+        self.limit = limit
+        self._open: OrderedDict[str, Kept] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def add(self, value: Kept) -> str:
+        """Keep `value`; returns its key, which cannot be guessed."""
+        key = secrets.token_hex(16)
+        with self._lock:
+            self._open[key] = value
+            while len(self._open) > self.limit:
+                self._open.popitem(last=False)
+        return key
+
+    def get(self, key: str | None) -> Kept:
+        """The value of `key`. Raises `InputError` when there is none (any more)."""
+        with self._lock:
+            if key is None or key not in self._open:
+                raise InputError("Load a picture first." if not key else "This picture was put away; load it again.")
+            self._open.move_to_end(key)
+            return self._open[key]
 
 
 @dataclass(frozen=True)

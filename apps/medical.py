@@ -10,8 +10,7 @@ import gradio as gr
 import numpy as np
 from PIL import Image
 
-from mmkit.apps.frame import App, output_folder, readable
-from mmkit.apps.segment import Sessions
+from mmkit.apps.frame import App, Sessions, output_folder, readable
 from mmkit.checkpoints import write_json
 from mmkit.errors import InputError
 from mmkit.vision.medical import (
@@ -33,7 +32,7 @@ MAX_WINDOWS = 4096
 """Inputs that need more windows than this are refused: they would take hours on a CPU."""
 
 _HEADERS = ["Class", "Objects", "Size", "Share", "Mean probability", "Dice"]
-SESSIONS: Any = Sessions(limit=12)
+SESSIONS: Sessions[Any] = Sessions(limit=12)
 _PROGRESS = gr.Progress()
 
 

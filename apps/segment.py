@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-import secrets
-import threading
 import time
-from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +12,7 @@ import gradio as gr
 import numpy as np
 from PIL import Image, ImageDraw
 
-from mmkit.apps.frame import App, output_folder, readable
+from mmkit.apps.frame import App, Sessions, output_folder, readable
 from mmkit.errors import InputError
 from mmkit.vision.interactive import RANDOM_WALKER, InteractiveSegmenter, Mask
 
@@ -27,33 +24,7 @@ LARGEST_SIDE = 2048
 _TINT = (0, 170, 160)
 
 
-class Sessions:
-    """The segmenters of the visitors, at most `limit`; the one unused for longest is put away."""
-
-    def __init__(self, limit: int = 24):
-        self.limit = limit
-        self._open: OrderedDict[str, InteractiveSegmenter] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def add(self, segmenter: InteractiveSegmenter) -> str:
-        """Keep `segmenter`; returns its key."""
-        key = secrets.token_hex(16)
-        with self._lock:
-            self._open[key] = segmenter
-            while len(self._open) > self.limit:
-                self._open.popitem(last=False)
-        return key
-
-    def get(self, key: str | None) -> InteractiveSegmenter:
-        """The segmenter of `key`. Raises `InputError` when there is none (any more)."""
-        with self._lock:
-            if key is None or key not in self._open:
-                raise InputError("Load a picture first." if not key else "This picture was put away; load it again.")
-            self._open.move_to_end(key)
-            return self._open[key]
-
-
-SESSIONS = Sessions()
+SESSIONS: Sessions[InteractiveSegmenter] = Sessions()
 
 
 def model_choices() -> list[str]:

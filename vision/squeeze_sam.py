@@ -277,6 +277,8 @@ class SqueezeSAM(Model):
         keep_aspect: pad at the right and bottom to a square instead of stretching.
         antialias: filter when shrinking the picture. The official code does not.
         click_radius: radius of a click's disk, in network pixels.
+        single_mask: `InteractiveSegmenter` shows the mask of entry 0, which training supervises with several prompts only,
+            from the second prompt on (as SAM does). The published code always drops it, and so does `forward`.
         strict_official_prompts: read prompts as the published code does: the first two points are a box unless the
             first label is 1 (so a label 0 in first place becomes a box).
 
@@ -314,13 +316,14 @@ class SqueezeSAM(Model):
         keep_aspect: bool = False,
         antialias: bool = False,
         click_radius: float = 5.0,
+        single_mask: bool = False,
         strict_official_prompts: bool = False,
     ):
         super().__init__()
         dims = tuple(dims)
         _check_config(image_size, patch_size, dims, num_heads, norm_layer, act_layer)
         self.image_size, self.patch_size, self.click_radius = image_size, patch_size, click_radius
-        self.negative_clicks, self.previous_mask = negative_clicks, previous_mask
+        self.negative_clicks, self.previous_mask, self.single_mask = negative_clicks, previous_mask, single_mask
         self.keep_aspect, self.antialias, self.strict_official_prompts = keep_aspect, antialias, strict_official_prompts
         self.num_multimask_outputs = num_multimask_outputs
         num_masks, width, options = num_multimask_outputs + 1, dims[-1], (act_layer, norm_layer, norm_first)
@@ -588,5 +591,6 @@ def squeeze_sam_photo(**overrides: Any) -> SqueezeSAM:
         "keep_aspect": True,
         "antialias": True,
         "click_radius": 3.0,
+        "single_mask": True,
     }
     return SqueezeSAM(**{**photo, **overrides})

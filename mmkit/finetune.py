@@ -41,7 +41,8 @@ class Prepared:
         model: the backbone with a classifier for `classes`.
         adapter: attached, or `None` for full fine-tuning.
         train, val: data sets of (image tensor, label).
-        method: as given. backbone: how to build the backbone again. fresh: whether its weights came from no file.
+        method: as given. backbone: how to build the backbone again.
+        keep_backbone: whether its weights must be saved beside the adapter, because that would not bring them back.
     """
 
     model: nn.Module
@@ -51,7 +52,7 @@ class Prepared:
     classes: list[str]
     method: str
     backbone: dict[str, Any]
-    fresh: bool
+    keep_backbone: bool
 
     @property
     def trainable_parameters(self) -> int:
@@ -132,7 +133,11 @@ def prepare(
         raise InputError(f"Training needs at least two classes; found {dataset.classes}.")
     train, held = split_dataset(dataset, val, seed)
     torch.manual_seed(seed)
-    spec = {"name": str(backbone), "overrides": overrides or {}}
+    is_folder = Path(backbone).expanduser().is_dir()
+    spec = {
+        "name": str(Path(backbone).expanduser().resolve()) if is_folder else str(backbone),
+        "overrides": overrides or {},
+    }
     model = create_backbone(
         backbone, checkpoint_path, pretrained=pretrained, num_classes=len(dataset.classes), **(overrides or {})
     )
@@ -148,7 +153,6 @@ def prepare(
         attached = apply_adapter(model, name, **{"modules_to_save": (info.head,), **(settings or {})})
         attached.check(example_input(model))
     plain = info.preprocessing()
-    fresh = not (pretrained or checkpoint_path or Path(backbone).is_dir() or info.name.startswith("mmkit:"))
     return Prepared(
         model=model,
         adapter=attached,
@@ -157,7 +161,7 @@ def prepare(
         classes=list(dataset.classes),
         method=adapter,
         backbone=spec,
-        fresh=fresh or bool(checkpoint_path) or pretrained,
+        keep_backbone=bool(checkpoint_path) or not (is_folder or info.name.startswith("mmkit:")),
     )
 
 
@@ -258,7 +262,7 @@ def _save(prepared: Prepared, folder: Path) -> int:
     if prepared.adapter is None:
         save_backbone(prepared.model, folder, class_names=tuple(prepared.classes))
         return sum((folder / f).stat().st_size for f in ("config.json", "model.safetensors"))
-    if prepared.fresh:  # the adapter is useless without these very weights
+    if prepared.keep_backbone:  # the adapter is useless without these very weights
         live = prepared.adapter
         model = live.detach()
         try:

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 import mmkit
 from mmkit.adapters import attached_adapters
+from mmkit.backbones import create_backbone, save_backbone
 from mmkit.cli import app
 from mmkit.data import load_digits
 from mmkit.errors import CheckpointError, InputError
@@ -66,6 +67,19 @@ def test_a_random_backbone_travels_with_its_adapter(few_digits, tmp_path: Path) 
         torch.testing.assert_close(
             load_finetuned(tmp_path / "run")(images), prepared.model.eval()(images), atol=1e-6, rtol=0
         )
+
+
+def test_a_backbone_folder_is_found_from_anywhere(few_digits, tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    save_backbone(create_backbone("tiny_vit"), "photos")
+    prepared = prepare(few_digits, "photos", "bitfit")
+    assert not prepared.keep_backbone
+    train_prepared(prepared, output_dir="run", epochs=1, progress=False)
+    monkeypatch.chdir(tmp_path)
+    images = torch.stack([prepared.val[i][0] for i in range(4)])
+    with torch.no_grad():
+        assert torch.equal(load_finetuned("work/run")(images), prepared.model.eval()(images))
 
 
 def test_names_that_do_not_exist(few_digits, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]

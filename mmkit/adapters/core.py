@@ -276,7 +276,8 @@ class Adapter(nn.Module):
 
     def own_parameters(self) -> list[nn.Parameter]:
         """The method's own parameters, without the trained copies of whole modules (`modules_to_save`)."""
-        return [p for path in self.site_paths if path not in self._saved for p in self.site(path).parameters()]
+        saved = {path.replace(".", "/") for path in self._saved}
+        return [p for key, site in self.sites.items() if key not in saved for p in site.parameters()]
 
     def num_parameters(self) -> int:
         """Number of trainable values, saved modules included."""

@@ -182,6 +182,21 @@ def multimask_loss(low: Tensor, iou: Tensor, target: Tensor, valid: Tensor, sing
     return (loss + regression[:, 1:].mean(dim=1) + single * regression[:, 0]).mean(), measured
 
 
+def shown_mask(model: Any, iou: Tensor, labels: Tensor) -> Tensor:
+    """Which mask a user sees: entry 0 after several prompts if the model has a `single_mask`, else the best predicted one.
+
+    Args:
+        model: a `SqueezeSAM`.
+        iou: predicted IoU `(N, M + 1)`.
+        labels: `(N, P)`, -1 for padding.
+
+    Returns:
+        Indices `(N,)`.
+    """
+    several = (labels != PADDING).sum(dim=1) > 1
+    return torch.where(several & model.single_mask, 0, iou[:, 1:].argmax(dim=1) + 1)
+
+
 def iterative_loss(
     model: nn.Module,
     batch: Mapping[str, Tensor],
@@ -216,7 +231,7 @@ def iterative_loss(
     for _ in range(rounds):
         with torch.no_grad():
             low, iou = core.forward_low_res(images, points[:, None], labels[:, None], previous)
-        chosen = iou[:, 0, 1:].argmax(dim=1) + 1
+        chosen = shown_mask(core, iou[:, 0], labels)
         previous = low[torch.arange(len(low)), 0, chosen][:, None].float()
         prediction = F.interpolate(previous, target.shape[1:], mode="bilinear")[:, 0] > 0
         style = ("uniform", "ritm", "center")[int(torch.randint(0, 3, ()))]
@@ -237,8 +252,8 @@ def iterative_loss(
     low, iou = core.forward_low_res(images, points[:, None], labels[:, None], previous)
     low, iou = low[:, 0], iou[:, 0]
     loss, measured = multimask_loss(low, iou, target, valid, (labels >= 0).sum(dim=1) > 1)
-    chosen = iou[:, 1:].argmax(dim=1, keepdim=True) + 1
-    metrics = {"iou": measured.gather(1, chosen).mean().item(), "best": measured[:, 1:].amax(1).mean().item()}
+    chosen = shown_mask(core, iou, labels)[:, None]
+    metrics = {"iou": measured.gather(1, chosen).mean().item(), "best": measured.amax(1).mean().item()}
     return loss, metrics
 
 

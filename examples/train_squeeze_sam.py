@@ -388,7 +388,7 @@ def evaluate(
             points = torch.cat([points, torch.stack([best % side, best // side], -1).float()[:, None]], dim=1)
             labels = torch.cat([labels, positive.long()[:, None]], dim=1)
             low, iou = model.forward_low_res(images, points[:, None], labels[:, None], previous)
-            chosen = shown_mask(model, iou[:, 0], labels)
+            chosen = shown_mask(model, iou[:, 0])
             previous = low[torch.arange(n), 0, chosen][:, None].float()
             prediction = F.interpolate(previous, (side, side), mode="bilinear")[:, 0] > 0
             if click in found:

@@ -152,11 +152,8 @@ class SqueezeSAMEngine:
             token = model.prompt_token(model.scale_points(points, *size) / model.image_size, labels)
         fused = torch.cat([rgb.expand(len(prompts), -1, -1, -1), prompts.to(rgb.dtype)], dim=1)
         low, iou = (x.float() for x in model.forward_fused(fused, token))
-        if not model.single_mask:
-            return low[:, 1:], iou[:, 1:]
-        first = torch.arange(iou.shape[1], device=iou.device) == 0
-        several = (labels != PADDING).sum(dim=1, keepdim=True) > 1
-        return low, iou.masked_fill(first != several, -torch.inf)
+        chosen = slice(0, 1) if model.single_mask else slice(1, None)
+        return low[:, chosen], iou[:, chosen]
 
 
 class SamEngine:

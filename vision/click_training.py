@@ -168,7 +168,8 @@ def multimask_loss(low: Tensor, iou: Tensor, target: Tensor, valid: Tensor, sing
         low: logits `(N, M + 1, s, s)`, entry 0 the single mask.
         iou: predicted IoU `(N, M + 1)`.
         target, valid: bool `(N, H, W)`.
-        single: bool `(N,)`: also supervise entry 0 (several prompts, so no ambiguity is left).
+        single: bool `(N,)`: also supervise entry 0 (SAM: with several prompts, which leave no ambiguity; models with
+            `single_mask`: always).
 
     Returns:
         The loss, and the measured IoU `(N, M + 1)` of each thresholded mask.
@@ -182,19 +183,11 @@ def multimask_loss(low: Tensor, iou: Tensor, target: Tensor, valid: Tensor, sing
     return (loss + regression[:, 1:].mean(dim=1) + single * regression[:, 0]).mean(), measured
 
 
-def shown_mask(model: Any, iou: Tensor, labels: Tensor) -> Tensor:
-    """Which mask a user sees: entry 0 after several prompts if the model has a `single_mask`, else the best predicted one.
-
-    Args:
-        model: a `SqueezeSAM`.
-        iou: predicted IoU `(N, M + 1)`.
-        labels: `(N, P)`, -1 for padding.
-
-    Returns:
-        Indices `(N,)`.
-    """
-    several = (labels != PADDING).sum(dim=1) > 1
-    return torch.where(several & model.single_mask, 0, iou[:, 1:].argmax(dim=1) + 1)
+def shown_mask(model: Any, iou: Tensor) -> Tensor:
+    """Index `(N,)` of the mask a user sees: entry 0 if the model has a `single_mask`, else the best of `iou` `(N, M + 1)`."""
+    if model.single_mask:
+        return torch.zeros(len(iou), dtype=torch.long, device=iou.device)
+    return iou[:, 1:].argmax(dim=1) + 1
 
 
 def iterative_loss(
@@ -231,7 +224,7 @@ def iterative_loss(
     for _ in range(rounds):
         with torch.no_grad():
             low, iou = core.forward_low_res(images, points[:, None], labels[:, None], previous)
-        chosen = shown_mask(core, iou[:, 0], labels)
+        chosen = shown_mask(core, iou[:, 0])
         previous = low[torch.arange(len(low)), 0, chosen][:, None].float()
         prediction = F.interpolate(previous, target.shape[1:], mode="bilinear")[:, 0] > 0
         style = ("uniform", "ritm", "center")[int(torch.randint(0, 3, ()))]
@@ -251,8 +244,9 @@ def iterative_loss(
         labels = torch.cat([labels, torch.where(keep, kind, PADDING)[:, None]], dim=1)
     low, iou = core.forward_low_res(images, points[:, None], labels[:, None], previous)
     low, iou = low[:, 0], iou[:, 0]
-    loss, measured = multimask_loss(low, iou, target, valid, (labels >= 0).sum(dim=1) > 1)
-    chosen = shown_mask(core, iou, labels)[:, None]
+    single = ((labels >= 0).sum(dim=1) > 1) | core.single_mask
+    loss, measured = multimask_loss(low, iou, target, valid, single)
+    chosen = shown_mask(core, iou)[:, None]
     metrics = {"iou": measured.gather(1, chosen).mean().item(), "best": measured.amax(1).mean().item()}
     return loss, metrics
 

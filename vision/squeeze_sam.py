@@ -277,8 +277,8 @@ class SqueezeSAM(Model):
         keep_aspect: pad at the right and bottom to a square instead of stretching.
         antialias: filter when shrinking the picture. The official code does not.
         click_radius: radius of a click's disk, in network pixels.
-        single_mask: `InteractiveSegmenter` shows the mask of entry 0, which training supervises with several prompts only,
-            from the second prompt on (as SAM does). The published code always drops it, and so does `forward`.
+        single_mask: train entry 0 with every prompt and let `InteractiveSegmenter` show it: one best guess instead of three
+            and a choice. The published code always drops entry 0, and so does `forward`.
         strict_official_prompts: read prompts as the published code does: the first two points are a box unless the
             first label is 1 (so a label 0 in first place becomes a box).
 

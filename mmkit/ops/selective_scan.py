@@ -21,6 +21,7 @@ from mmkit.errors import InputError
 from mmkit.ops.backends import choose_backend
 
 _NAME = "selective_scan"
+_HAS_NUMBA = importlib.util.find_spec("numba") is not None  # looked up here: dynamo cannot trace the lookup
 _PIP = "pip install 'mmkit[cuda]' (mamba-ssm; needs nvcc or a prebuilt wheel for this torch)"
 
 
@@ -209,9 +210,7 @@ def _cuda_problem(device: torch.device) -> str | None:
 def _cpu_problem(device: torch.device) -> str | None:
     if device.type != "cpu":
         return f"the Numba kernels run on CPU tensors only, not on {device.type}."
-    if importlib.util.find_spec("numba") is None:
-        return "numba is missing: pip install numba."
-    return None
+    return None if _HAS_NUMBA else "numba is missing: pip install numba."
 
 
 _PREFERENCE = {"cuda": ("cuda", "torch"), "cpu": ("cpu", "torch"), "mps": ("torch",)}

@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmkit import FitConfig, create_model, fit
-from mmkit.checkpoints import write_json
+from mmkit.checkpoints import read_json, write_json
 from mmkit.ops import Mamba
 from mmkit.vision.medical import MedicalSegmentationPipeline, Volume
 from mmkit.vision.medical_training import (
@@ -182,11 +182,12 @@ def main() -> None:
         "torch": torch.__version__,
         "seed": args.seed,
     }
-    result: dict[str, Any] = {"setting": setting, "official": official_totals(), "tasks": {}}
+    tasks = read_json(RESULTS)["tasks"] if RESULTS.exists() else {}
+    result: dict[str, Any] = {"official": official_totals(), "tasks": tasks}
     for name in args.tasks:
         task = TASKS[name]
         train, test = (task["cases"](args.data / task["folder"], split) for split in ("train", "test"))
-        row: dict[str, Any] = {"train": len(train), "test": len(test)}
+        row: dict[str, Any] = {"setting": setting, "train": len(train), "test": len(test)}
         kind, settings = task["model"]
         builders: dict[str, Callable[[], nn.Module]] = {
             "lightm_unet": lambda kind=kind, settings=settings: create_model(kind, pad=True, **settings),
@@ -197,7 +198,7 @@ def main() -> None:
             if label == "lightm_unet" and name == "hippocampus":
                 row["volume_cpu_seconds"] = inference_seconds(model, test[0])
             print(f"{name:12s} {label:12s} {row[label]}", flush=True)
-        result["tasks"][name] = row
+        tasks[name] = row
         write_json(RESULTS, result)  # after each task: an interrupted run keeps what it measured
     print("->", RESULTS)
 

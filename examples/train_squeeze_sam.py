@@ -492,7 +492,7 @@ def train(args: argparse.Namespace) -> None:
         with torch.no_grad():
             batch = sampler.sample(args.batch_size)
         with torch.autocast(device.type, dtype=torch.bfloat16):
-            loss, metrics = iterative_loss(model, batch, max_rounds=args.max_rounds)
+            loss, metrics = iterative_loss(model, batch, max_rounds=args.max_rounds, start_clicks=6)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -146,11 +146,10 @@ class SqueezeSAMEngine:
         """The network on one view `(1, 3, S, S)` of a picture of `size` for Q prompts: logits `(Q, M, s, s)`, IoU `(Q, M)`."""
         model = self.model
         before = None if previous is None else previous[None]
-        prompts = model.encode_prompts(points[None], labels[None], size, before)[0]
         token = None
         if model.prompt_token is not None:
             token = model.prompt_token(model.scale_points(points, *size) / model.image_size, labels)
-        fused = torch.cat([rgb.expand(len(prompts), -1, -1, -1), prompts.to(rgb.dtype)], dim=1)
+        fused = model.fuse(rgb, points[None], labels[None], size, before)
         low, iou = (x.float() for x in model.forward_fused(fused, token))
         chosen = slice(0, 1) if model.single_mask else slice(1, None)
         return low[:, chosen], iou[:, chosen]

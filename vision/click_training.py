@@ -117,7 +117,7 @@ def sample_boxes(target: Tensor, jitter: float = 0.1, max_jitter: float = 20.0) 
 def sample_outliers(target: Tensor, valid: Tensor, near: int = 20) -> tuple[Tensor, Tensor]:
     """A wrong positive click outside each target, half within `near` pixels of it: points `(N, 2)`, labels `(N,)`.
 
-    Our recipe for the noisy saliency clicks the abstract of SqueezeSAM mentions.
+    Our recipe for the noisy saliency clicks the abstract of SqueezeSAM mentions. Relabelled, these are negative clicks.
     """
     outside = ~target & valid
     side = 2 * near + 1  # one axis after the other: far cheaper than the square window
@@ -198,19 +198,24 @@ def iterative_loss(
     box_prob: float = 0.25,
     idle_prob: float = 0.2,
     outlier_prob: float = 0.1,
+    start_clicks: int = 0,
     depth_grid: int = 96,
 ) -> tuple[Tensor, dict[str, float]]:
     """Loss of one step with simulated interaction; fits `mmkit.training.fit(loss_fn=iterative_loss)`.
 
-    The first prompt is a noisy box (`box_prob`) or a positive click; then 0 to `max_rounds - 1` rounds without
-    gradients, each correcting the previous prediction with a click (or with none, `idle_prob`) and feeding its
-    logits back; the last round is trained on. A model without negative clicks gets positive corrections only.
+    The first prompt is a noisy box (`box_prob`) or a positive click, with up to `start_clicks` further right clicks; then 0
+    to `max_rounds - 1` rounds without gradients, each correcting the previous prediction with a click (or with none,
+    `idle_prob`) and feeding its logits back; the last round is trained on. A model without negative clicks gets positive
+    corrections only.
 
     Args:
         model: a `SqueezeSAM`.
         batch: "image" `(N, 3, S, S)` in 0..1, "target" and optionally "valid" bool `(N, S, S)`. S need not be the
-        model's size. max_rounds: predictions per step, at most.
+            model's size.
+        max_rounds: predictions per step, at most.
         outlier_prob: share of samples with one wrong positive click besides at least one right one.
+        start_clicks: right clicks a prompt may start with besides the first, so that long sessions are trained without
+            their many rounds (RITM); a sample keeps the k-th with probability 0.7^k.
 
     Returns:
         The loss, and {"iou": IoU of the mask the model would choose, "best": best of its masks}.
@@ -219,6 +224,11 @@ def iterative_loss(
     valid = batch["valid"].bool() if "valid" in batch else torch.ones_like(target)
     core: Any = getattr(model, "module", model)
     points, labels = _first_prompts(target & valid, valid, box_prob, depth_grid)
+    for k in range(1, start_clicks + 1):
+        extra, kind = _right_clicks(target & valid, valid, core.negative_clicks)
+        kind = kind.masked_fill(torch.rand(len(kind), device=kind.device) > 0.7**k, PADDING)
+        points = torch.cat([points, torch.where(kind[:, None] == PADDING, -1.0, extra)[:, None]], dim=1)
+        labels = torch.cat([labels, kind[:, None]], dim=1)
     rounds = int(torch.randint(0, max_rounds, ()))
     previous = None
     for _ in range(rounds):
@@ -262,6 +272,15 @@ def _first_prompts(target: Tensor, valid: Tensor, box_prob: float, grid: int) ->
     box, corners = sample_boxes(target)
     use_box = (torch.rand(len(target), device=target.device) < box_prob) & (kind >= 0)
     return torch.where(use_box[:, None, None], box, click), torch.where(use_box[:, None], corners, kinds)
+
+
+def _right_clicks(target: Tensor, valid: Tensor, negatives: bool) -> tuple[Tensor, Tensor]:
+    """A click anywhere in each target or (half of them, if `negatives`) outside it: points `(N, 2)`, labels `(N,)`."""
+    inside, kind = sample_clicks(torch.zeros_like(target), target, valid)
+    outside, other = sample_outliers(target, valid)
+    swap = (torch.rand(len(kind), device=kind.device) < 0.5) & negatives
+    other = torch.where(other == POSITIVE, NEGATIVE, PADDING)
+    return torch.where(swap[:, None], outside, inside), torch.where(swap, other, kind)
 
 
 def whole_object_parents(masks: Sequence[np.ndarray]) -> list[int]:

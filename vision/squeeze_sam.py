@@ -5,7 +5,8 @@ describe models of other sizes than the code the authors published for four days
 `squeeze_sam/` at 3477a43): `squeeze_sam_base` is that published network, tensor for tensor (10,159,260 parameters).
 
 Added here, all off in the official configuration: negative clicks and the previous mask as extra input channels with
-zero-initialised weights (a 5-channel checkpoint gives bit-identical outputs until they are trained), late fusion,
+zero-initialised weights, geodesic distances to the clicks in the same way (a 5-channel checkpoint gives bit-identical
+outputs until they are trained), late fusion,
 padding instead of stretching, antialiased resizing, and convolution-norm-activation order for new training.
 """
 
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from mmkit.errors import CheckpointError, InputError
 from mmkit.modeling import Model
+from mmkit.vision.geodesic import click_maps
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
@@ -273,6 +275,7 @@ class SqueezeSAM(Model):
         norm_first: convolution-norm-activation order, which int8 tools can fuse. The official order norms last.
         negative_clicks: adds a channel with a disk at each negative click.
         previous_mask: adds a channel with the sigmoid of the previous logits.
+        geodesic: adds three channels that follow the picture's edges from the clicks (see `mmkit.vision.geodesic`).
         late_fusion: adds the points as a token as well (see `PromptToken`).
         keep_aspect: pad at the right and bottom to a square instead of stretching.
         antialias: filter when shrinking the picture. The official code does not.
@@ -312,6 +315,7 @@ class SqueezeSAM(Model):
         norm_first: bool = False,
         negative_clicks: bool = False,
         previous_mask: bool = False,
+        geodesic: bool = False,
         late_fusion: bool = False,
         keep_aspect: bool = False,
         antialias: bool = False,
@@ -323,7 +327,8 @@ class SqueezeSAM(Model):
         dims = tuple(dims)
         _check_config(image_size, patch_size, dims, num_heads, norm_layer, act_layer)
         self.image_size, self.patch_size, self.click_radius = image_size, patch_size, click_radius
-        self.negative_clicks, self.previous_mask, self.single_mask = negative_clicks, previous_mask, single_mask
+        self.negative_clicks, self.previous_mask, self.geodesic = negative_clicks, previous_mask, geodesic
+        self.single_mask = single_mask
         self.keep_aspect, self.antialias, self.strict_official_prompts = keep_aspect, antialias, strict_official_prompts
         self.num_multimask_outputs = num_multimask_outputs
         num_masks, width, options = num_multimask_outputs + 1, dims[-1], (act_layer, norm_layer, norm_first)
@@ -353,7 +358,7 @@ class SqueezeSAM(Model):
     @property
     def in_chans(self) -> int:
         """Channels of the patch embedding: RGB, box, positive clicks, and the optional extra prompts."""
-        return 5 + self.negative_clicks + self.previous_mask
+        return 5 + self.negative_clicks + self.previous_mask + 3 * self.geodesic
 
     @property
     def low_res_size(self) -> int:
@@ -403,7 +408,7 @@ class SqueezeSAM(Model):
             previous: low-resolution logits `(B, Q, s, s)` of the previous round, or `None`.
 
         Returns:
-            `(B, Q, in_chans - 3, S, S)`.
+            `(B, Q, C, S, S)`, C from 2 to 4.
         """
         points = self.scale_points(points.float(), *size)
         s = self.image_size
@@ -444,9 +449,36 @@ class SqueezeSAM(Model):
 
     def early_fusion(self, images: Tensor, points: Tensor, labels: Tensor, previous: Tensor | None = None) -> Tensor:
         """Picture and prompts as one input `(B * Q, in_chans, S, S)`; arguments as `forward`."""
-        prompts = self.encode_prompts(points, labels, (images.shape[2], images.shape[3]), previous)
-        rgb = self.preprocess(images)[:, None].expand(-1, prompts.shape[1], -1, -1, -1)
+        return self.fuse(self.preprocess(images), points, labels, (images.shape[2], images.shape[3]), previous)
+
+    def fuse(
+        self, rgb: Tensor, points: Tensor, labels: Tensor, size: tuple[int, int], previous: Tensor | None = None
+    ) -> Tensor:
+        """As `early_fusion`, from a preprocessed picture `(B, 3, S, S)` whose height and width were `size`."""
+        prompts = self.encode_prompts(points, labels, size, previous)
+        if self.geodesic:
+            maps = self._geodesic_maps(rgb.float(), prompts, labels, self.scaled_size(*size))
+            prompts = torch.cat([prompts, maps], dim=2)
+        rgb = rgb[:, None].expand(-1, prompts.shape[1], -1, -1, -1)
         return torch.cat([rgb, prompts.to(rgb.dtype)], dim=2).flatten(0, 1)
+
+    @torch.no_grad()
+    def _geodesic_maps(self, rgb: Tensor, prompts: Tensor, labels: Tensor, region: tuple[int, int]) -> Tensor:
+        """Three channels `(B, Q, 3, S, S)`, computed at the resolution of the logits and zero in the padding."""
+        h, w = region
+        grid = (max(2, h // self.patch_size), max(2, w // self.patch_size))
+
+        def small(x: Tensor) -> Tensor:
+            return F.interpolate(x[..., :h, :w], grid, mode="area")
+
+        boxed = ((labels == BOX_A) | (labels == BOX_B)).any(dim=2)[..., None, None]
+        positive = small(prompts[:, :, 1]) > 0
+        negative = boxed & (small(prompts[:, :, 0]) < 0.5)
+        if self.negative_clicks:
+            negative |= small(prompts[:, :, 2]) > 0
+        maps = click_maps(small(rgb), positive, negative & ~positive)
+        maps = F.interpolate(maps.flatten(0, 1), (h, w), mode="bilinear").unflatten(0, maps.shape[:2])
+        return F.pad(maps, (0, self.image_size - w, 0, self.image_size - h))
 
     def encode(self, fused: Tensor) -> list[Tensor]:
         """The patch embedding and every U-Net level of a fused input `(N, in_chans, S, S)`, finest first."""
@@ -580,7 +612,7 @@ def squeeze_sam_tiny(**overrides: Any) -> SqueezeSAM:
 
 
 def squeeze_sam_photo(**overrides: Any) -> SqueezeSAM:
-    """The bundled photo model: every extra prompt, aspect kept, 128 pixels: 2.78 M parameters."""
+    """The bundled photo model: every extra channel, aspect kept, 128 pixels: 2.78 M parameters."""
     photo = {
         "image_size": 128,
         "patch_embed_dim": 24,
@@ -588,6 +620,7 @@ def squeeze_sam_photo(**overrides: Any) -> SqueezeSAM:
         "mlp_dim": 256,
         "negative_clicks": True,
         "previous_mask": True,
+        "geodesic": True,
         "keep_aspect": True,
         "antialias": True,
         "click_radius": 3.0,

@@ -117,18 +117,22 @@ def sample_boxes(target: Tensor, jitter: float = 0.1, max_jitter: float = 20.0) 
 def sample_outliers(target: Tensor, valid: Tensor, near: int = 20) -> tuple[Tensor, Tensor]:
     """A wrong positive click outside each target, half within `near` pixels of it: points `(N, 2)`, labels `(N,)`.
 
-    Our recipe for the noisy saliency clicks the abstract of SqueezeSAM mentions. Relabelled, these are negative clicks.
+    Our recipe for the noisy saliency clicks the abstract of SqueezeSAM mentions.
     """
-    outside = ~target & valid
-    side = 2 * near + 1  # one axis after the other: far cheaper than the square window
-    grown = F.max_pool2d(target[:, None].float(), (side, 1), stride=1, padding=(near, 0))
-    grown = F.max_pool2d(grown, (1, side), stride=1, padding=(0, near))[:, 0] > 0
-    close = torch.rand(len(target), 1, 1, device=target.device) < 0.5
-    flat = (outside & (grown | ~close)).flatten(1).float()
+    flat = _outside(target, valid, near).flatten(1).float()
     choice = (flat * torch.rand_like(flat)).argmax(dim=1)
     none = flat.sum(dim=1) == 0
     points = torch.stack([choice % target.shape[2], choice // target.shape[2]], dim=-1).float()
     return torch.where(none[:, None], -1.0, points), torch.where(none, PADDING, POSITIVE)
+
+
+def _outside(target: Tensor, valid: Tensor, near: int) -> Tensor:
+    """Valid pixels off each target, for half of the samples only those within `near` pixels of it: bool `(N, H, W)`."""
+    side = 2 * near + 1  # one axis after the other: far cheaper than the square window
+    grown = F.max_pool2d(target[:, None].float(), (side, 1), stride=1, padding=(near, 0))
+    grown = F.max_pool2d(grown, (1, side), stride=1, padding=(0, near))[:, 0] > 0
+    anywhere = torch.rand(len(target), 1, 1, device=target.device) < 0.5
+    return ~target & valid & (grown | anywhere)
 
 
 def focal_dice(logits: Tensor, target: Tensor, valid: Tensor) -> Tensor:
@@ -224,11 +228,9 @@ def iterative_loss(
     valid = batch["valid"].bool() if "valid" in batch else torch.ones_like(target)
     core: Any = getattr(model, "module", model)
     points, labels = _first_prompts(target & valid, valid, box_prob, depth_grid)
-    for k in range(1, start_clicks + 1):
-        extra, kind = _right_clicks(target & valid, valid, core.negative_clicks)
-        kind = kind.masked_fill(torch.rand(len(kind), device=kind.device) > 0.7**k, PADDING)
-        points = torch.cat([points, torch.where(kind[:, None] == PADDING, -1.0, extra)[:, None]], dim=1)
-        labels = torch.cat([labels, kind[:, None]], dim=1)
+    if start_clicks:
+        more, kinds = _right_clicks(target & valid, valid, start_clicks, core.negative_clicks)
+        points, labels = torch.cat([points, more], dim=1), torch.cat([labels, kinds], dim=1)
     rounds = int(torch.randint(0, max_rounds, ()))
     previous = None
     for _ in range(rounds):
@@ -274,13 +276,23 @@ def _first_prompts(target: Tensor, valid: Tensor, box_prob: float, grid: int) ->
     return torch.where(use_box[:, None, None], box, click), torch.where(use_box[:, None], corners, kinds)
 
 
-def _right_clicks(target: Tensor, valid: Tensor, negatives: bool) -> tuple[Tensor, Tensor]:
-    """A click anywhere in each target or (half of them, if `negatives`) outside it: points `(N, 2)`, labels `(N,)`."""
-    inside, kind = sample_clicks(torch.zeros_like(target), target, valid)
-    outside, other = sample_outliers(target, valid)
-    swap = (torch.rand(len(kind), device=kind.device) < 0.5) & negatives
-    other = torch.where(other == POSITIVE, NEGATIVE, PADDING)
-    return torch.where(swap[:, None], outside, inside), torch.where(swap, other, kind)
+def _right_clicks(target: Tensor, valid: Tensor, count: int, negatives: bool) -> tuple[Tensor, Tensor]:
+    """Up to `count` different clicks: anywhere in each target, or (half of them, if `negatives`) outside it.
+
+    Returns points `(N, count, 2)` and labels `(N, count)`; the k-th is kept with probability 0.7^k, else padding.
+    """
+    n, w, device = len(target), target.shape[2], target.device
+    inside = target.flatten(1).float()
+    outside = _outside(target, valid, 20).flatten(1).float()
+    outside = outside if negatives else torch.zeros_like(outside)
+    shares = torch.stack([inside, outside]) * torch.rand(2, *inside.shape, device=device)
+    keys, places = shares.topk(count, dim=2)
+    swap = (torch.rand(n, count, device=device) < 0.5) & negatives
+    keys, place = (torch.where(swap, x[1], x[0]) for x in (keys, places))
+    keep = (keys > 0) & (torch.rand(n, count, device=device) < 0.7 ** torch.arange(1, count + 1, device=device))
+    points = torch.stack([place % w, place // w], dim=-1).float()
+    labels = torch.where(keep, torch.where(swap, NEGATIVE, POSITIVE), PADDING)
+    return torch.where(keep[..., None], points, -1.0), labels
 
 
 def whole_object_parents(masks: Sequence[np.ndarray]) -> list[int]:

@@ -34,7 +34,7 @@ class Engine(Protocol):
             state: of `encode`.
             points: float `(Q, P, 2)` x, y in pixels of the picture, -1 for padding.
             labels: long `(Q, P)` in -1..3.
-            previous: low-resolution logits `(Q, h, w)` of the mask shown before, as returned earlier, or `None`.
+            previous: low-resolution logits `(Q, h, w)` of the masks shown before, as returned earlier, or `None`.
 
         Returns:
             Low-resolution logits `(Q, M, h, w)`, predicted IoU `(Q, M)`, and a function that takes `(K, h, w)` to the
@@ -169,7 +169,7 @@ class SamEngine:
         if self.stretch:
             return self.size, self.size
         scale = self.size / max(image_size)
-        return max(1, round(image_size[0] * scale)), max(1, round(image_size[1] * scale))
+        return max(1, int(image_size[0] * scale + 0.5)), max(1, int(image_size[1] * scale + 0.5))
 
     def encode(self, image: Image.Image) -> tuple[Any, tuple[int, int]]:
         """The image embedding and the picture's height and width."""
@@ -184,35 +184,42 @@ class SamEngine:
     def predict(
         self, state: Any, points: Tensor, labels: Tensor, previous: Tensor | None
     ) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
-        """See `Engine.predict`."""
+        """See `Engine.predict`. Prompts go through the decoder one at a time, so that none sees the padding of another."""
         embedding, size = state
-        reference = next(self.model.parameters())
+        rows = []
+        for i, kinds in enumerate(labels):
+            real = kinds != PADDING
+            before = None if previous is None else previous[i : i + 1]
+            rows.append(self._decode(embedding, size, points[i][real], kinds[real], before))
+        low, iou = (torch.cat(parts) for parts in zip(*rows, strict=True))
         h, w = self._scaled(size)
-        factor = points.new_tensor([w / size[1], h / size[0]])
-        corner = (labels == BOX_A) | (labels == BOX_B)
-        keep = {"device": reference.device, "dtype": reference.dtype}
-        arguments: dict[str, Any] = {"multimask_output": True}
-        clicks = labels.masked_fill(corner, PADDING)
-        if (clicks != PADDING).any() or not corner.any():
-            scaled = torch.where((clicks != PADDING)[..., None], points * factor, 0.0)
-            arguments["input_points"] = scaled[None].to(**keep)
-            arguments["input_labels"] = torch.where(clicks == PADDING, -10, clicks)[None].to(reference.device)
-        if corner.any():
-            if not corner.any(dim=1).all():
-                raise InputError("SAM takes boxes for all prompts of a batch or for none; split the batch.")
-            low = torch.where(corner[..., None], points, torch.inf).amin(dim=1) * factor
-            high = torch.where(corner[..., None], points, -torch.inf).amax(dim=1) * factor
-            arguments["input_boxes"] = torch.cat([low, high], dim=-1)[None].to(**keep)
-        if previous is not None and len(points) == 1:
-            arguments["input_masks"] = previous[None].to(**keep)
-        out = self.model(image_embeddings=embedding, **arguments)
-        low_res, iou = out.pred_masks[0].float(), out.iou_scores[0].float()
 
         def upscale(x: Tensor) -> Tensor:
-            x = F.interpolate(x[:, None], (self.size, self.size), mode="bilinear")[..., :h, :w]
+            x = x[:, None]
+            if not self.stretch:
+                x = F.interpolate(x, (self.size, self.size), mode="bilinear")[..., :h, :w]
             return F.interpolate(x, size, mode="bilinear")[:, 0]
 
-        return low_res, iou, upscale
+        return low, iou, upscale
+
+    def _decode(
+        self, embedding: Any, size: tuple[int, int], points: Tensor, labels: Tensor, previous: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Logits `(1, M, h, w)` and IoU `(1, M)` of one prompt `(P, 2)`, `(P,)` without padding."""
+        reference = next(self.model.parameters())
+        h, w = self._scaled(size)
+        scaled = (points * points.new_tensor([w / size[1], h / size[0]])).to(reference)
+        corner = (labels == BOX_A) | (labels == BOX_B)
+        prompt: dict[str, Any] = {}
+        if corner.any():
+            prompt["input_boxes"] = torch.cat([scaled[corner].amin(dim=0), scaled[corner].amax(dim=0)])[None, None]
+        if not corner.all():
+            prompt["input_points"] = scaled[~corner][None, None]
+            prompt["input_labels"] = labels[~corner][None, None].to(reference.device)
+        if previous is not None:
+            prompt["input_masks"] = previous[None].to(reference)
+        out = self.model(image_embeddings=embedding, multimask_output=True, **prompt)
+        return out.pred_masks[0].float(), out.iou_scores[0].float()
 
 
 class CallableEngine:

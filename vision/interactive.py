@@ -22,6 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from scipy import ndimage
 from torch import Tensor, nn
 
 from mmkit.checkpoints import atomic_write, read_json, write_json
@@ -55,23 +56,29 @@ class Mask:
         """bool `(H, W)`."""
         return self.logits > THRESHOLD
 
+    def resized(self, image: Image.Image) -> Mask:
+        """The same mask for a larger or smaller copy of its picture."""
+        size = (image.height, image.width)
+        logits = F.interpolate(torch.from_numpy(self.logits)[None, None], size, mode="bilinear")[0, 0]
+        return Mask(logits.numpy(), self.iou, image)
+
     def cutout(self, soft: bool = True) -> Image.Image:
-        """The picture as RGBA, transparent outside the mask; `soft` smooths the edge."""
+        """The picture as RGBA, transparent and black outside the mask (nothing hidden is kept); `soft` smooths the edge."""
         alpha = self.binary.astype(np.float32)
         if soft:
             alpha = F.avg_pool2d(torch.from_numpy(alpha)[None], 3, 1, 1, count_include_pad=False)[0].numpy()
-        rgba = self.image.convert("RGBA")
-        rgba.putalpha(Image.fromarray((alpha * 255 + 0.5).astype(np.uint8)))
-        return rgba
+        opacity = (alpha * 255 + 0.5).astype(np.uint8)
+        pixels = np.asarray(self.image.convert("RGB")) * (opacity > 0)[..., None]
+        return Image.fromarray(np.dstack([pixels, opacity]))
 
     def overlay(self, color: tuple[int, int, int] = (30, 144, 255), opacity: float = 0.5) -> Image.Image:
         """The picture with the mask tinted and outlined."""
-        pixels = np.asarray(self.image, np.float32).copy()
-        inside = self.binary
-        pixels[inside] += (np.array(color, np.float32) - pixels[inside]) * opacity
-        edge = inside ^ _shrink(inside, max(1, max(inside.shape) // 400))
-        pixels[edge] = color
-        return Image.fromarray(pixels.astype(np.uint8))
+        inside = self.binary.astype(np.uint8)
+        line = 2 * max(1, max(inside.shape) // 400) + 1
+        edge = inside - ndimage.minimum_filter(inside, line, mode="nearest")
+        solid = Image.new("RGB", self.image.size, color)
+        tinted = Image.composite(Image.blend(self.image, solid, opacity), self.image, Image.fromarray(inside * 255))
+        return Image.composite(solid, tinted, Image.fromarray(edge * 255))
 
     def plot(self) -> Image.Image:
         """What a person wants to see: `overlay()`."""
@@ -117,26 +124,54 @@ def mask_to_rle(mask: np.ndarray) -> dict[str, Any]:
 
 def rle_to_mask(rle: dict[str, Any]) -> np.ndarray:
     """The inverse of `mask_to_rle`. Raises `InputError` when the counts do not fill the picture."""
-    height, width = rle["size"]
-    counts = np.asarray(rle["counts"], dtype=np.int64)
+    try:
+        height, width = (int(v) for v in rle["size"])
+        counts = np.asarray(rle["counts"], dtype=np.int64)
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            'An RLE must be {"size": [H, W], "counts": [...]}, uncompressed; pycocotools decodes compressed ones.'
+        ) from error
     if (counts < 0).any() or counts.sum() != height * width:
         raise InputError(f"RLE counts sum to {counts.sum()}, expected {height}x{width} = {height * width}.")
     values = np.arange(len(counts)) % 2 == 1
     return np.repeat(values, counts).reshape(height, width, order="F")
 
 
-def _shrink(mask: np.ndarray, steps: int) -> np.ndarray:
-    inside = torch.from_numpy(mask)[None, None].float()
-    return (F.max_pool2d(1 - inside, 2 * steps + 1, stride=1, padding=steps) == 0)[0, 0].numpy()
+def _numbers(values: Any, columns: tuple[int, ...], expected: str) -> np.ndarray:
+    """`values` as a float array `(n, *columns)`."""
+    try:
+        array = np.asarray(values, np.float64)
+    except (TypeError, ValueError):
+        array = np.empty(())
+    if array.ndim == 0 or (array.size and array.shape[1:] != columns):
+        raise InputError(f"{expected}, not {values!r:.80}.")
+    return array.reshape(-1, *columns)
+
+
+Box = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """Clicks (labels 1 and 0) and a box, checked, in pixels of the picture."""
+
+    points: tuple[tuple[float, float], ...] = ()
+    labels: tuple[int, ...] = ()
+    box: Box | None = None
+
+    def rows(self) -> tuple[list[tuple[float, float]], list[int]]:
+        """Points and labels as engines take them: box corners first, then clicks."""
+        if self.box is None:
+            return list(self.points), list(self.labels)
+        x0, y0, x1, y1 = self.box
+        return [(x0, y0), (x1, y1), *self.points], [BOX_A, BOX_B, *self.labels]
 
 
 @dataclass(frozen=True)
 class _Step:
     """One state of the session: what was asked and what came out."""
 
-    points: tuple[tuple[float, float], ...] = ()
-    labels: tuple[int, ...] = ()
-    box: tuple[float, float, float, float] | None = None
+    prompt: _Prompt = _Prompt()
     mask: Mask | None = None
     low: Tensor | None = None
 
@@ -173,7 +208,7 @@ class InteractiveSegmenter(Pipeline):
         saliency: Callable[[Image.Image], np.ndarray] = saliency_map,
     ):
         self.saliency = saliency
-        if model == RANDOM_WALKER:
+        if isinstance(model, str) and model == RANDOM_WALKER:
             model = random_walker
         if model is None or isinstance(model, (nn.Module, str, os.PathLike)):
             super().__init__(model, device=device, dtype=dtype)
@@ -203,7 +238,8 @@ class InteractiveSegmenter(Pipeline):
         folder = Path(model).expanduser()
         if not folder.is_dir():
             return load_weights(str(model))
-        kind = read_json(folder / "config.json").get("model_type")
+        config = read_json(folder / "config.json")
+        kind = config.get("model_type") if isinstance(config, dict) else None
         if kind is None:
             return SqueezeSAM.from_pretrained(folder)
         if kind not in ("sam", "sam2"):
@@ -233,38 +269,34 @@ class InteractiveSegmenter(Pipeline):
     @property
     def clicks(self) -> list[tuple[float, float, bool]]:
         """x, y, positive of each click so far."""
-        step = self._steps[self._at]
-        return [(x, y, label == POSITIVE) for (x, y), label in zip(step.points, step.labels, strict=True)]
+        prompt = self._steps[self._at].prompt
+        return [(x, y, label == POSITIVE) for (x, y), label in zip(prompt.points, prompt.labels, strict=True)]
 
     @property
-    def box(self) -> tuple[float, float, float, float] | None:
+    def box(self) -> Box | None:
         """x0, y0, x1, y1 of the box, if any."""
-        return self._steps[self._at].box
+        return self._steps[self._at].prompt.box
 
     def add_click(self, x: float, y: float, positive: bool = True) -> Mask:
         """Click at pixel (x, y). Raises `InputError` outside the picture or before `set_image`."""
-        self._check(x, y)
+        click = self._prompt([(x, y)], [POSITIVE if positive else NEGATIVE], None)
         step = self._steps[self._at]
-        label = POSITIVE if positive else NEGATIVE
-        return self._run((*step.points, (float(x), float(y))), (*step.labels, label), step.box, step.low)
+        before = step.prompt
+        return self._run(
+            _Prompt((*before.points, *click.points), (*before.labels, *click.labels), before.box), step.low
+        )
 
     def set_box(self, x0: float, y0: float, x1: float, y1: float) -> Mask:
         """Give (or replace) a box by two opposite corners in pixels."""
-        self._check(x0, y0)
-        self._check(x1, y1)
-        if x0 == x1 or y0 == y1:
-            raise InputError(f"The box ({x0}, {y0}, {x1}, {y1}) is empty; give two opposite corners.")
-        step = self._steps[self._at]
-        box = (min(x0, x1), min(y0, y1), max(x0, x1), max(y0, y1))
-        return self._run(step.points, step.labels, box, None)
+        before = self._steps[self._at].prompt
+        return self._run(_Prompt(before.points, before.labels, self._box((x0, y0, x1, y1))), None)
 
     def propose(self) -> InitialPrompt:
         """First clicks from the saliency map, and their mask (`segmenter.mask`); starts a new history."""
-        picture = self._picture()
-        prompt = initial_prompt(np.asarray(self.saliency(picture)))
+        prompt = initial_prompt(np.asarray(self.saliency(self._picture())))
+        checked = self._prompt(prompt.points, prompt.labels, prompt.box)
         self.reset()
-        points = tuple((float(x), float(y)) for x, y in prompt.points)
-        self._run(points, (POSITIVE,) * len(points), prompt.box, None)
+        self._run(checked, None)
         return prompt
 
     def undo(self) -> Mask | None:
@@ -288,10 +320,16 @@ class InteractiveSegmenter(Pipeline):
 
         Args:
             prompts: each with "points" [(x, y), ...] and "labels" [1 or 0, ...], and / or "box" (x0, y0, x1, y1).
+
+        Raises:
+            InputError: no prompt, an unknown key, or a prompt that `__call__` would refuse too.
         """
-        if not prompts:
-            raise InputError("predict_many needs at least one prompt.")
-        rows = [self._encode_prompt(p.get("points", ()), p.get("labels"), p.get("box")) for p in prompts]
+        known = {"points", "labels", "box"}
+        if not prompts or not all(isinstance(p, dict) and known.issuperset(p) for p in prompts):
+            raise InputError(
+                f"predict_many takes one or more dicts with the keys {sorted(known)}, not {prompts!r:.80}."
+            )
+        rows = [self._prompt(p.get("points", ()), p.get("labels"), p.get("box")).rows() for p in prompts]
         longest = max(len(labels) for _, labels in rows)
         points = torch.full((len(rows), longest, 2), -1.0)
         labels = torch.full((len(rows), longest), PADDING)
@@ -305,50 +343,75 @@ class InteractiveSegmenter(Pipeline):
         image: ImageLike,
         points: Sequence[tuple[float, float]] = (),
         labels: Sequence[int] | None = None,
-        box: tuple[float, float, float, float] | None = None,
+        box: Box | None = None,
     ) -> Mask:
-        """One mask in one call; without points and box the proposal's mask. `labels`: 1 or 0 per point (default all 1)."""
+        """One mask in one call; without points and box the proposal's mask.
+
+        Args:
+            image: path, bytes, PIL image or array.
+            points: (x, y) in pixels of the picture.
+            labels: for each point 1 inside, 0 outside, 2 and 3 the corners of a box, -1 unused; default all 1.
+            box: x0, y0, x1, y1 in pixels; the edges W and H count as the last pixel.
+
+        Raises:
+            InputError: an unreadable picture, points outside it, or other labels.
+        """
         self.set_image(image)
         if not len(points) and box is None:
             self.propose()
         else:
-            xy, kind = self._encode_prompt(points, labels, box)
-            clicks = len(kind) - 2 * (box is not None)
-            self._run(tuple(xy[-clicks:]) if clicks else (), tuple(kind[-clicks:]) if clicks else (), box, None)
+            self._run(self._prompt(points, labels, box), None)
         assert self.mask is not None
         return self.mask
 
-    def _encode_prompt(
-        self, points: Sequence[tuple[float, float]], labels: Sequence[int] | None, box: Sequence[float] | None
-    ) -> tuple[list[tuple[float, float]], list[int]]:
-        """Box corners first, then clicks; checked."""
-        kinds = [POSITIVE] * len(points) if labels is None else [int(v) for v in labels]
-        if len(kinds) != len(points):
-            raise InputError(f"{len(points)} points but {len(kinds)} labels.")
-        if any(k not in (PADDING, NEGATIVE, POSITIVE, BOX_A, BOX_B) for k in kinds):
-            raise InputError(f"labels must lie in {{-1, 0, 1, 2, 3}}, found {sorted(set(kinds))}.")
-        xy = [(float(x), float(y)) for x, y in points]
-        if box is not None:
-            xy = [(float(box[0]), float(box[1])), (float(box[2]), float(box[3])), *xy]
-            kinds = [BOX_A, BOX_B, *kinds]
-        if all(k == PADDING for k in kinds):
+    def _prompt(self, points: Any, labels: Any, box: Any) -> _Prompt:
+        """What a person gave as a checked prompt: points labelled 2 and 3 become the box, those labelled -1 are dropped."""
+        xy = _numbers(points, (2,), "points must be pairs (x, y) in pixels")
+        kinds = np.ones(len(xy)) if labels is None else _numbers(labels, (), "labels must be one number per point")
+        if len(kinds) != len(xy):
+            raise InputError(f"{len(xy)} points but {len(kinds)} labels; give one label per point.")
+        if not np.isin(kinds, (PADDING, NEGATIVE, POSITIVE, BOX_A, BOX_B)).all():
+            raise InputError(f"labels must lie in {{-1, 0, 1, 2, 3}}, found {sorted(set(kinds.tolist()))}.")
+        corners, clicks = xy[kinds >= BOX_A], (kinds == POSITIVE) | (kinds == NEGATIVE)
+        if len(corners):
+            if box is not None or sorted(kinds[kinds >= BOX_A]) != [BOX_A, BOX_B]:
+                raise InputError("A box is two points labelled 2 and 3, or `box`, and there can be one only.")
+            box = corners.flatten()
+        if box is None and not clicks.any():
             raise InputError("A prompt needs at least one point or a box.")
-        for (x, y), kind in zip(xy, kinds, strict=True):
-            if kind != PADDING:
-                self._check(x, y)
-        return xy, kinds
+        size = np.array(self._picture().size)
+        outside = ~((xy >= 0) & (xy < size)).all(axis=1) & clicks  # true for NaN, too
+        if outside.any():
+            x, y = xy[outside][0]
+            raise InputError(f"({x:g}, {y:g}) lies outside the picture of {size[0]}x{size[1]} pixels.")
+        return _Prompt(
+            tuple((x, y) for x, y in xy[clicks].tolist()),
+            tuple(int(k) for k in kinds[clicks]),
+            None if box is None else self._box(box),
+        )
 
-    def _run(
-        self,
-        points: tuple[tuple[float, float], ...],
-        labels: tuple[int, ...],
-        box: tuple[float, float, float, float] | None,
-        previous: Tensor | None,
-    ) -> Mask:
-        xy, kinds = self._encode_prompt(points, labels, box)
-        results = self._predict(torch.tensor([xy]), torch.tensor([kinds]), previous)
-        mask, low = results[0]
-        self._steps = [*self._steps[: self._at + 1], _Step(points, labels, box, mask, low)]
+    def _box(self, corners: Any) -> Box:
+        """Two opposite corners as x0, y0, x1, y1, low before high; the picture's far edges count as its last pixels."""
+        box = _numbers(corners, (), "A box must be x0, y0, x1, y1 in pixels")
+        if len(box) != 4:
+            raise InputError(f"A box must be x0, y0, x1, y1 in pixels, not {corners!r:.80}.")
+        picture = self._picture()
+        low, high = np.minimum(box[:2], box[2:]), np.maximum(box[:2], box[2:])
+        if not ((low >= 0) & (high <= picture.size)).all():
+            raise InputError(
+                f"The box {box.tolist()} lies outside the picture of {picture.width}x{picture.height} pixels."
+            )
+        if (low == high).any():
+            raise InputError(f"The box {box.tolist()} is empty; give two opposite corners.")
+        last = np.array(picture.size) - 1
+        x0, y0, x1, y1 = np.concatenate([np.minimum(low, last), np.minimum(high, last)]).tolist()
+        return x0, y0, x1, y1
+
+    def _run(self, prompt: _Prompt, previous: Tensor | None) -> Mask:
+        """Predict, and append the result to the history in place of what was undone."""
+        xy, kinds = prompt.rows()
+        mask, low = self._predict(torch.tensor([xy]), torch.tensor([kinds]), previous)[0]
+        self._steps = [*self._steps[: self._at + 1], _Step(prompt, mask, low)]
         self._at += 1
         return mask
 
@@ -369,8 +432,3 @@ class InteractiveSegmenter(Pipeline):
         if self.image is None:
             raise InputError("No picture yet: call set_image first.")
         return self.image
-
-    def _check(self, x: float, y: float) -> None:
-        picture = self._picture()
-        if not (0 <= x < picture.width and 0 <= y < picture.height):  # also refuses NaN
-            raise InputError(f"({x}, {y}) lies outside the picture of {picture.width}x{picture.height} pixels.")

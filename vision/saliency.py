@@ -38,9 +38,8 @@ def saliency_map(image: Image.Image, side: int = 128) -> np.ndarray:
     """How much each pixel stands out from the picture's borders: float `(H, W)` in 0..1."""
     scale = side / max(image.size)
     small = image.convert("RGB").resize([max(1, round(s * scale)) for s in image.size], Image.Resampling.BOX)
-    lab = np.asarray(small.convert("LAB"), np.float64) if min(small.size) >= 1 else np.zeros((1, 1, 3))
+    lab = ndimage.gaussian_filter(np.asarray(small.convert("LAB"), np.float64), (1.5, 1.5, 0))
     h, w, _ = lab.shape
-    lab = np.stack([ndimage.gaussian_filter(lab[..., c].astype(np.float64), 1.5) for c in range(3)], axis=-1)
     band_y, band_x = max(1, h // 12), max(1, w // 12)
     contrast = []
     for strip in (lab[:band_y], lab[-band_y:], lab[:, :band_x], lab[:, -band_x:]):
@@ -149,7 +148,7 @@ def random_walker(
     index = np.arange(rows.size).reshape(rows.shape)
     pairs = [(index[:, :-1], index[:, 1:]), (index[:-1], index[1:])]
     steps = [np.square(colors[:, 1:] - colors[:, :-1]).sum(-1), np.square(colors[1:] - colors[:-1]).sum(-1)]
-    mean = np.mean(np.concatenate([s.ravel() for s in steps])) + 1e-6
+    mean = sum(s.sum() for s in steps) / max(1, sum(s.size for s in steps)) + 1e-6
     weights = [np.exp(-beta * s * min(1.0, 0.002 / mean)) + 1e-4 for s in steps]
     a, b = (np.concatenate([pair[i].ravel() for pair in pairs]) for i in (0, 1))
     w = np.concatenate([v.ravel() for v in weights])

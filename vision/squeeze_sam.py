@@ -31,7 +31,14 @@ STD = (0.229, 0.224, 0.225)
 NEGATIVE, POSITIVE, BOX_A, BOX_B, PADDING = 0, 1, 2, 3, -1
 """Point labels: negative click, positive click, the two corners of a box, and padding."""
 
-_ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
+_ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "relu": nn.ReLU,
+    "gelu": nn.GELU,
+    "silu": nn.SiLU,
+    "leakyrelu": nn.LeakyReLU,
+    "hardswish": nn.Hardswish,
+    "elu": nn.ELU,
+}
 _NORMS: dict[str, Callable[[int], nn.Module]] = {
     "batch_norm": nn.BatchNorm2d,
     "layer_norm": lambda dim: nn.GroupNorm(1, dim),
@@ -254,8 +261,10 @@ class PromptToken(nn.Module):
 
     def forward(self, points: Tensor, labels: Tensor) -> Tensor:
         """`points` `(N, P, 2)` in 0..1, `labels` `(N, P)` in -1..3 to `(N, dim)`."""
-        phase = 2 * math.pi * (2 * points - 1) @ self.frequencies
-        code = torch.cat([phase.sin(), phase.cos()], dim=-1) + self.label_embed(labels.long().clamp(min=0))
+        phase = 2 * math.pi * (2 * points - 1) @ self.frequencies.to(points.dtype)
+        code = torch.cat([phase.sin(), phase.cos()], dim=-1).to(self.scale.dtype) + self.label_embed(
+            labels.long().clamp(min=0)
+        )
         return self.scale * (code * (labels >= 0)[..., None]).sum(dim=1)
 
 
@@ -271,7 +280,7 @@ class SqueezeSAM(Model):
         num_multimask_outputs: masks returned per query; one more is computed and dropped.
         iou_head_depth, iou_head_hidden_dim: hidden layers of the IoU head.
         norm_layer: "batch_norm" or "layer_norm" (GroupNorm with one group).
-        act_layer: "relu", "gelu" or "silu".
+        act_layer: "relu", "gelu", "silu", "leakyrelu", "hardswish" or "elu" (upsampling is always with ReLU).
         norm_first: convolution-norm-activation order, which int8 tools can fuse. The official order norms last.
         negative_clicks: adds a channel with a disk at each negative click.
         previous_mask: adds a channel with the sigmoid of the previous logits.
@@ -324,8 +333,8 @@ class SqueezeSAM(Model):
         strict_official_prompts: bool = False,
     ):
         super().__init__()
+        _check_config(self.config)
         dims = tuple(dims)
-        _check_config(image_size, patch_size, dims, num_heads, norm_layer, act_layer)
         self.image_size, self.patch_size, self.click_radius = image_size, patch_size, click_radius
         self.negative_clicks, self.previous_mask, self.geodesic = negative_clicks, previous_mask, geodesic
         self.single_mask = single_mask
@@ -508,7 +517,7 @@ class SqueezeSAM(Model):
         self, images: Tensor, points: Tensor, labels: Tensor, previous: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """As `forward`, without resizing: all logits `(B, Q, M + 1, s, s)` and IoU `(B, Q, M + 1)`."""
-        check_prompts(images, points, labels)
+        check_prompts(images, points, labels, previous)
         prompt = None
         if self.prompt_token is not None:
             scaled = self.scale_points(points.float(), *images.shape[2:]) / self.image_size
@@ -532,8 +541,8 @@ class SqueezeSAM(Model):
         Args:
             images: `(B, 3, H, W)` RGB in 0..1, any size.
             points: `(B, Q, P, 2)` x, y in pixels of `images`; -1 for padding.
-            labels: `(B, Q, P)`: 1 positive, 0 negative, 2 and 3 box corners, -1 padding.
-            previous: low-resolution logits `(B, Q, s, s)` of the previous round (models with `previous_mask`).
+            labels: `(B, Q, P)`: 1 positive, 0 negative (seen by models with `negative_clicks`), 2 and 3 box corners, -1 padding.
+            previous: low-resolution logits `(B, Q, s, s)` of the previous round (seen by models with `previous_mask`).
 
         Returns:
             Logits `(B, Q, M, H, W)`, positive inside, and predicted IoU `(B, Q, M)`, M = `num_multimask_outputs`;
@@ -547,50 +556,68 @@ class SqueezeSAM(Model):
         return masks.unflatten(0, iou.shape[:2]), iou[:, :, 1:]
 
 
-def _check_config(
-    image_size: int, patch_size: int, dims: tuple[int, ...], num_heads: int, norm_layer: str, act_layer: str
-) -> None:
+def _check_config(config: Mapping[str, Any]) -> None:
+    """Raise `InputError` for keywords of `SqueezeSAM` that no network can be built with."""
+    norm_layer, act_layer, dims = config["norm_layer"], config["act_layer"], config["dims"]
     if norm_layer not in _NORMS or act_layer not in _ACTIVATIONS:
         raise InputError(
             f"norm_layer must be one of {sorted(_NORMS)} and act_layer one of {sorted(_ACTIVATIONS)}, "
             f"not {norm_layer!r} and {act_layer!r}."
         )
-    if not dims or image_size // patch_size < 2 ** (len(dims) - 1):
+    if not isinstance(dims, list) or not dims:
+        raise InputError(f"dims must list the width of each U-Net level, not {dims!r}.")
+    sizes = ("image_size", "patch_size", "patch_embed_dim", "mlp_dim", "num_heads", "num_multimask_outputs")
+    least = {**dict.fromkeys((*sizes, "iou_head_hidden_dim"), 1), "depth": 0, "iou_head_depth": 0}
+    given = [(name, config[name], low) for name, low in least.items()] + [("each of dims", width, 1) for width in dims]
+    for name, value, low in given:
+        if not isinstance(value, int) or value < low:
+            raise InputError(f"{name} must be a whole number of at least {low}, not {value!r}.")
+    if config["image_size"] // config["patch_size"] < 2 ** (len(dims) - 1):
         raise InputError(f"{len(dims)} levels need image_size / patch_size >= {2 ** (len(dims) - 1)}.")
 
 
-def check_prompts(images: Tensor, points: Tensor, labels: Tensor) -> None:
-    """Raise `InputError` unless `(B, 3, H, W)`, `(B, Q, P, 2)` and labels `(B, Q, P)` in -1..3 fit together."""
-    if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+def check_prompts(images: Tensor, points: Tensor, labels: Tensor, previous: Tensor | None = None) -> None:
+    """Raise `InputError` unless `(B, 3, H, W)`, `(B, Q, P, 2)`, labels `(B, Q, P)` in -1..3 and `(B, Q, s, s)` fit together."""
+    if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape or not images.is_floating_point():
         raise InputError(f"images must be float (B, 3, H, W) in 0..1, not {images.dtype} {tuple(images.shape)}.")
     if points.ndim != 4 or points.shape[-1] != 2 or points.shape[0] != images.shape[0] or 0 in points.shape:
         raise InputError(f"points must be (B, Q, P, 2) with B={images.shape[0]}, not {tuple(points.shape)}.")
     if labels.shape != points.shape[:-1]:
         raise InputError(f"labels must be {tuple(points.shape[:-1])} to match points, not {tuple(labels.shape)}.")
+    if previous is not None and (previous.ndim != 4 or previous.shape[:2] != points.shape[:2]):
+        raise InputError(f"previous must be logits {tuple(points.shape[:2])} + (s, s), not {tuple(previous.shape)}.")
     known = sum((labels == value).sum() for value in (PADDING, NEGATIVE, POSITIVE, BOX_A, BOX_B))
     if int(known) != labels.numel():
         raise InputError(f"labels must lie in {{-1, 0, 1, 2, 3}}, found {sorted(set(labels.flatten().tolist()))}.")
 
 
+_OFFICIAL_NAMES = {
+    "image_size": "encoder_image_size",
+    "patch_size": "encoder_patch_size",
+    "patch_embed_dim": "encoder_patch_embed_dim",
+    "dims": "encoder_unet_conv_dims",
+    "depth": "decoder_transformer_depth",
+    "mlp_dim": "decoder_transformer_mlp_dim",
+    "num_heads": "decoder_num_heads",
+    "num_multimask_outputs": "num_multimask_outputs",
+    "iou_head_depth": "iou_head_depth",
+    "iou_head_hidden_dim": "iou_head_hidden_dim",
+}
+
+
 def config_from_official(config: Mapping[str, Any]) -> dict[str, Any]:
     """The authors' constructor arguments as `SqueezeSAM` keywords, with their prompt reading.
 
-    Raises `InputError` for values the published network could not be built with.
+    Raises `InputError` when one is missing; impossible values are refused by `SqueezeSAM`.
     """
+    missing = {"normalization_type", "activation_fn", *_OFFICIAL_NAMES.values()} - set(config)
+    if missing:
+        raise InputError(f"The official configuration lacks {sorted(missing)}.")
     norm = {"sync_batch_norm": "batch_norm"}.get(config["normalization_type"], config["normalization_type"])
     return {
-        "image_size": config["encoder_image_size"],
-        "patch_size": config["encoder_patch_size"],
-        "patch_embed_dim": config["encoder_patch_embed_dim"],
-        "dims": tuple(config["encoder_unet_conv_dims"]),
-        "depth": config["decoder_transformer_depth"],
-        "mlp_dim": config["decoder_transformer_mlp_dim"],
-        "num_heads": config["decoder_num_heads"],
-        "num_multimask_outputs": config["num_multimask_outputs"],
-        "iou_head_depth": config["iou_head_depth"],
-        "iou_head_hidden_dim": config["iou_head_hidden_dim"],
+        **{ours: config[theirs] for ours, theirs in _OFFICIAL_NAMES.items()},
         "norm_layer": norm,
-        "act_layer": str(config["activation_fn"]).rsplit(".", 1)[-1].lower(),
+        "act_layer": str(config["activation_fn"]).rsplit(".", 1)[-1].strip("'>").lower(),
         "strict_official_prompts": True,
     }
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 
 from mmkit.adapters import apply_adapter
@@ -21,7 +22,14 @@ from mmkit.checkpoints import load_state, read_tensors
 from mmkit.errors import CheckpointError, InputError
 from mmkit.modeling import Model
 from mmkit.video.transforms import CLIP_MEAN, CLIP_STD
-from mmkit.video.zeroi2v import PLACES, ZeroI2V, ZeroI2VConfig, head_offsets_from_div, warn_other_length
+from mmkit.video.zeroi2v import (
+    PLACES,
+    ZeroI2V,
+    ZeroI2VConfig,
+    head_offsets_from_div,
+    resample_frames,
+    warn_other_length,
+)
 from mmkit.weights import weight_entry
 
 
@@ -37,6 +45,7 @@ class VideoClassifier(Model):
         num_frames, stride: the clip a pipeline samples: `stride` 0 spreads the frames over the whole window.
         class_names: labels of the outputs.
         mean, std, image_size: preprocessing; `None` takes the backbone's.
+        added_biases: layers of the backbone that got a bias by merging; `merge` writes it into the configuration.
 
     Attributes:
         adapter: the `ZeroI2V` adapter on `backbone`, or `None`.
@@ -58,13 +67,19 @@ class VideoClassifier(Model):
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         image_size: int | None = None,
+        added_biases: Sequence[str] = (),
     ):
         super().__init__()
         if num_classes < 1 or (class_names and len(class_names) != num_classes):
             raise InputError(f"num_classes is {num_classes} and there are {len(class_names)} class names.")
+        if num_frames < 1 or stride < 0:
+            raise InputError(f"num_frames must be at least 1 and stride at least 0, not {num_frames} and {stride}.")
         self.backbone: Any = create_backbone(backbone, **{"num_classes": 0, **(backbone_args or {})})
         if isinstance(getattr(self.backbone, "proj", None), nn.Parameter):
             self.backbone.register_parameter("proj", None)  # CLIP's projection into the text space is not used
+        for path in added_biases:
+            layer = self.backbone.get_submodule(path)
+            layer.register_parameter("bias", nn.Parameter(torch.zeros(layer.out_features), requires_grad=False))
         info = backbone_info(self.backbone)
         self.head = nn.Linear(_feature_dim(self.backbone), num_classes)
         nn.init.normal_(self.head.weight, std=0.01)
@@ -113,15 +128,18 @@ class VideoClassifier(Model):
 
     def forward_features(self, video: Tensor) -> Tensor:
         """`(B, T, C, H, W)` -> one feature per frame `(B, T, D)`. Any T; another than in training is announced once."""
-        if video.dim() != 5:
+        if video.dim() != 5 or 0 in video.shape:
             raise InputError(f"A batch of clips must be (B, T, C, H, W), not {tuple(video.shape)}.")
         frames = video.shape[1]
         if self.adapter is not None:
             if frames != self.adapter.config.num_frames and not self._warned:
                 self.__dict__["_warned"] = True
-                warn_other_length(self.adapter.config, frames)
+                warn_other_length(self.adapter.config.num_frames, frames)
             self.adapter.frames = frames
-        return self.backbone(video.flatten(0, 1)).unflatten(0, (-1, frames))
+        features = self.backbone(video.flatten(0, 1))
+        if not isinstance(features, Tensor) or features.dim() != 2:
+            raise InputError(f"{backbone_info(self.backbone).name} does not give one feature vector per picture.")
+        return features.unflatten(0, (-1, frames))
 
     def forward(self, video: Tensor) -> Tensor:
         """`(B, T, C, H, W)` normalised clips -> logits `(B, num_classes)`; `(B, V, T, C, H, W)` averages softmax over V views.
@@ -151,6 +169,7 @@ class VideoClassifier(Model):
         adapter.merge()
         self.zeroi2v = nn.ModuleDict({k: v for k, v in adapter.sites.items() if hasattr(v, "temporal_embedding")})
         self.config["zeroi2v"] = _plain(replace(adapter.config, bottleneck_ratio=0.0, train_norm=False))
+        self.config["added_biases"] = adapter.added_biases
         return self
 
     def unmerge(self) -> Self:
@@ -159,6 +178,7 @@ class VideoClassifier(Model):
         adapter.unmerge()
         self.zeroi2v = adapter.sites
         self.config["zeroi2v"] = _plain(adapter.config)
+        self.config["added_biases"] = []
         return self
 
     def _need_adapter(self) -> ZeroI2V:
@@ -171,9 +191,19 @@ class VideoClassifier(Model):
     def official_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Keys of the authors' files (`backbone.transformer.resblocks...`, `cls_head.fc_cls...`) to this model's own.
 
-        A file without a classifier keeps the head this model has.
+        A file without a classifier keeps the head this model has; a temporal embedding for another clip length is interpolated.
         """
+        state = with_backbone_prefix(state)
+        if not self.merged and not any("D_fc" in k for k in state):
+            raise CheckpointError(
+                "The file is a merged checkpoint (no adapter keys) and this model has adapters: build it with "
+                "zeroi2v_from_official, or with zeroi2v={'bottleneck_ratio': 0, 'train_norm': False, ...}."
+            )
         timm = hasattr(self.backbone, "cls_token")
+        table = state.get(_TEMPORAL)
+        if table is not None and self.adapter is not None and table.shape[1] != self.adapter.config.num_frames:
+            warn_other_length(table.shape[1], self.adapter.config.num_frames)
+            state[_TEMPORAL] = resample_frames(table, self.adapter.config.num_frames)
         out = {own_key(key, timm): value for key, value in state.items()}
         for key in ("backbone.cls_token", "backbone.pos_embed"):
             if key in out:
@@ -189,6 +219,7 @@ class VideoClassifier(Model):
         return out
 
 
+_TEMPORAL = "backbone.temporal_embedding"
 _ADAPTERS = {
     "T_Adapter_in": ("attn.qkv", "attn.in_proj"),
     "S_Adapter": ("attn.proj", "attn.out_proj"),
@@ -211,9 +242,17 @@ _TIMM_NAMES = {
 }
 
 
+def with_backbone_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A copy of an official state dict whose network keys start with `backbone.`, also where a wrapper's name or nothing precedes them."""
+    anchor = next((k for k in state if k.endswith("class_embedding")), "")
+    prefix = anchor.removesuffix("class_embedding").removesuffix("backbone.")
+    keys = ((k.removeprefix(prefix), v) for k, v in state.items())
+    return {k if k.startswith(("backbone.", "cls_head.")) else f"backbone.{k}": v for k, v in keys}
+
+
 def own_key(key: str, timm: bool) -> str:
     """One official key as this model writes it."""
-    if key == "backbone.temporal_embedding":
+    if key == _TEMPORAL:
         return f"zeroi2v.{'norm_pre' if timm else 'ln_pre'}.temporal_embedding"
     block = "blocks" if timm else "transformer/resblocks"
     match = re.fullmatch(r"backbone\.transformer\.resblocks\.(\d+)\.(\w+)\.D_fc([12])\.(weight|bias)", key)
@@ -239,28 +278,33 @@ def zeroi2v_from_official(
     """Build the classifier an official file was trained as, and load it; sizes are read from the file.
 
     Args:
-        path: an official checkpoint, merged or not.
+        path: an official checkpoint, merged or not; a file of the backbone alone gets a fresh head.
         head_offsets: per head; the file does not hold them. See `head_offsets_from_div`.
         scale: the `adapter_scale` of its configuration; the file does not hold it. Not needed for a merged file.
         library: "timm" or "open_clip".
         num_heads: default width / 64.
         quick_gelu: the activation of OpenAI's CLIP.
-        options: further keywords of `VideoClassifier`.
+        options: further keywords of `VideoClassifier`: another `num_classes` gets a fresh head, another `num_frames` an
+            interpolated temporal embedding.
 
     Raises:
         CheckpointError: `head_offsets` or `scale` is missing, or the file has another layout.
+        InputError: `head_offsets` or `num_heads` does not fit the file.
     """
-    state = read_tensors(path)
+    state = with_backbone_prefix(read_tensors(path))
     try:
-        frames = state["backbone.temporal_embedding"].shape[1]
+        frames = state[_TEMPORAL].shape[1]
         width, _, patch, _ = state["backbone.conv1.weight"].shape
         tokens = state["backbone.positional_embedding"].shape[0] - 1
-    except (KeyError, ValueError) as error:
-        raise CheckpointError(f"{path} is not a ZeroI2V checkpoint: {error}.") from error
+        mlp = state["backbone.transformer.resblocks.0.mlp.c_fc.weight"].shape[0] / width
+    except (KeyError, ValueError, IndexError) as error:
+        raise CheckpointError(f"{path} is not a ZeroI2V checkpoint: {error} is missing or misshapen.") from error
     side = round(tokens**0.5) * patch
     depth = 1 + max(int(m[1]) for k in state if (m := re.search(r"resblocks\.(\d+)\.", k)))
     down = next((v for k, v in state.items() if k.endswith("D_fc1.weight")), None)
-    heads = num_heads or width // 64
+    heads = width // 64 if num_heads is None else num_heads
+    if heads < 1 or width % heads:
+        raise InputError(f"{path} has tokens of width {width}, which {heads} heads cannot divide; pass num_heads=.")
     if head_offsets is None or (scale is None and down is not None):
         raise CheckpointError(
             f"{path} holds neither the head offsets nor the adapter scale, and wrong ones lose accuracy silently: pass "
@@ -276,20 +320,13 @@ def zeroi2v_from_official(
         "placement": PLACES if out else PLACES[:3],
         "train_norm": down is not None,
     }
-    mlp = state["backbone.transformer.resblocks.0.mlp.c_fc.weight"].shape[0] / width
     head = state.get("cls_head.fc_cls.weight")
     backbone, args = clip_vit(library, side, patch, width, depth, heads, mlp, quick_gelu)
-    classes = options.pop("num_classes", None) or (400 if head is None else head.shape[0])
-    model = VideoClassifier(
-        backbone,
-        classes,
-        backbone_args=args,
-        zeroi2v=zeroi2v,
-        num_frames=frames,
-        mean=CLIP_MEAN,
-        std=CLIP_STD,
-        **options,
-    )
+    defaults = {"num_frames": frames, "num_classes": 400 if head is None else head.shape[0]}
+    options = {**defaults, "mean": CLIP_MEAN, "std": CLIP_STD, **options}
+    model = VideoClassifier(backbone, backbone_args=args, zeroi2v=zeroi2v, **options)
+    if head is not None and model.head.out_features != head.shape[0]:
+        state = {k: v for k, v in state.items() if not k.startswith("cls_head.")}
     load_state(model, model.official_state(state), source=str(path))
     return model.eval()
 

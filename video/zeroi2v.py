@@ -17,6 +17,7 @@ cut a head in two is refused; clips of another length interpolate the temporal e
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -61,7 +62,7 @@ def head_offsets_from_div(
     for div, step, right in groups:
         if div == -1:
             continue
-        if div < 1 or num_heads % div:
+        if not isinstance(div, int) or div < 1 or num_heads % div:
             raise InputError(f"{num_heads} heads cannot be divided by {div}: that would cut a head in two.")
         offsets += [-step] * (num_heads // div) + ([step] * (num_heads // div) if right else [])
     if len(offsets) > num_heads:
@@ -105,14 +106,20 @@ class ZeroI2VConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_frames < 1 or not 0 <= self.dropout < 1 or self.bottleneck_ratio < 0:
+        if not isinstance(self.num_frames, int) or self.num_frames < 1:
+            raise InputError(f"ZeroI2VConfig: num_frames must be an integer from 1, not {self.num_frames!r}.")
+        numbers = (self.bottleneck_ratio, self.scale, self.dropout)
+        if not all(isinstance(v, (int, float)) and math.isfinite(v) for v in numbers):
+            raise InputError(f"ZeroI2VConfig: bottleneck_ratio, scale and dropout must be numbers, not {numbers}.")
+        if not 0 <= self.dropout < 1 or self.bottleneck_ratio < 0:
             raise InputError(
-                "ZeroI2VConfig: num_frames must be at least 1, dropout in [0, 1) and bottleneck_ratio at least 0, not "
-                f"{self.num_frames}, {self.dropout} and {self.bottleneck_ratio}."
+                "ZeroI2VConfig: dropout must lie in [0, 1) and bottleneck_ratio be at least 0, not "
+                f"{self.dropout} and {self.bottleneck_ratio}."
             )
-        unknown = set(self.placement) - set(PLACES)
-        if unknown:
-            raise InputError(f"ZeroI2VConfig: unknown placement {sorted(unknown)}; choose from {PLACES}.")
+        if isinstance(self.placement, str) or set(self.placement) - set(PLACES):
+            raise InputError(f"ZeroI2VConfig: placement must be a selection of {PLACES}, not {self.placement!r}.")
+        if self.head_offsets is not None and not isinstance(self.head_offsets, (tuple, list)):
+            raise InputError(f"ZeroI2VConfig: head_offsets must be a tuple of integers, not {self.head_offsets!r}.")
 
 
 class LinearAdapter(nn.Module):
@@ -150,10 +157,15 @@ class TemporalEmbedding(nn.Module):
 
     def forward(self, x: Tensor, frames: int) -> Tensor:
         """`frames` is T of this batch."""
-        table: Tensor = self.temporal_embedding
-        if frames != table.shape[1]:
-            table = F.interpolate(table.transpose(1, 2), frames, mode="linear", align_corners=False).transpose(1, 2)
+        table = resample_frames(self.temporal_embedding, frames)
         return (x.unflatten(0, (-1, frames)) + table.to(x.dtype).unsqueeze(2)).flatten(0, 1)
+
+
+def resample_frames(table: Tensor, frames: int) -> Tensor:
+    """A temporal embedding `(1, T, D)` for clips of `frames` frames, by linear interpolation."""
+    if frames == table.shape[1]:
+        return table
+    return F.interpolate(table.transpose(1, 2), frames, mode="linear", align_corners=False).transpose(1, 2)
 
 
 def shift_heads(packed: Tensor, offsets: Sequence[int], frames: int) -> Tensor:
@@ -216,6 +228,8 @@ class _Shift:
         self.adapter, self.offsets = adapter, offsets
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        if output.dim() != 3:
+            raise InputError(f"ZeroI2V needs tokens (B*T, N, D); this backbone computes {tuple(output.shape)}.")
         return shift_heads(output, self.offsets, self.adapter.clip_length(output.shape[0]))
 
 
@@ -310,6 +324,11 @@ class ZeroI2V(Adapter):
         return list(self._saved)
 
     @property
+    def added_biases(self) -> list[str]:
+        """Paths of the layers that had no bias before `merge` folded one in."""
+        return [path for path, name, before in self._backup if before is None and name == "bias"]
+
+    @property
     def has_linear_adapters(self) -> bool:
         """Whether there is anything to fold."""
         return any(isinstance(s, LinearAdapter) for s in self.sites.values())
@@ -340,10 +359,10 @@ class ZeroI2V(Adapter):
                 block = _Block(*(f"{path}.{part}" for part in layout))
                 if known.issuperset(block):
                     found.append(block)
-        if not found:
+        if not found or not all(_is_plain(model, block) for block in found):
             raise InputError(
-                "ZeroI2V needs a plain ViT of timm or open_clip, whose blocks have attn.qkv and mlp.fc1 (or attn.in_proj "
-                f"and mlp.c_fc); {type(model).__name__} has none."
+                "ZeroI2V needs a plain ViT of timm or open_clip: blocks that call attn.qkv and mlp.fc1 (or attn.in_proj and "
+                f"mlp.c_fc) on all tokens of a frame; {type(model).__name__} has others (windows, or weights read directly)."
             )
         if self.config.targets is None:
             return found
@@ -418,6 +437,17 @@ def _root(attn_path: str) -> str:
     return attn_path.removesuffix(".attn").rpartition(".")[0].removesuffix("blocks").removesuffix("transformer.res")
 
 
+def _is_plain(model: nn.Module, block: _Block) -> bool:
+    """Whether attention runs over whole frames, and through the projection module, so that a hook on it acts.
+
+    BEiT and EVA join `q_bias` and `v_bias` outside the projection and then read its weight directly.
+    """
+    attention: Any = hooks.unwrap(hooks.get_module(model, block.attn))
+    parent: Any = hooks.unwrap(hooks.get_module(model, block.attn.removesuffix(".attn")))
+    direct = getattr(attention, "q_bias", None) is not None and not getattr(attention, "qkv_bias_separate", False)
+    return hasattr(attention, "num_heads") and not direct and not getattr(parent, "window_size", None)
+
+
 def _width(module: Any) -> int:
     return int(module.weight.shape[1])
 
@@ -434,10 +464,10 @@ def _final_norm(plain: dict[str, nn.Module], root: str) -> str | None:
     return None
 
 
-def warn_other_length(config: ZeroI2VConfig, frames: int) -> None:
-    """Tell once that a clip length differs from training: the embedding is interpolated, offsets stay in frames."""
+def warn_other_length(trained: int, frames: int) -> None:
+    """Tell that a clip length differs from training: the embedding is interpolated, offsets stay in frames."""
     warnings.warn(
-        f"The model was made for clips of {config.num_frames} frames and gets {frames}: its temporal embedding is "
+        f"The model was made for clips of {trained} frames and gets {frames}: its temporal embedding is "
         "interpolated; heads look as many frames away as before, which is another time when the stride changes.",
         stacklevel=3,
     )

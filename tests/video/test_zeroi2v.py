@@ -13,8 +13,9 @@ import torch.nn.functional as F
 
 from mmkit.adapters import apply_adapter, load_adapter, save_adapter
 from mmkit.backbones import create_backbone, save_backbone
+from mmkit.checkpoints import write_safetensors
 from mmkit.errors import CheckpointError, InputError, NotMergeableError
-from mmkit.modeling import create_model
+from mmkit.modeling import create_model, load_official_checkpoint
 from mmkit.video import (
     VideoClassifier,
     ZeroI2VConfig,
@@ -96,6 +97,118 @@ def test_offsets_of_the_official_configurations() -> None:
             head_offsets_from_div(*bad)
 
 
+LAYOUTS = [  # frames, heads, ((division, offset), ...) in the order of channels, adapters per block, scale
+    (8, 12, ((12, -1), (12, 1)), 4, 0.5),
+    (6, 12, ((12, -1), (12, 1), (12, -2), (12, 2)), 4, 1.0),
+    (8, 16, ((8, -1), (8, 1)), 3, 0.5),
+    (9, 16, ((8, -1), (8, 1), (8, -2)), 4, 1.7),
+    (8, 16, ((8, -1), (8, 1), (16, -2), (16, 2), (16, -3), (16, 3), (16, -4), (16, 4)), 3, 1.0),
+    (2, 4, ((4, -1), (4, 1), (4, -4)), 4, 0.5),
+]
+
+
+def official_state(
+    gen: torch.Generator, frames: int, width: int, adapters: int, depth: int = 2
+) -> dict[str, torch.Tensor]:
+    """A random file in the authors' layout: 16-pixel pictures, 8-pixel patches, 3 classes."""
+
+    def draw(*shape: int, std: float = 0.1) -> torch.Tensor:
+        return torch.randn(*shape, generator=gen) * std
+
+    state = {
+        "class_embedding": draw(width),
+        "positional_embedding": draw(5, width),
+        "temporal_embedding": draw(1, frames, width),
+        "conv1.weight": draw(width, 3, 8, 8),
+    }
+    shapes = {"attn.out_proj": (width, width), "mlp.c_fc": (4 * width, width), "mlp.c_proj": (width, 4 * width)}
+    norms = ["ln_pre", "ln_post"]
+    for block in (f"transformer.resblocks.{i}." for i in range(depth)):
+        norms += [block + "ln_1", block + "ln_2"]
+        state |= {block + "attn.in_proj_weight": draw(3 * width, width), block + "attn.in_proj_bias": draw(3 * width)}
+        for name, shape in shapes.items():
+            state |= {f"{block}{name}.weight": draw(*shape), f"{block}{name}.bias": draw(shape[0])}
+        for name in ADAPTERS[:adapters]:
+            for layer, shape in (("D_fc1", (width // 4, width)), ("D_fc2", (width, width // 4))):
+                state |= {f"{block}{name}.{layer}.weight": draw(*shape), f"{block}{name}.{layer}.bias": draw(shape[0])}
+    state |= {f"{n}.weight": 1 + draw(width) for n in norms} | {f"{n}.bias": draw(width) for n in norms}
+    head = {"cls_head.fc_cls.weight": draw(3, width), "cls_head.fc_cls.bias": draw(3)}
+    return {f"backbone.{k}": v for k, v in state.items()} | head
+
+
+ADAPTERS = ("T_Adapter_in", "S_Adapter", "MLP_Adapter", "MLP_Adapter_out")
+
+
+def official_forward(
+    state: dict[str, torch.Tensor], video: torch.Tensor, heads: int, channels: list[int], scale: float
+) -> torch.Tensor:
+    """The published network written out plainly: logits of (B, T, 3, 16, 16); `channels` holds each channel's offset."""
+    batch, frames = video.shape[:2]
+
+    def linear(x: torch.Tensor, name: str) -> torch.Tensor:
+        return F.linear(x, state[f"backbone.{name}.weight"], state[f"backbone.{name}.bias"])
+
+    def norm(x: torch.Tensor, name: str) -> torch.Tensor:
+        return F.layer_norm(x, x.shape[-1:], state[f"backbone.{name}.weight"], state[f"backbone.{name}.bias"], 1e-5)
+
+    def adapt(x: torch.Tensor, name: str) -> torch.Tensor:
+        there = f"backbone.{name}.D_fc1.weight" in state
+        return x + scale * linear(linear(x, f"{name}.D_fc1"), f"{name}.D_fc2") if there else x
+
+    def shift(x: torch.Tensor) -> torch.Tensor:
+        out = x.clone()
+        for t in range(frames):
+            for c, offset in enumerate(channels):
+                if 0 <= t + offset < frames:
+                    out[t::frames, :, c] = x[t + offset :: frames, :, c]
+        return out
+
+    def split(x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+    x = F.conv2d(video.flatten(0, 1), state["backbone.conv1.weight"], stride=8).flatten(2).transpose(1, 2)
+    x = torch.cat([state["backbone.class_embedding"].expand(len(x), 1, -1), x], 1)
+    x = x + state["backbone.positional_embedding"]
+    x = norm(x + state["backbone.temporal_embedding"][0].repeat(batch, 1)[:, None], "ln_pre")
+    for i in range(2):
+        block = f"transformer.resblocks.{i}."
+        y = adapt(norm(x, block + "ln_1"), block + "T_Adapter_in")
+        packed = F.linear(y, state[f"backbone.{block}attn.in_proj_weight"], state[f"backbone.{block}attn.in_proj_bias"])
+        q, k, v = packed.chunk(3, -1)
+        q, k, v = split(q), split(shift(k)), split(shift(v))
+        y = (q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5).softmax(-1) @ v
+        x = x + adapt(linear(y.transpose(1, 2).flatten(2), block + "attn.out_proj"), block + "S_Adapter")
+        y = linear(adapt(norm(x, block + "ln_2"), block + "MLP_Adapter"), block + "mlp.c_fc")
+        x = x + adapt(linear(y * torch.sigmoid(1.702 * y), block + "mlp.c_proj"), block + "MLP_Adapter_out")
+    mean = norm(x[:, 0], "ln_post").unflatten(0, (batch, frames)).mean(1)
+    return F.linear(mean, state["cls_head.fc_cls.weight"], state["cls_head.fc_cls.bias"])
+
+
+@pytest.mark.parametrize("library", ["timm", "open_clip"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@torch.no_grad()
+def test_every_published_layout_equals_the_network_written_out(library: str, layout: Any, tmp_path: Path) -> None:
+    frames, heads, groups, adapters, scale = layout
+    gen = torch.Generator().manual_seed(0)
+    width = 4 * heads
+    state = official_state(gen, frames, width, adapters)
+    channels = [offset for div, offset in groups for _ in range(width // div)]
+    channels += [0] * (width - len(channels))
+    write_safetensors(tmp_path / "official.safetensors", state)
+    model = zeroi2v_from_official(
+        tmp_path / "official.safetensors",
+        head_offsets=channels[::4],
+        scale=scale,
+        library=library,
+        num_heads=heads,
+    )
+    x = torch.randn(2, frames, 3, 16, 16, generator=gen, dtype=torch.float64)
+    want = official_forward({k: v.double() for k, v in state.items()}, x, heads, channels, scale)
+    model.double()
+    torch.testing.assert_close(model(x), want, atol=1e-9, rtol=0)
+    torch.testing.assert_close(model.merge()(x), want, atol=1e-9, rtol=0)
+
+
 @pytest.mark.parametrize("library", ["timm", "open_clip"])
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.filterwarnings("ignore:The model was made for clips")
@@ -124,6 +237,23 @@ def test_merging_is_exact_for_any_offsets_and_scale(library: str, seed: int, tmp
     model.unmerge()
     assert torch.equal(model(x), before)
     assert all(torch.equal(v, original[k]) for k, v in model.backbone.state_dict().items())
+
+
+@pytest.mark.parametrize("args", [{"qkv_bias": False}, {"proj_bias": False}, {"init_values": 0.1}, {"qk_norm": True}])
+@torch.no_grad()
+def test_a_merged_file_reloads_whatever_the_layers_had(args: dict[str, Any], tmp_path: Path) -> None:
+    sizes = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4, **args}
+    model = VideoClassifier("timm:vit_tiny_patch16_224", 3, backbone_args=sizes, zeroi2v={}, num_frames=4).eval()
+    shake(model)
+    x, keys = video(), set(model.backbone.state_dict())
+    before = model(x)
+    model.merge().save_pretrained(tmp_path)
+    again = VideoClassifier.from_pretrained(tmp_path)
+    assert torch.equal(again(x), model(x))
+    torch.testing.assert_close(model(x), before, atol=1e-5, rtol=1e-5)
+    model.unmerge().save_pretrained(tmp_path)
+    assert set(model.backbone.state_dict()) == keys
+    assert torch.equal(VideoClassifier.from_pretrained(tmp_path)(x), before)
 
 
 def test_an_unmerged_file_reloads_and_merges(tmp_path: Path) -> None:
@@ -218,14 +348,27 @@ def test_as_an_adapter_of_the_core(tmp_path: Path) -> None:
 
 
 def test_bad_settings_are_refused() -> None:
-    for bad in ({"num_frames": 0}, {"dropout": 1.0}, {"placement": ("nowhere",)}, {"bottleneck_ratio": -1}):
+    for bad in (
+        {"num_frames": 0},
+        {"num_frames": 2.5},
+        {"dropout": 1.0},
+        {"placement": ("nowhere",)},
+        {"placement": "attn_in"},
+        {"bottleneck_ratio": -1},
+        {"scale": float("nan")},
+        {"head_offsets": 3},
+    ):
         with pytest.raises(InputError):
             ZeroI2VConfig(**bad)
     with pytest.raises(InputError, match="one integer per head"):
         small(zeroi2v={"head_offsets": (1, 0)})
-    resnet = create_backbone("timm:resnet18", num_classes=2)
-    with pytest.raises(InputError, match="plain ViT"):
-        apply_adapter(resnet, "zeroi2v")
+    for name in ("resnet18", "swin_tiny_patch4_window7_224", "samvit_base_patch16", "eva02_tiny_patch14_224"):
+        with torch.device("meta"):  # windows, or a projection that is never called
+            backbone = create_backbone(f"timm:{name}", num_classes=2)
+        with pytest.raises(InputError, match="plain ViT"):
+            apply_adapter(backbone, "zeroi2v")
+    with pytest.raises(InputError, match="at least 1"):
+        VideoClassifier("timm:vit_tiny_patch16_224", 2, num_frames=0)
     with pytest.raises(InputError, match="averages frames"):
         VideoClassifier("timm:vit_tiny_patch16_224", 2, backbone_args={"depth": 1}).merge()
 
@@ -240,6 +383,36 @@ def test_official_files_ask_for_what_they_do_not_hold() -> None:
     assert merged.merged
     with pytest.raises(CheckpointError, match="not a ZeroI2V"):
         zeroi2v_from_official(case / "inputs.safetensors", head_offsets=BOTH, scale=1.0)
+    with pytest.raises(InputError, match="num_heads"):
+        zeroi2v_from_official(case / "weights.safetensors", head_offsets=BOTH, scale=0.5)
+    with pytest.raises(CheckpointError, match="merged checkpoint"):
+        load_official_checkpoint(small(), case / "weights_merged.safetensors")
+
+
+@pytest.mark.parametrize(("old", "new"), [("", "module."), ("backbone.", ""), ("backbone.", "visual.")])
+@torch.no_grad()
+def test_official_files_under_other_prefixes(old: str, new: str, tmp_path: Path) -> None:
+    state = official_state(torch.Generator().manual_seed(0), 4, 32, 4)
+    options: Any = {"head_offsets": BOTH, "scale": 0.5, "num_heads": 4}
+    write_safetensors(tmp_path / "a.safetensors", state)
+    write_safetensors(tmp_path / "b.safetensors", {new + k.removeprefix(old): v for k, v in state.items()})
+    a, b = (zeroi2v_from_official(tmp_path / f"{n}.safetensors", **options) for n in "ab")
+    x = video()
+    assert torch.equal(a.forward_features(x), b.forward_features(x))
+
+
+@torch.no_grad()
+def test_official_files_for_other_lengths_and_classes(tmp_path: Path) -> None:
+    state = official_state(torch.Generator().manual_seed(0), 4, 32, 4)
+    write_safetensors(tmp_path / "a.safetensors", state)
+    options: Any = {"head_offsets": BOTH, "scale": 0.5, "num_heads": 4}
+    with pytest.warns(UserWarning, match="4 frames and gets 8"):
+        model = zeroi2v_from_official(tmp_path / "a.safetensors", num_frames=8, num_classes=7, **options)
+    table = model.zeroi2v["norm_pre"].temporal_embedding
+    assert (model.num_frames, table.shape, model.head.out_features) == (8, (1, 8, 32), 7)
+    torch.testing.assert_close(table[0, 0], state["backbone.temporal_embedding"][0, 0])
+    middle = 0.75 * state["backbone.temporal_embedding"][0, 1] + 0.25 * state["backbone.temporal_embedding"][0, 2]
+    torch.testing.assert_close(table[0, 3], middle)
 
 
 @torch.no_grad()

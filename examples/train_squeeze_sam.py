@@ -464,10 +464,10 @@ def train(args: argparse.Namespace) -> None:
     pets, photos = read_pets(data / "seg_pets", "train")[:limit], read_coco(data / "seg_coco/train", FREE)
     free = read_backgrounds(data, limit or 10_000)
     groups = [
-        (0.38, pets),
-        (0.22, photos),
-        (0.08, read_tabletop(data / "pc_mosd/train")),
-        (0.32, find_regions([*photos, *free, *pets], canvas)),
+        (0.5, pets),
+        (0.28, photos),
+        (0.1, read_tabletop(data / "pc_mosd/train")),
+        (0.12, find_regions([*photos, *free, *pets], canvas)),
     ]
     bank = build_bank([(share, rows) for share, rows in groups if rows], canvas, device)
     held_out = {
@@ -492,7 +492,9 @@ def train(args: argparse.Namespace) -> None:
         with torch.no_grad():
             batch = sampler.sample(args.batch_size)
         with torch.autocast(device.type, dtype=torch.bfloat16):
-            loss, metrics = iterative_loss(model, batch, max_rounds=args.max_rounds, start_clicks=6)
+            loss, metrics = iterative_loss(
+                model, batch, max_rounds=args.max_rounds, start_clicks=6, alpha=0.5, focal_weight=10
+            )
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -135,12 +135,16 @@ def _outside(target: Tensor, valid: Tensor, near: int) -> Tensor:
     return ~target & valid & (grown | anywhere)
 
 
-def focal_dice(logits: Tensor, target: Tensor, valid: Tensor) -> Tensor:
-    """20 x focal (alpha 0.25, gamma 2) + dice (+1 smoothing) of each mask over the valid pixels.
+def focal_dice(
+    logits: Tensor, target: Tensor, valid: Tensor, *, alpha: float = 0.25, focal_weight: float = 20.0
+) -> Tensor:
+    """`focal_weight` x focal (gamma 2) + dice (+1 smoothing) of each mask over the valid pixels; the defaults are SAM's.
 
     Args:
         logits: `(N, M, H, W)`.
         target, valid: `(N, H, W)` in {0, 1}.
+        alpha: weight of the object's pixels, against 1 - alpha for the others. At SAM's 0.25 an uncertain pixel ends far below
+            0.5, and with little data the first mask of an ambiguous click comes out much too small.
 
     Returns:
         `(N, M)`.
@@ -150,12 +154,12 @@ def focal_dice(logits: Tensor, target: Tensor, valid: Tensor) -> Tensor:
     probability = logits.sigmoid()
     cross = F.binary_cross_entropy_with_logits(logits, target.expand_as(logits), reduction="none")
     wrong = probability + target - 2 * probability * target
-    alpha = 0.25 * target + 0.75 * (1 - target)
+    balance = alpha * target + (1 - alpha) * (1 - target)
     area = valid.sum(dim=(2, 3)).clamp(min=1)
-    focal = (alpha * wrong.square() * cross * valid).sum(dim=(2, 3)) / area
+    focal = (balance * wrong.square() * cross * valid).sum(dim=(2, 3)) / area
     overlap = (probability * target * valid).sum(dim=(2, 3))
     total = ((probability + target) * valid).sum(dim=(2, 3))
-    return 20 * focal + 1 - (2 * overlap + 1) / (total + 1)
+    return focal_weight * focal + 1 - (2 * overlap + 1) / (total + 1)
 
 
 def mask_iou(prediction: Tensor, target: Tensor, valid: Tensor) -> Tensor:
@@ -165,7 +169,9 @@ def mask_iou(prediction: Tensor, target: Tensor, valid: Tensor) -> Tensor:
     return torch.where(union > 0, inter / union.clamp(min=1), 1.0)
 
 
-def multimask_loss(low: Tensor, iou: Tensor, target: Tensor, valid: Tensor, single: Tensor) -> tuple[Tensor, Tensor]:
+def multimask_loss(
+    low: Tensor, iou: Tensor, target: Tensor, valid: Tensor, single: Tensor, **weights: float
+) -> tuple[Tensor, Tensor]:
     """SAM's multi-mask loss: only the best mask is trained on, the IoU head on all of them.
 
     Args:
@@ -174,12 +180,13 @@ def multimask_loss(low: Tensor, iou: Tensor, target: Tensor, valid: Tensor, sing
         target, valid: bool `(N, H, W)`.
         single: bool `(N,)`: also supervise entry 0 (SAM: with several prompts, which leave no ambiguity; models with
             `single_mask`: always).
+        weights: of `focal_dice`.
 
     Returns:
         The loss, and the measured IoU `(N, M + 1)` of each thresholded mask.
     """
     logits = F.interpolate(low.float(), target.shape[1:], mode="bilinear")
-    losses = focal_dice(logits, target, valid)
+    losses = focal_dice(logits, target, valid, **weights)
     with torch.no_grad():
         measured = mask_iou(logits > 0, target[:, None], valid[:, None])
     loss = losses[:, 1:].amin(dim=1) + single * losses[:, 0]
@@ -204,6 +211,8 @@ def iterative_loss(
     outlier_prob: float = 0.1,
     start_clicks: int = 0,
     depth_grid: int = 96,
+    alpha: float = 0.25,
+    focal_weight: float = 20.0,
 ) -> tuple[Tensor, dict[str, float]]:
     """Loss of one step with simulated interaction; fits `mmkit.training.fit(loss_fn=iterative_loss)`.
 
@@ -220,6 +229,8 @@ def iterative_loss(
         outlier_prob: share of samples with one wrong positive click besides at least one right one.
         start_clicks: right clicks a prompt may start with besides the first, so that long sessions are trained without
             their many rounds (RITM); a sample keeps the k-th with probability 0.7^k.
+        depth_grid: see `sample_clicks`.
+        alpha, focal_weight: see `focal_dice`.
 
     Returns:
         The loss, and {"iou": IoU of the mask the model would choose, "best": best of its masks}.
@@ -257,7 +268,7 @@ def iterative_loss(
     low, iou = core.forward_low_res(images, points[:, None], labels[:, None], previous)
     low, iou = low[:, 0], iou[:, 0]
     single = ((labels >= 0).sum(dim=1) > 1) | core.single_mask
-    loss, measured = multimask_loss(low, iou, target, valid, single)
+    loss, measured = multimask_loss(low, iou, target, valid, single, alpha=alpha, focal_weight=focal_weight)
     chosen = shown_mask(core, iou)[:, None]
     metrics = {"iou": measured.gather(1, chosen).mean().item(), "best": measured.amax(1).mean().item()}
     return loss, metrics

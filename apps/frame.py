@@ -155,6 +155,7 @@ def theme() -> gr.Theme:
 
 CSS = """
 .gradio-container {max-width: 1240px !important; margin: 0 auto !important;}
+#segment-cutout img {background: repeating-conic-gradient(#8883 0 25%, transparent 0 50%) 0 0 / 20px 20px;}
 .studio-cards {display: grid; grid-template-columns: repeat(auto-fill, minmax(260px, 1fr)); gap: 16px; margin-top: 12px;}
 .studio-card {display: block; text-align: left; padding: 18px 20px; border: 1px solid var(--border-color-primary); border-radius: 12px;
   background: var(--background-fill-primary); color: var(--body-text-color); text-decoration: none !important;}
@@ -186,9 +187,8 @@ def build_studio(names: Iterable[str] | None = None) -> gr.Blocks:
                 studio.unload(app.forget)
     with studio.route("About", "/about"):
         _about()
-    for block in studio.blocks.values():
-        if type(block) is gr.Image:
-            block.preprocess = functools.partial(_read_picture, block, block.preprocess)  # type: ignore[method-assign]
+    # On the class, because gradio builds a block anew when a handler updates or skips it.
+    gr.Image.preprocess = _read_picture  # type: ignore[method-assign]
     return studio.queue(default_concurrency_limit=1, max_size=32)
 
 
@@ -252,11 +252,14 @@ def launch_studio(
     return studio, url
 
 
-def _read_picture(block: gr.Image, decode: Callable[[Any], Any], payload: Any) -> Any:
+_decode_picture = gr.Image.preprocess
+
+
+def _read_picture(block: gr.Image, payload: Any) -> Any:
     """What an uploaded picture becomes for a handler: read by `mmkit.data.load_image`, so that the size limit holds before decoding,
     16-bit, transparent and rotated pictures come out right, and an unreadable file is a message."""
     if payload is None or not payload.path or block.image_mode not in ("RGB", None):
-        return decode(payload)
+        return _decode_picture(block, payload)
     try:
         image = load_image(payload.path)
     except InputError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,43 @@ from mmkit.vision.interactive import RANDOM_WALKER, InteractiveSegmenter, Mask
 MODELS_VARIABLE = "MMKIT_SEGMENT_MODELS"
 """Environment variable: folders of further models (SqueezeSAM, SAM, SAM 2), separated as in PATH."""
 
-ADD, REMOVE, BOX = "Add", "Remove", "Box (two corners)"
-LARGEST_SIDE = 2048
+ADD, REMOVE, BOX = "Add", "Remove", "Box"
+VIEW_SIDE = 1280
+"""The photo is shown and clicked at this size at most, so that every click is quick."""
+LARGEST_SIDE = 4096
+"""Cut-outs have the size of the upload, up to this."""
 _TINT = (0, 170, 160)
+_BEGIN = "Drop a photo to begin, or try the sample below."
+
+_RIGHT_CLICK = """
+document.oncontextmenu = event => {
+  if (!event.target.closest('#segment-picture img')) return;
+  event.preventDefault();
+  window.segmentRemove = true;
+  event.target.dispatchEvent(new MouseEvent('click', {clientX: event.clientX, clientY: event.clientY, bubbles: true}));
+};
+"""
+_REMOVE_IF_RIGHT = f"""(key, mode, ...rest) => {{
+  const remove = window.segmentRemove;
+  window.segmentRemove = false;
+  return [key, remove ? '{REMOVE}' : mode, ...rest];
+}}"""
 
 
-SESSIONS: Sessions[InteractiveSegmenter] = Sessions()
+@dataclass(frozen=True)
+class Photo:
+    """A visitor's photo: the session on its view, and the picture that cut-outs are made of."""
+
+    segmenter: InteractiveSegmenter
+    original: Image.Image
+
+    def full_mask(self) -> Mask | None:
+        """The current mask at the size of `original`."""
+        mask = self.segmenter.mask
+        return mask if mask is None or mask.image.size == self.original.size else mask.resized(self.original)
+
+
+SESSIONS: Sessions[Photo] = Sessions()
 
 
 def model_choices() -> list[str]:
@@ -74,33 +106,34 @@ def describe(segmenter: InteractiveSegmenter, seconds: float | None, note: str =
     if seconds is not None:
         parts.append(f"**{1000 * seconds:.0f} ms**")
     parts.append(f"{len(segmenter.clicks)} click{'s' if len(segmenter.clicks) != 1 else ''}")
+    if segmenter.box:
+        parts.append("1 box")
     parts.append(f"{100 * mask.binary.mean():.1f} % of the picture")
     if np.isfinite(mask.iou):
-        parts.append(f"the model expects {100 * min(max(mask.iou, 0), 1):.0f} % overlap")
+        parts.append(f"the model rates its mask {100 * min(max(mask.iou, 0), 1):.0f} %")
     return " · ".join(parts)
 
 
-def export(mask: Mask | None) -> tuple[str | None, str | None]:
-    """Files for the download buttons: cut-out PNG and COCO RLE JSON, under a random folder."""
-    if mask is None:
-        return None, None
-    folder = output_folder()
-    return str(mask.save(folder / "cutout.png")), str(mask.save(folder / "mask.json"))
-
-
-def _outputs(
+def show(
     segmenter: InteractiveSegmenter, opacity: float, seconds: float | None, note: str = "", corner: Any = None
 ) -> tuple[Any, ...]:
-    """Values of the shared outputs: picture, cut-out, status, corner, two downloads."""
-    mask = segmenter.mask
-    png, record = export(mask)
+    """What changes at once: picture, status, corner; the downloads wait for `finish`."""
+    wait = gr.DownloadButton(interactive=False)
+    return draw(segmenter, opacity, corner), describe(segmenter, seconds, note), corner, wait, wait
+
+
+def finish(key: str | None) -> tuple[Any, ...]:
+    """What may come a moment later: the cut-out shown, and the files of both downloads under a random folder."""
+    photo = SESSIONS.get(key) if key else None
+    mask = photo.full_mask() if photo else None
+    if photo is None or mask is None:
+        return None, gr.DownloadButton(value=None), gr.DownloadButton(value=None)
+    folder = output_folder()
+    png, record = str(mask.save(folder / "cutout.png")), str(mask.save(folder / "mask.json"))
     return (
-        draw(segmenter, opacity, corner),
-        mask.cutout() if mask else None,
-        describe(segmenter, seconds, note),
-        corner,
-        gr.DownloadButton(value=png, interactive=png is not None),
-        gr.DownloadButton(value=record, interactive=record is not None),
+        photo.segmenter.cutout(),
+        gr.DownloadButton(value=png, interactive=True),
+        gr.DownloadButton(value=record, interactive=True),
     )
 
 
@@ -108,15 +141,20 @@ def _outputs(
 def on_upload(image: Image.Image | None, model: str, opacity: float) -> tuple[Any, ...]:
     """A new picture: a session of its own and a first proposal."""
     if image is None:
-        return (None, *on_clear()[1:])
+        return on_clear()
+    size = image.size
     image.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
+    view = image.copy()
+    view.thumbnail((VIEW_SIDE, VIEW_SIDE))
     segmenter = InteractiveSegmenter(load_engine(model))
     start = time.perf_counter()
-    segmenter.set_image(image)
+    segmenter.set_image(view)
     prompt = segmenter.propose()
     seconds = time.perf_counter() - start
-    sure = "Proposed" if prompt.confidence >= 0.2 else "Nothing stands out, so this is a guess at the centre"
-    return SESSIONS.add(segmenter), *_outputs(segmenter, opacity, seconds, sure)
+    note = "Proposed" if prompt.confidence >= 0.2 else "Nothing stands out, so this is a guess at the centre"
+    if size != image.size:
+        note = f"Reduced to {image.width}x{image.height} · {note}"
+    return SESSIONS.add(Photo(segmenter, image)), *show(segmenter, opacity, seconds, note)
 
 
 def on_sample(model: str, opacity: float) -> tuple[Any, ...]:
@@ -127,56 +165,60 @@ def on_sample(model: str, opacity: float) -> tuple[Any, ...]:
 def on_clear() -> tuple[Any, ...]:
     """The picture was removed: forget everything."""
     off = gr.DownloadButton(value=None, interactive=False)
-    return None, None, None, "Drop a photo to begin.", None, off, off
+    return None, None, _BEGIN, None, off, off
 
 
 @readable
 def on_click(
     key: str | None, mode: str, corner: tuple[int, int] | None, opacity: float, event: gr.SelectData
 ) -> tuple[Any, ...]:
-    """A click on the picture, in its own pixels."""
-    segmenter = SESSIONS.get(key)
+    """A click on the picture, in the pixels of the view."""
+    segmenter = SESSIONS.get(key).segmenter
     x, y = (int(v) for v in event.index)
     start = time.perf_counter()
-    if mode == BOX:
-        if corner is None:
-            return _outputs(segmenter, opacity, None, "Now click the opposite corner", (x, y))
-        segmenter.set_box(corner[0], corner[1], x, y)
-    else:
+    if mode != BOX:
         segmenter.add_click(x, y, positive=mode == ADD)
-    return _outputs(segmenter, opacity, time.perf_counter() - start)
+    elif corner is None:
+        return show(segmenter, opacity, None, "Now click the opposite corner", (x, y))
+    else:
+        segmenter.set_box(corner[0], corner[1], x, y)
+    return show(segmenter, opacity, time.perf_counter() - start)
 
 
 @readable
 def on_history(key: str | None, opacity: float, step: str) -> tuple[Any, ...]:
     """Undo, redo, or forget all clicks."""
-    segmenter = SESSIONS.get(key)
+    segmenter = SESSIONS.get(key).segmenter
     {"undo": segmenter.undo, "redo": segmenter.redo, "clear": segmenter.reset}[step]()
-    return _outputs(segmenter, opacity, None)
+    return show(segmenter, opacity, None)
 
 
 @readable
-def on_opacity(key: str | None, opacity: float) -> Any:
+def on_opacity(key: str | None, opacity: float, corner: tuple[int, int] | None = None) -> Any:
     """Redraw only."""
-    return draw(SESSIONS.get(key), opacity) if key else gr.skip()
+    return draw(SESSIONS.get(key).segmenter, opacity, corner) if key else gr.skip()
+
+
+def on_mode(key: str | None, opacity: float) -> tuple[Any, None]:
+    """Another kind of click: a first corner is forgotten."""
+    return on_opacity(key, opacity), None
 
 
 @readable
 def on_model(key: str | None, model: str, opacity: float) -> tuple[Any, ...]:
     """Another model for the same picture: the same clicks again."""
     if not key:
-        return (gr.skip(),) * 7
-    old = SESSIONS.get(key)
-    segmenter = InteractiveSegmenter(load_engine(model))
+        return (gr.skip(),) * 6
+    photo = SESSIONS.get(key)
+    old, segmenter = photo.segmenter, InteractiveSegmenter(load_engine(model))
     start = time.perf_counter()
     segmenter.set_image(old.image)  # type: ignore[arg-type]
     if old.box:
         segmenter.set_box(*old.box)
     for x, y, positive in old.clicks:
         segmenter.add_click(x, y, positive)
-    return SESSIONS.add(segmenter), *_outputs(
-        segmenter, opacity, time.perf_counter() - start, "Same clicks, other model"
-    )
+    shown = show(segmenter, opacity, time.perf_counter() - start, "Same clicks, other model")
+    return SESSIONS.add(Photo(segmenter, photo.original)), *shown
 
 
 @readable
@@ -199,9 +241,7 @@ def segment(image: Image.Image | None, prompt: dict[str, Any] | None, model: str
     if not isinstance(prompt, dict) or set(prompt) - {"points", "labels", "box"}:
         raise InputError('The prompt must be like {"points": [[x, y]], "labels": [1], "box": [x0, y0, x1, y1]}.')
     segmenter = InteractiveSegmenter(load_engine(model or choices[0]))
-    mask = segmenter(image, prompt.get("points") or [], prompt.get("labels"), prompt.get("box"))
-    estimate = mask.iou if np.isfinite(mask.iou) else None
-    return {"segmentation": mask.rle(), "polygons": mask.polygons(), "predicted_iou": estimate}
+    return segmenter(image, prompt.get("points") or [], prompt.get("labels"), prompt.get("box")).record()
 
 
 def sample_picture() -> Path:
@@ -217,42 +257,59 @@ def build() -> None:
     labelled = [(Path(name).name, name) for name in choices]
     key, corner = gr.State(None), gr.State(None)
     with gr.Row():
-        with gr.Column(scale=3):
+        with gr.Column(scale=3, min_width=300):
             picture = gr.Image(
-                label="Photo: click what you want", type="pil", sources=["upload", "clipboard"], format="png", height=520,
-                buttons=["fullscreen"], elem_id="segment-picture",
+                label="Photo", type="pil", sources=["upload", "clipboard"], format="jpeg", height=520,
+                placeholder="# Drop a photo here\nor click to choose one", buttons=["fullscreen"], elem_id="segment-picture",
             )  # fmt: skip
-            mode = gr.Radio([ADD, REMOVE, BOX], value=ADD, label="A click means", elem_id="segment-mode")
+            status = gr.Markdown(_BEGIN, elem_id="segment-status")
+            mode = gr.Radio(
+                [ADD, REMOVE, BOX], value=ADD, label="A click means", elem_id="segment-mode",
+                info="A right click, or a long press on a touch screen, always removes. A box takes two clicks: opposite corners.",
+            )  # fmt: skip
             with gr.Row():
-                sample = gr.Button("Try a sample photo", elem_id="segment-sample")
-                undo = gr.Button("Undo", elem_id="segment-undo")
-                redo = gr.Button("Redo", elem_id="segment-redo")
-                clear = gr.Button("Clear clicks", elem_id="segment-clear")
-            status = gr.Markdown("Drop a photo to begin.", elem_id="segment-status")
-        with gr.Column(scale=2):
+                undo = gr.Button("Undo", min_width=90, elem_id="segment-undo")
+                redo = gr.Button("Redo", min_width=90, elem_id="segment-redo")
+                clear = gr.Button("Clear", min_width=90, elem_id="segment-clear")
+            sample = gr.Button("Try a sample photo", size="sm", elem_id="segment-sample")
+        with gr.Column(scale=2, min_width=300):
             cutout = gr.Image(
                 label="Cut-out", type="pil", interactive=False, format="png", image_mode="RGBA", height=400,
                 buttons=["fullscreen"], elem_id="segment-cutout",
             )  # fmt: skip
             with gr.Row():
-                png = gr.DownloadButton("Cut-out (PNG)", interactive=False, variant="primary", elem_id="segment-png")
-                record = gr.DownloadButton("Mask (COCO JSON)", interactive=False, elem_id="segment-json")
+                png = gr.DownloadButton(
+                    "Save cut-out", interactive=False, variant="primary", min_width=130, elem_id="segment-png"
+                )
+                record = gr.DownloadButton("Save mask", interactive=False, min_width=130, elem_id="segment-json")
             opacity = gr.Slider(0, 1, value=0.5, step=0.05, label="Mask opacity", elem_id="segment-opacity")
             model = gr.Dropdown(
                 labelled, value=choices[0], label="Model", elem_id="segment-model",
                 info="squeezesam-photo is small and was trained mostly on cats and dogs; random-walker follows colours only.",
             )  # fmt: skip
-    shared = [picture, cutout, status, corner, png, record]
-    quick: dict[str, Any] = {"show_progress": "minimal", "api_visibility": "private"}
-    picture.upload(on_upload, [picture, model, opacity], [key, *shared], **quick)
-    sample.click(on_sample, [model, opacity], [key, *shared], **quick)
-    picture.clear(on_clear, None, [key, *shared], **quick)
-    picture.select(on_click, [key, mode, corner, opacity], shared, trigger_mode="always_last", **quick)
-    for button, step in ((undo, "undo"), (redo, "redo"), (clear, "clear")):
-        button.click(functools.partial(on_history, step=step), [key, opacity], shared, **quick)
-    opacity.release(on_opacity, [key, opacity], picture, **quick)
-    mode.change(lambda: None, None, corner, **quick)
-    model.input(on_model, [key, model, opacity], [key, *shared], **quick)
+    gr.HTML(js_on_load=_RIGHT_CLICK, padding=False)
+    first, downloads = [picture, status, corner, png, record], [cutout, png, record]
+    # One queue, so that clicks, uploads and undo keep their order.
+    quick: dict[str, Any] = {"show_progress": "minimal", "api_visibility": "private", "concurrency_id": "segment"}
+    history = [
+        button.click(functools.partial(on_history, step=step), [key, opacity], first, **quick)
+        for button, step in ((undo, "undo"), (redo, "redo"), (clear, "clear"))
+    ]
+    uploaded = picture.upload(on_upload, [picture, model, opacity], [key, *first], **quick)
+    for changed in (
+        uploaded,
+        uploaded.failure(on_clear, None, [key, *first], **quick),
+        picture.clear(on_clear, None, [key, *first], **quick),
+        picture.select(
+            on_click, [key, mode, corner, opacity], first, trigger_mode="multiple", js=_REMOVE_IF_RIGHT, **quick
+        ),
+        sample.click(on_sample, [model, opacity], [key, *first], **quick),
+        model.input(on_model, [key, model, opacity], [key, *first], **quick),
+        *history,
+    ):
+        changed.success(finish, key, downloads, show_progress="hidden", api_visibility="private")
+    opacity.input(on_opacity, [key, opacity, corner], picture, trigger_mode="always_last", **quick)
+    mode.input(on_mode, [key, opacity], [picture, corner], **quick)
     endpoint = [gr.Image(type="pil", visible=False), gr.JSON(visible=False), gr.Textbox(visible=False)]
     gr.Button(visible=False).click(segment, endpoint, gr.JSON(visible=False), api_name="segment")
 
@@ -260,7 +317,6 @@ def build() -> None:
 APP = App(
     "segment",
     "Click segmentation",
-    "Drop a photo: the most salient object is selected at once. Click to add, switch to Remove to take parts away, undo freely, "
-    "and download the cut-out.",
+    "Drop a photo: what stands out is selected at once. Click what is missing, remove what is too much, and take the cut-out.",
     build,
 )

@@ -96,6 +96,11 @@ class Mask:
         """COCO run-length encoding: {"size": [H, W], "counts": [...]}, column by column, starting with background."""
         return mask_to_rle(self.binary)
 
+    def record(self) -> dict[str, Any]:
+        """What a JSON file holds: {"segmentation": COCO RLE, "polygons": [...], "predicted_iou": number or None}."""
+        estimate = self.iou if np.isfinite(self.iou) else None
+        return {"segmentation": self.rle(), "polygons": self.polygons(), "predicted_iou": estimate}
+
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the mask; the suffix chooses: .png a cut-out (RGBA), .json the COCO RLE with polygons, .npy the bool array."""
         path = Path(path)
@@ -103,7 +108,7 @@ class Mask:
             with atomic_write(path) as temporary:
                 self.cutout().save(temporary, format="PNG")
         elif path.suffix == ".json":
-            write_json(path, {"segmentation": self.rle(), "polygons": self.polygons(), "predicted_iou": self.iou})
+            write_json(path, self.record())
         elif path.suffix == ".npy":
             with atomic_write(path) as temporary, open(temporary, "wb") as file:
                 np.save(file, self.binary)
@@ -126,7 +131,7 @@ def rle_to_mask(rle: dict[str, Any]) -> np.ndarray:
     """The inverse of `mask_to_rle`. Raises `InputError` when the counts do not fill the picture."""
     try:
         height, width = (int(v) for v in rle["size"])
-        counts = np.asarray(rle["counts"], dtype=np.int64)
+        counts = _numbers(rle["counts"], (), "RLE counts must be numbers").astype(np.int64)
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(
             'An RLE must be {"size": [H, W], "counts": [...]}, uncompressed; pycocotools decodes compressed ones.'

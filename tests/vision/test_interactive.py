@@ -80,11 +80,49 @@ def test_clicks_outside_are_refused_and_change_nothing(session, x, y):
     assert session.clicks == [(1, 1, True)]
 
 
+@pytest.mark.parametrize(
+    "prompt, message",
+    [
+        ({"points": [(1, 1)], "labels": [7]}, "labels must lie"),
+        ({"points": [(1, 1)], "labels": [1.5]}, "labels must lie"),
+        ({"points": [(1, 1)], "labels": ["in"]}, "one number per point"),
+        ({"points": [(1, 1), (2, 2)], "labels": [1]}, "2 points but 1"),
+        ({"points": [(-1, -1)], "labels": [-1]}, "at least one point or a box"),
+        ({"points": [3, 3]}, "pairs"),
+        ({"points": [(3, 3, 3)]}, "pairs"),
+        ({"points": "here"}, "pairs"),
+        ({"points": [("a", 3)]}, "pairs"),
+        ({"points": [(60, 3)]}, "outside the picture of 60x40"),
+        ({"points": [(3, 3)], "labels": [2]}, "two points labelled 2 and 3"),
+        ({"points": [(3, 3), (9, 9)], "labels": [2, 3], "box": (1, 1, 5, 5)}, "one only"),
+        ({"box": (1, 2, 3)}, "x0, y0, x1, y1"),
+        ({"box": (1, 2, 61, 9)}, "outside the picture of 60x40"),
+        ({"box": (3, 3, 3, 9)}, "empty"),
+    ],
+)
+def test_malformed_prompts_are_explained(session, prompt, message):
+    session.add_click(1, 1)
+    with pytest.raises(InputError, match=message):
+        session.predict_many([prompt])
+    assert session.clicks == [(1, 1, True)]
+    with pytest.raises(InputError, match=message):
+        session(PICTURE, **{"points": (), **prompt})
+
+
+def test_corner_labels_are_the_box_and_the_far_edges_count(session):
+    session(PICTURE, [(30, 25), (4, 4), (3, 9), (-1, -1)], labels=[3, 1, 2, -1])
+    assert session.box == (3, 9, 30, 25)
+    assert session.clicks == [(4, 4, True)]
+    session.set_box(60, 40, 0, 0)
+    assert session.box == (0, 0, 59, 39)
+
+
 def test_misuse_is_explained(session):
-    with pytest.raises(InputError, match="labels must lie"):
-        session(PICTURE, [(1, 1)], labels=[7])
-    with pytest.raises(InputError, match="2 points but 1"):
-        session(PICTURE, [(1, 1), (2, 2)], labels=[1])
+    for prompts in ([], [3], [{"point": (1, 1)}]):
+        with pytest.raises(InputError, match="predict_many takes"):
+            session.predict_many(prompts)
+    with pytest.raises(InputError, match="model must be"):
+        InteractiveSegmenter(np.zeros(3))
     with pytest.raises(InputError, match="empty"):
         session.set_box(3, 3, 3, 9)
     with pytest.raises(InputError, match="no mask yet"):
@@ -139,8 +177,40 @@ def test_masks_export_to_rle_polygons_and_cutouts(session, tmp_path):
     assert mask.plot().size == (60, 40)
     with pytest.raises(InputError, match="suffix"):
         mask.save(tmp_path / "m.txt")
-    with pytest.raises(InputError, match="counts"):
-        rle_to_mask({"size": [2, 2], "counts": [1]})
+    for rle in ({"size": [2, 2], "counts": [1]}, {"counts": [1]}, {"size": [2, 2], "counts": "04"}):
+        with pytest.raises(InputError, match="counts"):
+            rle_to_mask(rle)
+
+
+def test_a_mask_without_an_estimate_is_saved_as_plain_json(session, tmp_path):
+    path = session.add_click(20, 20).save(tmp_path / "m.json")
+
+    def refuse(name):
+        raise AssertionError(f"{name} is not JSON")
+
+    assert json.loads(path.read_text(), parse_constant=refuse)["predicted_iou"] is None
+
+
+def test_a_cutout_hides_nothing_behind_its_transparency(session):
+    session.set_image(np.full((40, 60, 3), 77, np.uint8))
+    pixels = np.asarray(session.add_click(20, 20).cutout())
+    assert (pixels[pixels[..., 3] == 255][:, :3] == 77).all()
+    assert (pixels[pixels[..., 3] == 0] == 0).all()
+
+
+def test_an_overlay_tints_the_inside_outlines_it_and_leaves_the_rest(session):
+    overlay = np.asarray(session.add_click(20, 20).overlay((0, 0, 228), opacity=0.5))
+    assert overlay[20, 20].tolist() == [64, 64, 178]
+    assert overlay[20, 26].tolist() == [0, 0, 228]
+    assert overlay[20, 27].tolist() == [128, 128, 128]
+
+
+def test_a_mask_follows_its_picture_to_another_size(session):
+    mask = session.add_click(20, 20)
+    large = mask.resized(Image.new("RGB", (180, 120)))
+    assert large.cutout().size == (180, 120)
+    assert large.iou is mask.iou
+    assert iou(large.binary, np.kron(mask.binary, np.ones((3, 3), bool))) > 0.9
 
 
 @pytest.mark.parametrize("mask", [np.zeros((3, 4), bool), np.ones((3, 4), bool), np.eye(5, dtype=bool)])
@@ -185,7 +255,14 @@ def tiny_sam():
     decoder = SamMaskDecoderConfig(
         hidden_size=16, mlp_dim=16, num_hidden_layers=1, num_attention_heads=2, iou_head_hidden_dim=16
     )
-    return SamModel(SamConfig(vision_config=vision, prompt_encoder_config=prompt, mask_decoder_config=decoder)).eval()
+    return spoken(SamModel(SamConfig(vision_config=vision, prompt_encoder_config=prompt, mask_decoder_config=decoder)))
+
+
+def spoken(model):
+    """With weights so large that every part of a prompt shows in the logits."""
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.3)
+    return model.eval()
 
 
 def test_sam_embeds_once_and_agrees_with_the_plain_model():
@@ -199,10 +276,17 @@ def test_sam_embeds_once_and_agrees_with_the_plain_model():
     segmenter.set_image(picture)
     segmenter.add_click(30, 20)
     first = segmenter.mask.logits.copy()
-    segmenter.add_click(5, 5, positive=False)
+    second = segmenter.add_click(5, 5, positive=False).logits
     segmenter.set_box(3, 3, 40, 40)
+    prompts = [
+        {"points": [(30, 20)]}, {"box": (4, 4, 40, 30)}, {"points": [(9, 9), (20, 30)], "labels": [0, 1], "box": (1, 1, 39, 40)},
+    ]  # fmt: skip
+    together = segmenter.predict_many(prompts)
     assert len(calls) == 1
-    assert len(segmenter.predict_many([{"box": (1, 1, 9, 9)}, {"box": (4, 4, 40, 30)}])) == 2
+    for mask, prompt in zip(together, prompts, strict=True):
+        assert (mask.logits == segmenter.predict_many([prompt])[0].logits).all()
+    fresh = segmenter.predict_many([{"points": [(30, 20), (5, 5)], "labels": [1, 0]}])[0].logits
+    assert abs(fresh - second).max() > 0.01 * abs(fresh).max()  # the previous mask was part of the second prompt
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     pixels = ((torch.from_numpy(picture) / 255 - mean) / std).permute(2, 0, 1)[None]
     with torch.no_grad():
@@ -214,10 +298,10 @@ def test_sam_embeds_once_and_agrees_with_the_plain_model():
         )
     low = out.pred_masks[0, 0, int(out.iou_scores.argmax())][None, None]
     big = torch.nn.functional.interpolate(low, (64, 64), mode="bilinear")[0, 0, :48].numpy()
-    np.testing.assert_allclose(first, big, atol=1e-3)
+    np.testing.assert_allclose(first, big, atol=1e-4 * abs(big).max())
 
 
-def test_sam2_takes_clicks_and_boxes():
+def tiny_sam2():
     from transformers import (
         Sam2Config,
         Sam2HieraDetConfig,
@@ -236,19 +320,43 @@ def test_sam2_takes_clicks_and_boxes():
         backbone_config=backbone, backbone_channel_list=[64, 32, 16, 8], fpn_hidden_size=32,
         backbone_feature_sizes=[[16, 16], [8, 8], [4, 4]],
     )  # fmt: skip
-    model = Sam2Model(
-        Sam2Config(
-            vision_config=vision,
-            prompt_encoder_config=Sam2PromptEncoderConfig(hidden_size=32, image_size=64, mask_input_channels=4),
-            mask_decoder_config=Sam2MaskDecoderConfig(
-                hidden_size=32, mlp_dim=16, num_attention_heads=2, iou_head_hidden_dim=16
-            ),
-        )
-    ).eval()
+    decoder = Sam2MaskDecoderConfig(hidden_size=32, mlp_dim=16, num_attention_heads=2, iou_head_hidden_dim=16)
+    prompt = Sam2PromptEncoderConfig(hidden_size=32, image_size=64, mask_input_channels=4)
+    config = Sam2Config(vision_config=vision, prompt_encoder_config=prompt, mask_decoder_config=decoder)
+    return spoken(Sam2Model(config))
+
+
+def test_sam2_embeds_once_and_agrees_with_the_plain_model():
+    torch.manual_seed(0)
+    model = tiny_sam2()
     segmenter = InteractiveSegmenter(model)
+    picture = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    segmenter.set_image(picture)
+    found = segmenter(picture, [(20, 10)], box=(3, 5, 40, 60)).logits
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    pixels = ((torch.from_numpy(picture) / 255 - mean) / std).permute(2, 0, 1)[None]
+    with torch.no_grad():
+        out = model(
+            pixels,
+            input_points=torch.tensor([[[[20.0, 10.0]]]]),
+            input_labels=torch.tensor([[[1]]]),
+            input_boxes=torch.tensor([[[3.0, 5.0, 40.0, 60.0]]]),
+            multimask_output=True,
+        )
+    best = out.pred_masks[0, :, int(out.iou_scores.argmax())][None]
+    expected = torch.nn.functional.interpolate(best, (64, 64), mode="bilinear")[0, 0].numpy()
+    np.testing.assert_allclose(found, expected, atol=1e-4 * abs(expected).max())
     segmenter.set_image(PICTURE)
-    segmenter.add_click(10, 10)
-    assert segmenter.set_box(3, 3, 20, 30).logits.shape == (40, 60)
+    assert segmenter.add_click(10, 10).logits.shape == (40, 60)
+    assert segmenter.add_click(50, 30, positive=False).logits.shape == (40, 60)
+
+
+@pytest.mark.parametrize("make", [tiny_sam, tiny_sam2])
+def test_a_folder_of_a_transformers_model_is_an_engine(make, tmp_path):
+    model = make()
+    model.save_pretrained(tmp_path)
+    expected = InteractiveSegmenter(model)(PICTURE, [(10, 10)]).logits
+    np.testing.assert_allclose(InteractiveSegmenter(tmp_path)(PICTURE, [(10, 10)]).logits, expected, atol=1e-5)
 
 
 def test_saliency_finds_the_odd_one_out():

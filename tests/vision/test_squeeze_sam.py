@@ -1,5 +1,7 @@
 """SqueezeSAM: sizes, prompt painting, the added channels, export, and that a small one learns to follow clicks."""
 
+import sys
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -7,7 +9,13 @@ from torch.utils.flop_counter import FlopCounterMode
 import mmkit
 from mmkit.errors import BackendUnavailableError, CheckpointError, InputError
 from mmkit.modeling import load_official_checkpoint
-from mmkit.vision.squeeze_sam import SqueezeSAM, squeeze_sam_base, squeeze_sam_small, squeeze_sam_tiny
+from mmkit.vision.squeeze_sam import (
+    SqueezeSAM,
+    config_from_official,
+    squeeze_sam_base,
+    squeeze_sam_small,
+    squeeze_sam_tiny,
+)
 from mmkit.vision.squeeze_sam_export import export_onnx, export_program, load_int8, save_int8
 
 MINI = {"image_size": 32, "patch_embed_dim": 8, "dims": (8, 12, 16), "mlp_dim": 16, "num_heads": 2}
@@ -160,6 +168,7 @@ def test_keeping_the_aspect_pads_and_places_clicks_to_scale():
         (torch.rand(1, 3, 8, 8), torch.zeros(2, 1, 1, 2), torch.ones(2, 1, 1), "points must be"),
         (torch.rand(1, 3, 8, 8), torch.zeros(1, 1, 1, 2), torch.ones(1, 1, 2), "labels must be"),
         (torch.rand(1, 3, 8, 8), torch.zeros(1, 1, 1, 2), torch.full((1, 1, 1), 4), "labels must lie"),
+        (torch.rand(1, 3, 0, 8), torch.zeros(1, 1, 1, 2), torch.ones(1, 1, 1), "images must be"),
     ],
 )
 def test_wrong_prompts_are_refused(images, points, labels, message):
@@ -167,8 +176,41 @@ def test_wrong_prompts_are_refused(images, points, labels, message):
         mini()(images, points, labels)
 
 
+def test_a_previous_mask_must_belong_to_the_queries():
+    with pytest.raises(InputError, match="previous must be"):
+        mini(previous_mask=True)(torch.rand(1, 3, 8, 8), *prompt((3, 3)), torch.zeros(2, 1, 16, 16))
+
+
+@pytest.mark.parametrize("act_layer", ["ReLU", "GELU", "SiLU", "LeakyReLU", "Hardswish", "ELU"])
+def test_official_configurations_become_keywords(act_layer):
+    official = {
+        "encoder_image_size": 16, "encoder_patch_size": 2, "encoder_patch_embed_dim": 4, "encoder_unet_conv_dims": [4, 8],
+        "decoder_transformer_depth": 1, "decoder_transformer_mlp_dim": 8, "decoder_num_heads": 2, "num_multimask_outputs": 2,
+        "iou_head_depth": 1, "iou_head_hidden_dim": 8, "normalization_type": "sync_batch_norm",
+    }  # fmt: skip
+    for given in (act_layer, getattr(torch.nn, act_layer)):
+        model = SqueezeSAM(**config_from_official({**official, "activation_fn": given}))
+        assert isinstance(model.unet_encoder.down_layers[0].double_conv[0].conv[1], getattr(torch.nn, act_layer))
+        assert model.strict_official_prompts
+    with pytest.raises(InputError, match="lacks"):
+        config_from_official(official)
+
+
 @pytest.mark.parametrize(
-    "options", [{"norm_layer": "instance"}, {"act_layer": "tanh"}, {"dims": ()}, {"image_size": 8, "dims": (8,) * 6}]
+    "options",
+    [
+        {"norm_layer": "instance"},
+        {"act_layer": "tanh"},
+        {"dims": ()},
+        {"dims": 8},
+        {"dims": (8, 0)},
+        {"image_size": 8, "dims": (8,) * 6},
+        {"image_size": "large"},
+        {"patch_size": 0},
+        {"num_multimask_outputs": 0},
+        {"depth": -1},
+        {"num_heads": 5},
+    ],
 )
 def test_impossible_configurations_are_refused(options):
     with pytest.raises(InputError):
@@ -212,20 +254,23 @@ def test_exported_program_agrees_for_other_batch_sizes():
             torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_onnx_file_agrees_or_names_the_missing_package(tmp_path):
-    try:
-        import onnx  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError:
-        with pytest.raises(BackendUnavailableError, match="pip install"):
-            export_onnx(mini(), tmp_path / "m.onnx")
-        assert not list(tmp_path.iterdir())
-        return
+@pytest.mark.slow
+def test_onnx_file_agrees(tmp_path):
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
-    model, fused = mini(), torch.randn(3, 5, 32, 32)
+    model, fused = mini(negative_clicks=True, previous_mask=True), torch.randn(3, 7, 32, 32)
     session = runtime.InferenceSession(str(export_onnx(model, tmp_path / "m.onnx")))
+    assert [o.name for o in session.get_outputs()] == ["logits", "iou"]
     with torch.no_grad():
-        expected = model.forward_fused(fused)[0]
-    torch.testing.assert_close(
-        torch.from_numpy(session.run(None, {"fused": fused.numpy()})[0]), expected, atol=1e-4, rtol=1e-3
-    )
+        expected = model.forward_fused(fused)
+    for found, want in zip(session.run(None, {"fused": fused.numpy()}), expected, strict=True):
+        torch.testing.assert_close(torch.from_numpy(found), want, atol=1e-4, rtol=1e-3)
+    assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
+
+
+def test_onnx_export_names_the_missing_package(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(BackendUnavailableError, match="pip install"):
+        export_onnx(mini(), tmp_path / "m.onnx")
+    assert not list(tmp_path.iterdir())

@@ -3,8 +3,7 @@
     h_t = exp(dt_t A) h_{t-1} + dt_t u_t B_t          y_t = sum_n C_t[n] h_t[n] + D u_t
 
 Backends: `cuda` (mamba-ssm's kernel), `cpu` (Numba, float32), `torch` (chunked, any device, float64), `reference` (a loop, for
-tests). `cpu` and `torch` run behind one custom operator, `torch.ops.mmkit.selective_scan`, so `torch.compile` and
-`torch.export` see a single node.
+tests). `cpu` and `torch` run behind custom operators, so `torch.compile` and `torch.export` see a single node.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from types import ModuleType
+from typing import Optional
 
 import torch
 import torch.nn.functional as F
@@ -69,25 +69,42 @@ def selective_scan(
         scan = _mamba_ssm().selective_scan_fn
         return scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
     work = torch.float64 if double else torch.float32
-    x, dt, A, B, C = (t.to(work) for t in (u, delta, A, B, C))
-    if delta_bias is not None:
-        dt = dt + delta_bias.to(work)[:, None]
-    dt = (
-        dt.contiguous()
-    )  # the kernels want that, and a compiled softplus_backward mistakes the strides of mixed layouts
+    u_, delta, A, B, C = (t.to(work) for t in (u, delta, A, B, C))
+    D, z, delta_bias = (None if t is None else t.to(work) for t in (D, z, delta_bias))
+    B, C = (t.unsqueeze(1) if t.dim() == 3 else t for t in (B, C))
+    if chosen == "cpu":
+        y, last, _ = _cpu_op(u_, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    else:
+        y, last = _in_parts(u_, delta, A, B, C, D, z, delta_bias, delta_softplus, chosen)
+    return (y.to(u.dtype), last) if return_last_state else y.to(u.dtype)
+
+
+def _in_parts(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Bias, softplus, skip and gate as torch operations around the recurrence of "torch" or "reference"."""
+    dt = delta if delta_bias is None else delta + delta_bias[:, None]
+    dt = dt.contiguous()  # a compiled softplus_backward mistakes the strides of mixed layouts
     if delta_softplus:
         dt = F.softplus(dt)
-    B, C = (t.unsqueeze(1) if t.dim() == 3 else t for t in (B, C))
-    if chosen == "reference":
-        y, last = _implementation("torch").reference(x, dt, A, B, C)
+    if backend == "reference":
+        y, last = _implementation("torch").reference(u, dt, A, B, C)
     else:
-        y, last, _ = _scan_op(x, dt, A, B, C, chosen)
+        y, last, _ = _torch_op(u, dt, A, B, C)
     if D is not None:
-        y = torch.addcmul(y, D.to(work)[:, None], x)
+        y = torch.addcmul(y, D[:, None], u)
     if z is not None:
-        y = y * F.silu(z.to(work))
-    y = y.to(u.dtype)
-    return (y, last) if return_last_state else y
+        y = y * F.silu(z)
+    return y, last
 
 
 def warm_up() -> None:
@@ -142,49 +159,116 @@ def _implementation(backend: str) -> ModuleType:
         return importlib.import_module("mmkit.ops.selective_scan_cpu")
 
 
-_STEPS = {"cpu": 32, "torch": 2048}  # distance of saved states; the modules' STEP, known here without importing them
+_STEPS = {"cpu": 64, "torch": 2048}  # distance of saved states; the modules' STEP, known here without importing them
 
 
-@torch.library.custom_op("mmkit::selective_scan", mutates_args=())
-def _scan_op(
-    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return _implementation(backend).forward(u, dt, A, B, C)
+def _chunks(length: int, backend: str) -> int:
+    return (length + _STEPS[backend] - 1) // _STEPS[backend]
 
 
-@torch.library.custom_op("mmkit::selective_scan_backward", mutates_args=())
-def _scan_backward_op(
-    gy: Tensor, glast: Tensor, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, states: Tensor, backend: str
+@torch.library.custom_op("mmkit::selective_scan_torch", mutates_args=())
+def _torch_op(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return _implementation("torch").forward(u, dt, A, B, C)
+
+
+@torch.library.custom_op("mmkit::selective_scan_torch_backward", mutates_args=())
+def _torch_backward_op(
+    gy: Tensor, glast: Tensor, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, states: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _implementation(backend).backward(gy, glast, u, dt, A, B, C, states)
+    return _implementation("torch").backward(gy, glast, u, dt, A, B, C, states)
 
 
-@_scan_op.register_fake
-def _(u, dt, A, B, C, backend):
+@_torch_op.register_fake
+def _(u, dt, A, B, C):
     batch, dim, length = u.shape
-    step = _STEPS[backend]
     last = u.new_empty(batch, dim, A.shape[1])
-    return u.new_empty(u.shape), last, u.new_empty(batch, (length + step - 1) // step, dim, A.shape[1])
+    return u.new_empty(u.shape), last, u.new_empty(batch, _chunks(length, "torch"), dim, A.shape[1])
 
 
-@_scan_backward_op.register_fake
-def _(gy, glast, u, dt, A, B, C, states, backend):
+@_torch_backward_op.register_fake
+def _(gy, glast, u, dt, A, B, C, states):
     return tuple(x.new_empty(x.shape) for x in (u, dt, A, B, C))
 
 
-def _save(ctx, inputs, output):
-    *tensors, ctx.backend = inputs
+def _save_torch(ctx, inputs, output):
+    ctx.save_for_backward(*inputs, output[2])
+    ctx.mark_non_differentiable(output[2])
+
+
+def _differentiate_torch(ctx, gy, glast, _):
+    return _torch_backward_op(gy.contiguous(), glast.contiguous(), *ctx.saved_tensors)
+
+
+_torch_op.register_autograd(_differentiate_torch, setup_context=_save_torch)
+
+
+@torch.library.custom_op("mmkit::selective_scan_cpu", mutates_args=())
+def _cpu_op(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Optional[Tensor],  # noqa: UP045  the schema is read from this annotation
+    z: Optional[Tensor],  # noqa: UP045
+    bias: Optional[Tensor],  # noqa: UP045
+    softplus: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _implementation("cpu").forward(u, delta, A, B, C, D, z, bias, softplus)
+
+
+@torch.library.custom_op("mmkit::selective_scan_cpu_backward", mutates_args=())
+def _cpu_backward_op(
+    gout: Tensor,
+    glast: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Optional[Tensor],  # noqa: UP045
+    z: Optional[Tensor],  # noqa: UP045
+    bias: Optional[Tensor],  # noqa: UP045
+    softplus: bool,
+    states: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _implementation("cpu").backward(gout, glast, u, delta, A, B, C, D, z, bias, softplus, states)
+
+
+def _empty_tokens(u: Tensor) -> Tensor:
+    """(B, D, L) with the channels next to each other in memory, the layout of the CPU kernels."""
+    return u.new_empty(u.shape[0], u.shape[2], u.shape[1]).transpose(1, 2)
+
+
+@_cpu_op.register_fake
+def _(u, delta, A, B, C, D, z, bias, softplus):
+    batch, dim, length = u.shape
+    n = A.shape[1]
+    return _empty_tokens(u), u.new_empty(batch, dim, n), u.new_empty(batch, _chunks(length, "cpu"), n, dim)
+
+
+@_cpu_backward_op.register_fake
+def _(gout, glast, u, delta, A, B, C, D, z, bias, softplus, states):
+    batch, groups, n, length = B.shape
+    gb, gc = (u.new_empty(batch, length, groups, n).permute(0, 2, 3, 1) for _ in range(2))
+    dz = u.new_empty(0, 0, 0) if z is None else _empty_tokens(u)
+    vectors = [u.new_empty(u.shape[1]) for _ in range(2)]
+    return _empty_tokens(u), _empty_tokens(u), A.new_empty(A.shape), gb, gc, vectors[0], dz, vectors[1]
+
+
+def _save_cpu(ctx, inputs, output):
+    *tensors, ctx.softplus = inputs
     ctx.save_for_backward(*tensors, output[2])
     ctx.mark_non_differentiable(output[2])
 
 
-def _differentiate(ctx, gy, glast, _):
+def _differentiate_cpu(ctx, gout, glast, _):
     *tensors, states = ctx.saved_tensors
-    grads = _scan_backward_op(gy.contiguous(), glast.contiguous(), *tensors, states, ctx.backend)
-    return (*grads, None)
+    grads = _cpu_backward_op(gout, glast, *tensors, ctx.softplus, states)
+    return (*(g if t is not None else None for g, t in zip(grads, tensors, strict=True)), None)
 
 
-_scan_op.register_autograd(_differentiate, setup_context=_save)
+_cpu_op.register_autograd(_differentiate_cpu, setup_context=_save_cpu)
 
 
 def _mamba_ssm() -> ModuleType:

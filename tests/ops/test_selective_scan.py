@@ -176,10 +176,14 @@ def test_forked_worker_processes_can_scan() -> None:
 
 
 def test_operator_registration_is_sound() -> None:
-    u, delta, A, B, C, *_ = problem(10, dim=4, n=2, groups=1)
-    for backend in ("cpu", "torch"):
-        checks = torch.library.opcheck(torch.ops.mmkit.selective_scan, (u, delta.abs(), A, B, C, backend))
-        assert set(checks.values()) == {"SUCCESS"}
+    u, delta, A, B, C, D, z, bias = problem(10, dim=4, n=2, groups=1)
+    runs = [
+        (torch.ops.mmkit.selective_scan_torch, (u, delta.abs(), A, B, C)),
+        (torch.ops.mmkit.selective_scan_cpu, (u, delta, A, B, C, D, z, bias, True)),
+        (torch.ops.mmkit.selective_scan_cpu, (u, delta.abs(), A, B, C, None, None, None, False)),
+    ]
+    for operator, arguments in runs:
+        assert set(torch.library.opcheck(operator, arguments).values()) == {"SUCCESS"}
 
 
 def test_fake_and_real_states_have_the_same_shape() -> None:
@@ -236,3 +240,29 @@ def test_missing_cuda_kernel_names_the_pip_command_and_auto_falls_back_visibly(c
     _mamba_ssm_problem.cache_clear()
     assert chosen == "torch"
     assert "pip install 'mmkit[cuda]'" in caplog.text
+
+
+@pytest.mark.parametrize("left_out", [(5,), (6,), (7,), (5, 6, 7)])
+@pytest.mark.parametrize("softplus", [True, False])
+def test_arguments_that_are_left_out(left_out: tuple[int, ...], softplus: bool) -> None:
+    results = []
+    for backend in ("cpu", "reference"):
+        tensors: list[Tensor | None] = [*problem(70, dim=5)]
+        if not softplus:
+            tensors[1] = tensors[1].detach().abs().mul(0.1).requires_grad_()
+            tensors[7] = tensors[7].detach().abs().mul(0.1).requires_grad_()
+        for index in left_out:
+            tensors[index] = None
+        given = [t for t in tensors if t is not None]
+        y = selective_scan(*tensors, delta_softplus=softplus, backend=backend)
+        results.append([y, *torch.autograd.grad(y.square().sum(), given)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, atol=2e-4, rtol=2e-4)
+
+
+def test_extreme_steps_and_gates() -> None:
+    u, delta, A, B, C, D, z, bias = (t.detach() for t in problem(66))
+    extremes = torch.tensor([-torch.inf, -1e4, -90.0, -20.0, 0.0, 20.0, 90.0, 1e4])
+    delta[..., :8], z[..., 8:16] = extremes, extremes.clamp(-1e4)
+    got, want = (selective_scan(u, delta, A, B, C, D, z, bias, True, backend=b) for b in ("cpu", "reference"))
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import random
 import threading
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -70,15 +71,15 @@ def draw_clip(direction: str = ANY) -> str:
 
 
 def film_strip(frames: np.ndarray[Any, Any], seconds: np.ndarray[Any, Any], height: int = 120) -> Image.Image:
-    """The frames in a row, each with its time."""
+    """The frames in a row with transparent gaps, the time of each written into its corner."""
     width = max(1, round(frames.shape[2] * height / frames.shape[1]))
-    top = 44  # room for the caption that the page lays over the picture
-    strip = Image.new("RGB", (len(frames) * (width + 6) - 6, top + height + 22), "white")
+    strip = Image.new("RGBA", (len(frames) * (width + 6) - 6, height))
     pen = ImageDraw.Draw(strip)
     for i, (frame, second) in enumerate(zip(frames, seconds, strict=True)):
         x = i * (width + 6)
-        strip.paste(Image.fromarray(frame).resize((width, height), Image.Resampling.NEAREST), (x, top))
-        pen.text((x + 2, top + height + 4), f"{second:.2f} s", fill=(51, 65, 85), font_size=14)
+        strip.paste(Image.fromarray(frame).resize((width, height), Image.Resampling.NEAREST), (x, 0))
+        pen.rectangle((x, height - 22, x + 56, height), fill=(15, 23, 42))
+        pen.text((x + 4, height - 19), f"{second:.2f} s", fill="white", font_size=15)
     return strip
 
 
@@ -121,12 +122,15 @@ def classify(
         return None, None, None, None, "Draw a clip or drop a video."
     from mmkit.video import VideoReader
 
-    with VideoReader(video) as reader:
-        if reader.duration > MAX_SECONDS:
-            raise InputError(f"The video is {reader.duration:.0f} s long; this page takes up to {MAX_SECONDS} s.")
-    result = classifier(form == MERGED)(
-        video, window=seconds_per_window, backwards=direction == BACKWARDS, progress=False
-    )
+    try:
+        with VideoReader(video) as reader:
+            if reader.duration > MAX_SECONDS:
+                raise InputError(f"The video is {reader.duration:.0f} s long; this page takes up to {MAX_SECONDS} s.")
+        result = classifier(form == MERGED)(
+            video, window=seconds_per_window, backwards=direction == BACKWARDS, progress=False
+        )
+    except InputError as error:  # the visitor knows the file's name, not where the server keeps it
+        raise InputError(str(error).replace(video, Path(video).name)) from error
     label = dict(zip(result.labels, result.scores, strict=True))
     rows = [[f"{s['start']:.1f} - {s['end']:.1f} s", s["label"], f"{s['score']:.0%}"] for s in result.segments()]
     damage = f" {result.n_replaced} damaged frames were replaced by a neighbour." if result.n_replaced else ""
@@ -193,13 +197,16 @@ def build() -> None:
                 info="eight frames are spread over each stretch",
                 elem_id="video-window",
             )
-        with gr.Column(scale=2, min_width=480):
+        with gr.Column(scale=2, min_width=320):
             label = gr.Label(label="What it sees", num_top_classes=3, elem_id="video-label")
+            gr.Markdown("**The frames the model sees**: those of the first stretch, in the order played.")
             strip = gr.Image(
-                label="The frames the model sees (first stretch, in the order played)",
+                label="Frames",
+                show_label=False,
                 type="pil",
                 format="png",
                 interactive=False,
+                buttons=["download", "fullscreen"],
                 elem_id="video-strip",
             )
             status = gr.Textbox(label="Summary", interactive=False, elem_id="video-status")
@@ -218,7 +225,10 @@ def build() -> None:
                         elem_id="video-forms",
                     )
                     verdict = gr.Textbox(label="Difference", interactive=False, elem_id="video-verdict")
-                with gr.Tab("Which head looks where") as heads_tab:
+                with gr.Tab("Heads") as heads_tab:
+                    gr.Markdown(
+                        "Each attention head reads one frame: its own, or a neighbour's. That is all that sees motion."
+                    )
                     heads = gr.Plot(label="Frame offsets", show_label=False, elem_id="video-heads")
     controls: list[Any] = [video, window, play, form]
     gr.on(

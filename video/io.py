@@ -403,7 +403,10 @@ class VideoReader:
             i = bisect.bisect_right(self._keys, first) - 1
             if i > 0 and bisect.bisect_left(self._pts, self._keys[i]) >= _SEEK_GAIN:
                 start = self._keys[i]
-        self._container.seek(self._first_stamp if start is None else start, stream=self._stream, backward=True)
+        try:
+            self._container.seek(self._first_stamp if start is None else start, stream=self._stream, backward=True)
+        except (av.error.FFmpegError, OSError) as error:
+            raise VideoDecodeError(f"{self.path} is damaged: it cannot be rewound ({_reason(error)}).") from error
         count, bad = 0, 0
         packets = self._container.demux(self._stream)
         while True:

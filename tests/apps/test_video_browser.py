@@ -32,14 +32,25 @@ def test_a_clip_is_drawn_classified_reversed_and_merged(launch, page, screenshot
         re.compile("Largest difference")
     )
     screenshot(page, "video-merged")
-    page.get_by_role("tab", name="Which head looks where").click()
+    page.get_by_role("tab", name="Heads").click()
     page.wait_for_function("document.querySelector('#video-heads img')?.naturalWidth > 100")
     screenshot(page, "video-heads")
     bad = tmp_path / "bad.mp4"
     bad.write_bytes(b"not a video")
     page.locator("#video-clip button[aria-label='Clear']").first.click()
     page.locator("#video-clip input[type=file]").set_input_files(bad)
-    expect(page.locator(".toast-body").first).to_contain_text("not a readable video")
+    message = page.locator(".toast-body").filter(has_text="not a readable video").first
+    expect(message).to_contain_text("bad.mp4 is not")
+    expect(message).not_to_contain_text("/")
+
+
+def test_a_phone_shows_the_whole_width(launch, page):
+    expect = pytest.importorskip("playwright.sync_api").expect
+    page.set_viewport_size({"width": 390, "height": 844})
+    page.goto(f"{launch('video')}/video")
+    expect(page.locator(STATUS).first).to_have_value(re.compile("24 frames"))
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    expect(page.get_by_role("tab", name="Heads")).to_be_visible()
 
 
 def test_the_endpoints_work_without_the_page(launch):

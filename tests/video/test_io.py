@@ -139,6 +139,23 @@ def test_truncation_anywhere_never_crashes_or_returns_too_few(tmp_path: Path, sh
     assert clip.frames.shape == (8, 64, 107, 3)
 
 
+def test_a_file_that_cannot_be_rewound_is_an_error_of_its_own(tmp_path: Path, clips: Any) -> None:
+    class Stuck:
+        """The container of a file whose index points nowhere."""
+
+        def seek(self, *args: Any, **kwargs: Any) -> None:
+            raise av.error.EOFError(1, "End of file")
+
+        def close(self) -> None:
+            pass
+
+    reader = VideoReader(clips.make(tmp_path / "a.mp4", 10))
+    reader.close()
+    reader._container = Stuck()
+    with reader, pytest.raises(VideoDecodeError, match="rewound"):
+        reader.read([3])
+
+
 def test_files_that_are_no_videos_are_named_in_one_error(tmp_path: Path) -> None:
     (tmp_path / "empty.mp4").touch()
     (tmp_path / "text.mp4").write_text("hello\n" * 500)

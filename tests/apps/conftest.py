@@ -104,15 +104,15 @@ def screenshot() -> Callable[[Any, str], Path]:
 
 
 @pytest.fixture(scope="session")
-def click_pixel() -> Callable[[Any, str, float, float], None]:
+def click_pixel() -> Callable[..., None]:
     """`click_pixel(page, "#seg-image img", x, y)` clicks an image at a pixel of its source (letterboxing accounted for)."""
 
-    def click(page: Any, selector: str, x: float, y: float) -> None:
+    def click(page: Any, selector: str, x: float, y: float, **options: Any) -> None:
         img = page.locator(selector).first
         box = img.bounding_box()
         width, height = img.evaluate("e => [e.naturalWidth, e.naturalHeight]")
         scale = min(box["width"] / width, box["height"] / height)
         left, top = (box["width"] - width * scale) / 2, (box["height"] - height * scale) / 2
-        img.click(position={"x": left + x * scale, "y": top + y * scale})
+        img.click(position={"x": left + x * scale, "y": top + y * scale}, **options)
 
     return click

@@ -9,16 +9,24 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mmkit.apps.segment import SESSIONS
+from mmkit.vision.click_metrics import iou
+from mmkit.vision.interactive import rle_to_mask
+
 pytestmark = pytest.mark.browser
 
 
-def photo(size=(960, 720), ball=(600, 360), color=(210, 60, 40)):
-    """A ball on a meadow, as PNG bytes."""
+def disk(size, ball):
     rows, cols = np.indices(size[::-1])
+    return (cols - ball[0]) ** 2 + (rows - ball[1]) ** 2 < 150**2
+
+
+def photo(size=(960, 720), ball=(600, 360), color=(210, 60, 40), **options):
+    """A ball on a meadow, as PNG bytes."""
     pixels = np.full((*size[::-1], 3), (60, 130, 70), np.uint8)
-    pixels[(cols - ball[0]) ** 2 + (rows - ball[1]) ** 2 < 150**2] = color
+    pixels[disk(size, ball)] = color
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
+    Image.fromarray(pixels).save(buffer, "PNG", **options)
     return buffer.getvalue()
 
 
@@ -31,6 +39,13 @@ def load(page, **options):
 
 def wait_clicks(page, count):
     page.locator("#segment-status", has_text=f"{count} click").wait_for()
+
+
+def download(page, name):
+    page.locator(f"#segment-{name}:not([disabled])").wait_for()
+    with page.expect_download() as file:
+        page.locator(f"#segment-{name}").click()
+    return file.value.path()
 
 
 def test_a_photo_is_segmented_corrected_and_taken_home(launch, page, click_pixel, screenshot):
@@ -50,14 +65,73 @@ def test_a_photo_is_segmented_corrected_and_taken_home(launch, page, click_pixel
     page.locator("#segment-redo").click()
     wait_clicks(page, 2)
     screenshot(page, "segment-ball")
-    with page.expect_download() as download:
-        page.locator("#segment-json").click()
-    record = json.loads(download.value.path().read_text())
+    record = json.loads(download(page, "json").read_text())
     assert record["segmentation"]["size"] == [720, 960]
     assert sum(record["segmentation"]["counts"]) == 720 * 960
-    with page.expect_download() as download:
-        page.locator("#segment-png").click()
-    assert Image.open(download.value.path()).mode == "RGBA"
+    assert Image.open(download(page, "png")).mode == "RGBA"
+
+
+def test_a_right_click_removes_and_quick_clicks_are_all_counted(launch, page, click_pixel):
+    page.goto(launch("segment") + "/segment")
+    load(page)
+    page.locator("#segment-clear").click()
+    page.locator("#segment-status", has_text="Click the object").wait_for()
+    for k in range(4):
+        click_pixel(page, "#segment-picture img", 540 + 40 * k, 360)
+    click_pixel(page, "#segment-picture img", 90, 90, button="right")
+    wait_clicks(page, 5)
+    (*first, last) = list(SESSIONS._open.values())[-1].segmenter.clicks
+    assert [positive for _, _, positive in first] == [True] * 4
+    assert last == pytest.approx((90, 90, False), abs=2)
+    assert page.locator("#segment-mode input:checked").input_value() == "Add"
+
+
+def test_a_large_turned_photo_is_clicked_and_cut_out_in_its_own_pixels(launch, page, click_pixel):
+    page.goto(launch("segment") + "/segment")
+    page.locator("#segment-model input").click()
+    page.get_by_role("option", name="random-walker").click()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned by 90 degrees: 1500 wide, 2600 high
+    load(page, size=(2600, 1500), ball=(2200, 400), exif=exif)
+    page.locator("#segment-clear").click()
+    page.locator("#segment-status", has_text="Click the object").wait_for()
+    width = page.locator("#segment-picture img").first.evaluate("e => e.naturalWidth")
+    ball = (1499 - 400, 2200)
+    click_pixel(page, "#segment-picture img", ball[0] * width / 1500, ball[1] * width / 1500)
+    wait_clicks(page, 1)
+    found = rle_to_mask(json.loads(download(page, "json").read_text())["segmentation"])
+    assert found.shape == (2600, 1500)
+    assert iou(found, disk((1500, 2600), ball)) > 0.85
+    assert Image.open(download(page, "png")).size == (1500, 2600)
+
+
+def test_an_unreadable_file_is_explained_and_leaves_an_empty_page(launch, page):
+    page.goto(launch("segment") + "/segment")
+    page.locator("#segment-model input").click()
+    page.get_by_role("option", name="random-walker").click()
+    load(page)
+    page.locator("#segment-picture input[type=file]").set_input_files(
+        {"name": "broken.png", "mimeType": "image/png", "buffer": b"no picture"}
+    )
+    page.get_by_text("broken.png cannot be read as a picture").first.wait_for()
+    page.locator("#segment-status", has_text="Drop a photo").wait_for()
+    page.locator("#segment-picture img").wait_for(state="detached")
+    page.locator("#segment-cutout img").wait_for(state="detached")
+
+
+def test_visitors_do_not_share_clicks(launch, new_page, click_pixel):
+    pages = [new_page(), new_page()]
+    for k, page in enumerate(pages):
+        page.goto(launch("segment") + "/segment")
+        load(page, ball=(300 + 300 * k, 360))
+    click_pixel(pages[0], "#segment-picture img", 90, 90)
+    wait_clicks(pages[0], 2)
+    click_pixel(pages[1], "#segment-picture img", 620, 360)
+    wait_clicks(pages[1], 2)
+    pages[0].locator("#segment-clear").click()
+    pages[0].locator("#segment-status", has_text="Click the object").wait_for()
+    click_pixel(pages[1], "#segment-picture img", 640, 360)
+    wait_clicks(pages[1], 3)
 
 
 def test_a_box_and_a_new_picture_start_over(launch, page, click_pixel):
@@ -70,7 +144,7 @@ def test_a_box_and_a_new_picture_start_over(launch, page, click_pixel):
     page.locator("#segment-status", has_text="ms").wait_for()
     page.locator("#segment-picture button[aria-label='Remove Image']").first.click()
     page.locator("#segment-status", has_text="Drop a photo").wait_for()
-    assert page.locator("#segment-cutout img").count() == 0
+    page.locator("#segment-cutout img").wait_for(state="detached")
     load(page, ball=(330, 330))
     wait_clicks(page, 1)
 

@@ -169,7 +169,10 @@ def cpu_seconds(call: Callable[[], Any], repeats: int) -> float:
 
 @torch.inference_mode()
 def cost(huge: bool, repeats: int) -> dict[str, dict[str, Any]]:
-    """CPU seconds for the picture (once) and for each click, one thread."""
+    """CPU seconds for the picture (once) and for each click, one thread.
+
+    The TinyViT here halves the resolution once more than MobileSAM's does in its last stage: 27.4 instead of 38.8 GMAC.
+    """
     import timm
     from transformers import SamConfig, SamModel, SamVisionConfig, SamVisionModel
 
@@ -199,7 +202,8 @@ def cost(huge: bool, repeats: int) -> dict[str, dict[str, Any]]:
             rows[name] = {"picture": 0.0, "click": seconds}
         else:
             run = model.forward_features if name.startswith("Tiny") else model
-            rows[name] = {"picture": cpu_seconds(lambda run=run: run(picture), 1), "click": decoder}
+            times = repeats if name.startswith("Tiny") else 1
+            rows[name] = {"picture": cpu_seconds(lambda run=run: run(picture), times), "click": decoder}
     if huge:
         config = SamVisionConfig(
             hidden_size=1280,

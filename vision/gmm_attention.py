@@ -15,6 +15,7 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -35,9 +36,16 @@ def check_grid(grid: Sequence[int]) -> tuple[int, int]:
     """`grid` as `(rows, columns)` of patches; raises `InputError` unless both are positive integers."""
     if isinstance(grid, str) or not isinstance(grid, Sequence) or len(grid) != 2:
         raise InputError(f"grid must be (rows, columns) of patches, not {grid!r}.")
-    if not all(isinstance(n, int) and n > 0 for n in grid):
+    if not all(isinstance(n, Integral) and n > 0 for n in grid):
         raise InputError(f"grid must hold two positive integers, not {tuple(grid)!r}.")
     return int(grid[0]), int(grid[1])
+
+
+def check_count(name: str, value: Any, least: int) -> int:
+    """`value` as an int; raises `InputError` unless it is a whole number of at least `least`."""
+    if not isinstance(value, Integral) or value < least:
+        raise InputError(f"{name} must be a whole number of at least {least}, not {value!r}.")
+    return int(value)
 
 
 def distance_table(grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -67,11 +75,11 @@ class LogitMask(nn.Module):
 
     def __init__(self, num_heads: int, grid: Sequence[int], num_prefix_tokens: int = 0, mode: str = "multiply"):
         super().__init__()
-        if num_heads < 1 or num_prefix_tokens < 0:
-            raise InputError(f"num_heads={num_heads} must be >= 1 and num_prefix_tokens={num_prefix_tokens} >= 0.")
         if mode not in ("multiply", "bias"):
             raise InputError(f"mode must be 'multiply' or 'bias', not {mode!r}.")
-        self.num_heads, self.num_prefix_tokens, self.mode = num_heads, num_prefix_tokens, mode
+        self.num_heads = check_count("num_heads", num_heads, 1)
+        self.num_prefix_tokens = check_count("num_prefix_tokens", num_prefix_tokens, 0)
+        self.mode = mode
         self.grid = check_grid(grid)
 
     @property
@@ -88,7 +96,9 @@ class LogitMask(nn.Module):
 
         Raises `InputError` when heads or tokens do not fit the grid.
         """
-        self.check(logits.shape[-3], logits.shape[-2], logits.shape[-1])
+        if logits.dim() != 4:
+            raise InputError(f"Attention logits must be (B, num_heads, N, N), not {tuple(logits.shape)}.")
+        self.check(*logits.shape[1:])
         matrix = self.matrix()
         return logits * matrix if self.mode == "multiply" else logits + matrix
 
@@ -148,11 +158,9 @@ class GaussianMixtureMask(LogitMask):
         official_underflow: bool = False,
     ):
         super().__init__(num_heads, grid, num_prefix_tokens, mode)
-        if num_kernels < 1:
-            raise InputError(f"num_kernels must be at least 1, not {num_kernels}.")
         if init not in ("official", "identity"):
             raise InputError(f"init must be 'official' or 'identity', not {init!r}.")
-        self.num_kernels = num_kernels
+        self.num_kernels = num_kernels = check_count("num_kernels", num_kernels, 1)
         self.offset = 1.0 if init == "identity" and mode == "multiply" else 0.0
         self.official_underflow = official_underflow
         shape = (num_kernels, num_heads, 1, 1)
@@ -287,7 +295,9 @@ def create_mask(
 
 
 def _flex_problem(device: torch.device) -> str | None:
-    return None if device.type == "cuda" else f"flex_attention trains on CUDA only, the tensors are on {device.type}."
+    return (
+        None if device.type == "cuda" else f"flex_attention needs CUDA, the tensors are on {device.type}; use 'eager'."
+    )
 
 
 @functools.cache
@@ -312,7 +322,7 @@ def masked_attention(
 
     Args:
         q, k, v: `(B, H, N, D)`.
-        mask: a `LogitMask`, a multiplicative matrix `(H, N, N)`, or `None` for plain attention.
+        mask: a `LogitMask`, a multiplicative matrix `(H, N, N)` or `(1, N, N)`, or `None` for plain attention.
         scale: factor on the logits; `None` is `D ** -0.5`.
         attn_mask: boolean (`True` = attend) or additive, broadcastable to `(B, H, N, N)`.
         dropout_p: dropout on the attention weights.
@@ -332,6 +342,12 @@ def masked_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if isinstance(mask, LogitMask):
         mask.check(q.shape[1], q.shape[2], k.shape[2])
+    elif mask is not None and (
+        mask.shape[-2:] != (q.shape[2], k.shape[2]) or mask.shape[:-2] not in ((1,), q.shape[1:2])
+    ):
+        raise InputError(
+            f"mask must be {(q.shape[1], q.shape[2], k.shape[2])} or one matrix (1, N, N), not {tuple(mask.shape)}."
+        )
     if mask is None or (isinstance(mask, LogitMask) and mask.mode == "bias"):
         bias = None if mask is None else mask.matrix().to(q.dtype)
         return F.scaled_dot_product_attention(
@@ -407,7 +423,9 @@ class GMMAdapter(Adapter):
         }
         names = list(candidates) if config.targets is None else match_targets(config.targets, list(candidates))
         if not names:
-            hint = nearest(str(config.targets), candidates) if candidates else "The model has no timm ViT attention."
+            hint = (
+                nearest(str(config.targets), candidates) if candidates else NO_ATTENTION.format(type(backbone).__name__)
+            )
             raise InputError(f"'gmm' matches no attention with targets={config.targets!r}. {hint}")
         for name in names:
             attention: Any = candidates[name]
@@ -452,6 +470,12 @@ class GMMAdapter(Adapter):
         """Undo `bake()`."""
         for path in self.mask_paths:
             self.mask(path).unbake()
+
+
+NO_ATTENTION = (
+    "The {} has no timm ViT attention (timm.layers.Attention); Swin, BEiT, EVA and rope models have attention of their own. "
+    "Use a 'vit_*' or 'deit_*' model."
+)
 
 
 def _is_timm_attention(module: nn.Module) -> bool:

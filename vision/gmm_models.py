@@ -354,10 +354,10 @@ class T2TAttention(nn.Module):
         inner_dim: width of queries, keys, values and output.
     """
 
-    def __init__(self, dim: int, inner_dim: int, num_heads: int, mask: LogitMask | None):
+    def __init__(self, dim: int, inner_dim: int, num_heads: int, qkv_bias: bool, mask: LogitMask | None):
         super().__init__()
         self.num_heads, self.scale = num_heads, (dim // num_heads) ** -0.5
-        self.qkv = nn.Linear(dim, 3 * inner_dim, bias=False)
+        self.qkv = nn.Linear(dim, 3 * inner_dim, bias=qkv_bias)
         self.mask = mask
         self.proj = nn.Linear(inner_dim, inner_dim)
 
@@ -380,13 +380,14 @@ class T2TBlock(nn.Module):
         num_heads: int,
         mlp_ratio: float,
         drop_path_rate: float,
+        qkv_bias: bool,
         mask: LogitMask | None,
         residual: bool = True,
     ):
         super().__init__()
         self.residual = residual
         self.norm1 = nn.LayerNorm(dim)
-        self.attn = T2TAttention(dim, inner_dim, num_heads, mask)
+        self.attn = T2TAttention(dim, inner_dim, num_heads, qkv_bias, mask)
         self.norm2 = nn.LayerNorm(inner_dim)
         self.mlp = Mlp(inner_dim, int(inner_dim * mlp_ratio))
         self.drop_path = DropPath(drop_path_rate)
@@ -413,6 +414,7 @@ class GMMT2T(GMMModel):
         img_size: side of the square images; 64 pixels use two token transformers, other sizes one, as in the official
         code. token_dim: width inside the token transformers.
         drop_path_rate: rate of the last block, rising linearly from 0.
+        qkv_bias: a bias on queries, keys and values of the blocks; the token transformers never have one.
         Others: as in `GMMViT`.
 
     `cls_token` and `token_norm` are unused parameters of the official model, kept so that files and counts agree.
@@ -439,6 +441,7 @@ class GMMT2T(GMMModel):
         mask: str = "gmm",
         num_kernels: int = 5,
         official_underflow: bool = False,
+        qkv_bias: bool = False,
     ):
         super().__init__()
         splits = 2 if img_size == 64 else 1
@@ -451,7 +454,7 @@ class GMMT2T(GMMModel):
         self.token_blocks = nn.ModuleList()
         side, width = img_size // 2, in_chans * 9
         for _ in range(splits):
-            block = T2TBlock(width, token_dim, 1, 1.0, 0.0, logit_mask(1, side), residual=False)
+            block = T2TBlock(width, token_dim, 1, 1.0, 0.0, False, logit_mask(1, side), residual=False)
             self.token_blocks.append(block)
             side, width = side // 2, token_dim * 9
         self.token_norm = nn.LayerNorm(width)
@@ -460,7 +463,7 @@ class GMMT2T(GMMModel):
         self.register_buffer("pos_embed", sinusoid_table(side * side, embed_dim))
         rates = torch.linspace(0, drop_path_rate, depth).tolist()
         self.blocks = nn.ModuleList(
-            T2TBlock(embed_dim, embed_dim, num_heads, mlp_ratio, rates[i], logit_mask(num_heads, side))
+            T2TBlock(embed_dim, embed_dim, num_heads, mlp_ratio, rates[i], qkv_bias, logit_mask(num_heads, side))
             for i in range(depth)
         )
         self.norm = nn.LayerNorm(embed_dim)
@@ -485,13 +488,13 @@ class GMMT2T(GMMModel):
         return self.head(self.norm(x).mean(1))
 
 
-def _vit_patch(img_size: int) -> int:
-    return {32: 4, 256: 32}.get(img_size, 8)
+def _deep_vit(img_size: int, settings: dict[str, Any]) -> GMMViT:
+    return GMMViT(img_size, **{"patch_size": 4 if img_size == 32 else 8, **settings})
 
 
 def gmm_vit(img_size: int = 32, **overrides: Any) -> GMMViT:
     """The paper's ViT, 2.7 M parameters: patch 4 (8 at 64, 32 at 256 pixels), width 192, depth 9, 12 heads."""
-    return GMMViT(img_size, **{"patch_size": _vit_patch(img_size), **overrides})
+    return GMMViT(img_size, **{"patch_size": {32: 4, 256: 32}.get(img_size, 8), **overrides})
 
 
 def gmm_vit_base(img_size: int = 32, **overrides: Any) -> GMMViT:
@@ -507,18 +510,18 @@ def gmm_vit_heat(img_size: int = 32, **overrides: Any) -> GMMViT:
 
 
 def gmm_vit_d6(img_size: int = 32, **overrides: Any) -> GMMViT:
-    """The authors' "vit_d6": width 252, depth 6, 12 heads."""
-    return gmm_vit(img_size, **{"embed_dim": 252, "depth": 6, **overrides})
+    """The authors' "vit_d6": patch 4 (8 above 32 pixels), width 252, depth 6, 12 heads."""
+    return _deep_vit(img_size, {"embed_dim": 252, "depth": 6, **overrides})
 
 
 def gmm_vit_d15(img_size: int = 32, **overrides: Any) -> GMMViT:
-    """The authors' "vit_d15": width 144, depth 15, 12 heads."""
-    return gmm_vit(img_size, **{"embed_dim": 144, "depth": 15, **overrides})
+    """The authors' "vit_d15": `gmm_vit_d6` with width 144, depth 15."""
+    return _deep_vit(img_size, {"embed_dim": 144, "depth": 15, **overrides})
 
 
 def gmm_vit_d30(img_size: int = 32, **overrides: Any) -> GMMViT:
-    """The authors' "vit_d30": width 72, depth 30, 12 heads."""
-    return gmm_vit(img_size, **{"embed_dim": 72, "depth": 30, **overrides})
+    """The authors' "vit_d30": `gmm_vit_d6` with width 72, depth 30."""
+    return _deep_vit(img_size, {"embed_dim": 72, "depth": 30, **overrides})
 
 
 def gmm_cait(img_size: int = 32, **overrides: Any) -> GMMCaiT:

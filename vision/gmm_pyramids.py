@@ -114,8 +114,10 @@ class GMMPiT(GMMModel):
 class MaskedWindowAttention(WindowAttention):
     """timm's window attention with a mask on the logits, before the relative position bias and the shift mask."""
 
-    def __init__(self, dim: int, num_heads: int, window_size: tuple[int, int], logit_mask: LogitMask | None):
-        super().__init__(dim, num_heads=num_heads, window_size=window_size)
+    def __init__(
+        self, dim: int, num_heads: int, window_size: tuple[int, int], qkv_bias: bool, logit_mask: LogitMask | None
+    ):
+        super().__init__(dim, num_heads=num_heads, window_size=window_size, qkv_bias=qkv_bias)
         self.mask = logit_mask
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -149,6 +151,7 @@ class GMMSwin(GMMModel):
         depths, num_heads: per stage; the width doubles from stage to stage.
         window_size: patches per window side; a stage whose side is smaller uses its own side.
         drop_path_rate: rate of the last block, rising linearly from 0.
+        qkv_bias, patch_norm: a bias on queries, keys and values, and a LayerNorm behind the patch embedding.
         Others: as in `GMMViT`.
     """
 
@@ -173,12 +176,15 @@ class GMMSwin(GMMModel):
         mask: str = "gmm",
         num_kernels: int = 5,
         official_underflow: bool = False,
+        qkv_bias: bool = True,
+        patch_norm: bool = True,
     ):
         super().__init__()
         if len(depths) != len(num_heads):
             raise InputError(f"depths {tuple(depths)} and num_heads {tuple(num_heads)} must have one entry per stage.")
         grid, dim = patch_grid(img_size, patch_size), embed_dim
-        self.patch_embed = PatchEmbed(pair(img_size), patch_size, in_chans, dim, norm_layer=nn.LayerNorm)
+        norm = nn.LayerNorm if patch_norm else None
+        self.patch_embed = PatchEmbed(pair(img_size), patch_size, in_chans, dim, norm_layer=norm)
         self.pos_embed = nn.Parameter(torch.zeros(1, grid[0] * grid[1], dim))
         trunc_normal_(self.pos_embed, std=0.02)
         self.grid = grid
@@ -201,7 +207,7 @@ class GMMSwin(GMMModel):
                 )
                 window: Any = tuple(block.window_size)
                 logit_mask = create_mask(mask, heads, window, num_kernels, official_underflow=official_underflow)
-                block.attn = MaskedWindowAttention(dim, heads, window, logit_mask)
+                block.attn = MaskedWindowAttention(dim, heads, window, qkv_bias, logit_mask)
                 blocks.append(block)
             self.stages.append(SwinStage(blocks, downsample))
         self.norm = nn.LayerNorm(dim)

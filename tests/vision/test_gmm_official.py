@@ -157,10 +157,10 @@ def pit(w, images, c):
     return head(w, x[:, 0], c["num_classes"])
 
 
-def window_attention(w, x, key, heads, window, shift, kind):
+def window_attention(w, x, key, heads, window, shift, kind, bias=True):
     """Attention of every pixel to those of its (cyclically shifted) window, written for single pixels of a square map."""
     _, side, _, dim = x.shape
-    q, k, v = (split(t, heads) for t in w.linear(x.flatten(1, 2), f"{key}.qkv", 3 * dim).chunk(3, -1))
+    q, k, v = (split(t, heads) for t in w.linear(x.flatten(1, 2), f"{key}.qkv", 3 * dim, bias).chunk(3, -1))
     logits = q @ k.mT * (dim // heads) ** -0.5
     rolled = (torch.arange(side) - shift) % side  # where a row lies after the roll
     row, column = rolled.repeat_interleave(side), rolled.repeat(side)
@@ -182,7 +182,7 @@ def window_attention(w, x, key, heads, window, shift, kind):
 def swin(w, images, c):
     dim, patch = c["embed_dim"], c["patch_size"]
     x = w.conv(images, "patch_embed.proj", dim, patch, stride=patch).flatten(2).mT
-    x = w.norm(x, "patch_embed.norm")
+    x = w.norm(x, "patch_embed.norm") if c.get("patch_norm", True) else x
     x = x + w("absolute_pos_embed", 1, *x.shape[1:])
     side = math.isqrt(x.shape[1])
     x = x.unflatten(1, (side, side))
@@ -191,7 +191,7 @@ def swin(w, images, c):
             key, window = f"layers.{stage}.blocks.{i}", min(c["window_size"], side)
             shift = c["window_size"] // 2 if i % 2 and side > c["window_size"] else 0
             y = w.norm(x, f"{key}.norm1")
-            x = x + window_attention(w, y, f"{key}.attn", heads, window, shift, c["mask"])
+            x = x + window_attention(w, y, f"{key}.attn", heads, window, shift, c["mask"], c.get("qkv_bias", True))
             x = x + feed_forward(w, w.norm(x, f"{key}.norm2"), f"{key}.mlp", 2 * x.shape[-1], ("fc1", "fc2"))
             w.frozen[f"{key}.attn.relative_position_index"] = torch.zeros(window**2, window**2, dtype=torch.long)
             if shift:
@@ -204,9 +204,9 @@ def swin(w, images, c):
     return w.linear(w.norm(x, "norm").mean((1, 2)), "head", c["num_classes"])
 
 
-def t2t_attention(w, x, key, heads, width, mask):
+def t2t_attention(w, x, key, heads, width, mask, bias=False):
     y = w.norm(x, f"{key}.norm1")
-    q, k, v = (split(t, heads) for t in w.linear(y, f"{key}.attn.qkv", 3 * width, bias=False).chunk(3, -1))
+    q, k, v = (split(t, heads) for t in w.linear(y, f"{key}.attn.qkv", 3 * width, bias).chunk(3, -1))
     weights = (q @ k.mT * (x.shape[-1] // heads) ** -0.5 * mask).softmax(-1)
     return w.linear(join(weights @ v), f"{key}.attn.proj", width) + (v[:, 0] if heads == 1 else y)
 
@@ -229,7 +229,7 @@ def t2t(w, images, c):
     for i in range(c["depth"]):
         key = f"blocks.{i}"
         mask = w.mask(c["mask"], f"{key}.attn.mask", c["num_heads"], side, "mask")
-        x = x + t2t_attention(w, x, key, c["num_heads"], c["embed_dim"], mask)
+        x = x + t2t_attention(w, x, key, c["num_heads"], c["embed_dim"], mask, c.get("qkv_bias", False))
         x = x + feed_forward(w, w.norm(x, f"{key}.norm2"), f"{key}.mlp", 2 * c["embed_dim"], names)
     for suffix in ("weight", "bias"):  # unused by the official network
         w.frozen[f"tokens_to_token.norm.{suffix}"] = torch.ones(9 * c["token_dim"])
@@ -268,7 +268,9 @@ CASES = [
     ("gmm_swin", swin, SWIN, 3),
     ("gmm_swin", swin, {**SWIN, "window_size": 2, "depths": [2, 2, 2], "num_heads": [1, 2, 4], "in_chans": 2}, 2),
     ("gmm_swin", swin, {**SWIN, "mask": "none", "window_size": 6, "img_size": 24, "depths": [2, 2]}, 5),
+    ("gmm_swin", swin, {**SWIN, "qkv_bias": False, "patch_norm": False}, 1),
     ("gmm_t2t", t2t, T2T, 3),
+    ("gmm_t2t", t2t, {**T2T, "qkv_bias": True}, 1),
     ("gmm_t2t", t2t, {**T2T, "img_size": 64, "depth": 1}, 2),
     ("gmm_t2t", t2t, {**T2T, "mask": "elm"}, 5),
     ("gmm_t2t", t2t, {**T2T, "img_size": 64, "depth": 1, "mask": "none"}, 5),

@@ -22,13 +22,14 @@ VIEW = 384
 
 SCOPES = {"This head": "head", "All heads of the layer": "layer", "The whole model": "model"}
 
-HELP = f"""
-**1.** Draw or upload a picture. **2.** Pick a layer and a head, and click a patch in any heat map ({GRID} x {GRID} patches; the
-white frame is the patch that looks around). **3.** Move the two sliders.
+CHIP = "color:#fff;border-radius:4px;padding:0 6px;background:"
 
-The mask is a mixture of five Gaussians of the distance between two patches. It multiplies the attention logits before the
-softmax: <span style="color:#b2182b">**red**</span> strengthens what the head compares,
-<span style="color:#2166ac">**blue**</span> flips attraction into repulsion, and where it is clear the head ignores content.
+HELP = f"""
+<p><b>1.</b> Draw or upload a picture. <b>2.</b> Pick a layer and a head, and click a patch in any heat map ({GRID} x {GRID}
+patches; the white frame is the patch that looks around). <b>3.</b> Move the two sliders.</p>
+<p style="margin-top:8px">The mask is a mixture of five Gaussians of the distance between two patches. It multiplies the attention
+logits before the softmax: <span style="{CHIP}#b2182b">red</span> strengthens what the head compares,
+<span style="{CHIP}#2166ac">blue</span> flips attraction into repulsion, and where it is clear the head ignores content.</p>
 """
 
 
@@ -133,7 +134,7 @@ def _prediction(name: str, title: str) -> gr.Label:
 
 def build() -> None:
     """The page."""
-    gr.Markdown(HELP, elem_id="gmm-help")
+    gr.HTML(HELP, elem_id="gmm-help")
     with gr.Row():
         with gr.Column(scale=1, min_width=300):
             image = gr.Image(label="Picture", type="pil", image_mode="RGB", height=260, elem_id="gmm-image")

@@ -36,6 +36,13 @@ def patch_grid(img_size: int | Sequence[int], patch_size: int) -> tuple[int, int
     return height // patch_size, width // patch_size
 
 
+def head_width(dim: int, num_heads: int) -> int:
+    """Width of one head; raises `InputError` when the heads do not share the width `dim` evenly."""
+    if num_heads < 1 or dim % num_heads or dim < num_heads:
+        raise InputError(f"The width {dim} must be a positive multiple of num_heads {num_heads}.")
+    return dim // num_heads
+
+
 def check_images(x: Tensor, in_chans: int, img_size: int | Sequence[int]) -> None:
     """Raise `InputError` unless `x` is `(B, in_chans, *img_size)`."""
     height, width = pair(img_size)
@@ -182,7 +189,7 @@ class GMMViT(GMMModel):
         self.patch_embed = PatchEmbed(pair(img_size), patch_size, in_chans, embed_dim)
         self.pos_embed = nn.Parameter(torch.randn(1, grid[0] * grid[1] + prefix, embed_dim))
         self.cls_token = nn.Parameter(torch.randn(1, 1, embed_dim)) if prefix else None
-        head_dim = head_dim or embed_dim // num_heads
+        head_dim = head_dim or head_width(embed_dim, num_heads)
         self.blocks = nn.ModuleList(
             Block(
                 embed_dim,
@@ -444,9 +451,10 @@ class GMMT2T(GMMModel):
         qkv_bias: bool = False,
     ):
         super().__init__()
+        head_width(embed_dim, num_heads)
         splits = 2 if img_size == 64 else 1
-        if img_size % 2 ** (splits + 1):
-            raise InputError(f"img_size {img_size} must be a multiple of {2 ** (splits + 1)}.")
+        if not isinstance(img_size, int) or img_size < 1 or img_size % 2 ** (splits + 1):
+            raise InputError(f"img_size must be one side, a multiple of {2 ** (splits + 1)}, not {img_size!r}.")
 
         def logit_mask(heads: int, side: int) -> LogitMask | None:
             return create_mask(mask, heads, (side, side), num_kernels, official_underflow=official_underflow)

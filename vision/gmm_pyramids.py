@@ -13,7 +13,16 @@ from torch import Tensor, nn
 
 from mmkit.errors import InputError
 from mmkit.vision.gmm_attention import LogitMask, create_mask, masked_attention
-from mmkit.vision.gmm_models import BLOCK_KEYS, Block, GMMModel, check_images, init_xavier, pair, patch_grid
+from mmkit.vision.gmm_models import (
+    BLOCK_KEYS,
+    Block,
+    GMMModel,
+    check_images,
+    head_width,
+    init_xavier,
+    pair,
+    patch_grid,
+)
 
 
 class PiTPool(nn.Module):
@@ -194,6 +203,7 @@ class GMMSwin(GMMModel):
             downsample: nn.Module = PatchMerging(dim) if stage else nn.Identity()
             if stage:
                 grid, dim = ((grid[0] + 1) // 2, (grid[1] + 1) // 2), 2 * dim
+            head_width(dim, heads)
             blocks = []
             for index in range(depth):
                 block = SwinTransformerBlock(

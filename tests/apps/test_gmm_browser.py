@@ -24,6 +24,8 @@ def test_bending_a_mask_changes_what_the_page_shows(launch, page, screenshot, cl
     loaded = 60_000  # the first picture waits for the model
     expect(status).to_have_value(re.compile(r"Layer 1, head 1, patch \(4, 4\)"), timeout=loaded)
     page.wait_for_function("document.querySelector('#gmm-mask img')?.naturalWidth == 384")
+    legend = page.get_by_text("blue", exact=True)
+    assert legend.evaluate("e => getComputedStyle(e).backgroundColor") == "rgb(33, 102, 172)"  # the map's own blue
     screenshot(page, "gmm-start")
 
     before = page.locator("#gmm-mask img").get_attribute("src")

@@ -164,6 +164,10 @@ def test_another_resolution_needs_no_interpolation():
         (lambda: create_model("gmm_vit", mask="gauss"), "gauss"),
         (lambda: create_model("gmm_vit", img_size=30), "multiple"),
         (lambda: create_model("gmm_vit", num_kernels=0), "num_kernels"),
+        (lambda: create_model("gmm_vit", embed_dim=4, num_heads=8), "multiple of num_heads 8"),
+        (lambda: create_model("gmm_swin", num_heads=[5, 6, 12]), "multiple of num_heads 5"),
+        (lambda: create_model("gmm_t2t", num_heads=5), "multiple of num_heads 5"),
+        (lambda: create_model("gmm_t2t", img_size=(32, 32)), "one side"),
         (lambda: create_model("gmm_vit")(torch.zeros(1, 3, 28, 28)), "3, 32, 32"),
     ],
 )

@@ -134,7 +134,7 @@ def _prediction(name: str, title: str) -> gr.Label:
 
 def build() -> None:
     """The page."""
-    gr.HTML(HELP, elem_id="gmm-help")
+    gr.HTML(HELP, padding=False, elem_id="gmm-help")
     with gr.Row():
         with gr.Column(scale=1, min_width=300):
             image = gr.Image(label="Picture", type="pil", image_mode="RGB", height=260, elem_id="gmm-image")

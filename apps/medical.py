@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import html
 import os
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -31,6 +33,7 @@ PREDICTION, TRUTH, NOTHING = "Prediction", "Ground truth", "Nothing"
 MAX_WINDOWS = 4096
 """Inputs that need more windows than this are refused: they would take hours on a CPU."""
 
+BEGIN = "Drop a picture or a volume to begin, or try a sample."
 _HEADERS = ["Class", "Objects", "Size", "Share", "Mean probability", "Dice"]
 SESSIONS: Sessions[Any] = Sessions(limit=12)
 _PROGRESS = gr.Progress()
@@ -67,7 +70,20 @@ def choose_pipeline(name: str | None, dims: int) -> MedicalSegmentationPipeline:
 def predict(
     source: Any, model: str | None, truth: Any = None, progress: Any = None
 ) -> tuple[SegmentationResult, np.ndarray | None]:
-    """Result and ground truth (or None) of a file, array or volume. Raises `InputError` when they do not fit together."""
+    """Result and ground truth (or None) of a file, array or volume.
+
+    Raises `InputError` when they cannot be read or do not fit together; it names files, not where the server keeps them.
+    """
+    try:
+        return _predict(source, model, truth, progress)
+    except InputError as error:
+        message = str(error)
+        for file in (source, truth):
+            message = message.replace(file, Path(file).name) if isinstance(file, str) else message
+        raise InputError(message) from error
+
+
+def _predict(source: Any, model: str | None, truth: Any, progress: Any) -> tuple[SegmentationResult, np.ndarray | None]:
     pipeline = choose_pipeline(model, 3 if is_volume(source) else 2)
 
     def report(done: int, total: int) -> None:
@@ -85,21 +101,26 @@ def predict(
     return result, labels
 
 
-def table(result: SegmentationResult, truth: np.ndarray | None) -> list[list[str]]:
-    """The rows of the measures table."""
-    rows = []
+def table(result: SegmentationResult, truth: np.ndarray | None) -> str:
+    """The measures as an HTML table, which wraps on a phone where `gr.Dataframe` widens the page."""
+    rows = [_HEADERS]
     for row in result.measures(truth):
         size = f"{row['volume_mm3']:,.0f} mm³" if "volume_mm3" in row else f"{row['area_px']:,.0f} px"
         probability = "-" if row["mean_probability"] is None else f"{row['mean_probability']:.2f}"
         overlap = f"{row['dice']:.3f}" if "dice" in row else "-"
         rows.append([row["class"], str(row["objects"]), size, f"{row['percent']:.2f} %", probability, overlap])
-    return rows
+    style = "padding:6px 4px;text-align:left;border:0;border-bottom:1px solid var(--border-color-primary)"
+    lines = [
+        "".join(f'<{tag} style="{style}">{html.escape(cell)}</{tag}>' for cell in row)
+        for tag, row in zip(["th"] + ["td"] * len(rows), rows, strict=False)
+    ]
+    body = "".join(f"<tr>{line}</tr>" for line in lines)
+    table_style = "width:100%;margin:0;border-collapse:collapse;font-size:.85em"
+    return f'<div style="width:0;min-width:100%;overflow-x:auto"><table style="{table_style}">{body}</table></div>'
 
 
 def legend(result: SegmentationResult) -> str:
     """Coloured squares with the class names, as Markdown."""
-    import html
-
     squares = [
         f'<span style="color:rgb{COLOURS[1 + (i - 1) % (len(COLOURS) - 1)]};font-size:1.3em">■</span> {html.escape(name)}'
         for i, name in enumerate(result.classes)
@@ -181,7 +202,7 @@ def on_clear() -> list[Any]:
     """The file was taken away: an empty page again."""
     hidden = gr.update(visible=False)
     off = gr.update(value=None, interactive=False)
-    return [None, None, "Drop a picture or a volume to begin.", [], hidden, hidden, gr.update(), off, off]
+    return [None, None, BEGIN, "", hidden, hidden, gr.update(), off, off]
 
 
 @readable
@@ -232,7 +253,7 @@ def build() -> None:
     with gr.Row():
         with gr.Column(scale=2):
             file = gr.File(
-                label="Picture (PNG, JPEG, TIFF) or volume (.nii, .nii.gz)",
+                label="Picture or NIfTI volume",
                 type="filepath",
                 height=180,
                 elem_id="medical-file",
@@ -259,21 +280,21 @@ def build() -> None:
                 label="Segmentation", type="pil", interactive=False, format="png", height=500, buttons=["fullscreen"],
                 elem_id="medical-view",
             )  # fmt: skip
-            status = gr.Markdown("Drop a picture or a volume to begin.", elem_id="medical-status")
+            status = gr.Markdown(BEGIN, elem_id="medical-status")
             with gr.Row():
-                axis = gr.Radio(list(AXES), value="Axial (Z)", label="View", visible=False, elem_id="medical-axis")
-                index = gr.Slider(0, 1, value=0, step=1, label="Slice", visible=False, elem_id="medical-slice")
+                axis = gr.Radio(
+                    list(AXES), value="Axial (Z)", label="View", visible=False, scale=3, elem_id="medical-axis"
+                )
+                index = gr.Slider(0, 1, value=0, step=1, label="Slice", visible=False, scale=2, elem_id="medical-slice")
             with gr.Row():
-                show = gr.Radio([PREDICTION, NOTHING], value=PREDICTION, label="Show", elem_id="medical-show")
-                opacity = gr.Slider(0, 1, value=0.45, step=0.05, label="Opacity", elem_id="medical-opacity")
-            measures = gr.Dataframe(
-                headers=_HEADERS, interactive=False, label="Measures per class", elem_id="medical-measures"
-            )
+                show = gr.Radio([PREDICTION, NOTHING], value=PREDICTION, label="Show", scale=3, elem_id="medical-show")
+                opacity = gr.Slider(0, 1, value=0.45, step=0.05, label="Opacity", scale=2, elem_id="medical-opacity")
+            measures = gr.HTML(padding=False, elem_id="medical-measures")
             with gr.Row():
-                mask = gr.DownloadButton("Mask", interactive=False, variant="primary", elem_id="medical-mask")
-                record = gr.DownloadButton("Measures (JSON)", interactive=False, elem_id="medical-json")
+                mask = gr.DownloadButton("Download mask", interactive=False, variant="primary", elem_id="medical-mask")
+                record = gr.DownloadButton("Download measures", interactive=False, elem_id="medical-json")
     shared = [key, view, status, measures, axis, index, show, mask, record]
-    private: dict[str, Any] = {"api_visibility": "private"}
+    private: dict[str, Any] = {"api_visibility": "private", "show_progress_on": view}
     given = [file, truth, model, opacity]
     file.upload(on_file, given, shared, **private)
     truth.upload(on_file, given, shared, **private)
@@ -295,7 +316,7 @@ def build() -> None:
 APP = App(
     "medical",
     "Medical segmentation",
-    "Drop a microscopy picture or a NIfTI volume: see the segmentation slice by slice, read objects and volumes per class, "
-    "compare with a ground truth, download the mask.",
+    "Drop a microscopy picture (PNG, JPEG, TIFF) or a NIfTI volume (.nii, .nii.gz): see the segmentation slice by slice, "
+    "read objects and volumes per class, compare with a ground truth, download the mask.",
     build,
 )

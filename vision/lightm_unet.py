@@ -133,6 +133,14 @@ class LightMUNet(Model):
         super().__init__()
         if spatial_dims not in _CONV:
             raise InputError(f"spatial_dims must be 2 or 3, not {spatial_dims!r}.")
+        if min(in_channels, out_channels, num_groups) < 1:
+            raise InputError(
+                f"in_channels, out_channels and num_groups must be at least 1: got {in_channels}, {out_channels}, {num_groups}."
+            )
+        if dropout_prob is not None and not 0 <= dropout_prob <= 1:
+            raise InputError(f"dropout_prob must lie in 0..1 or be None, not {dropout_prob}.")
+        if min([0, *blocks_down, *blocks_up]) < 0:
+            raise InputError(f"Block counts cannot be negative: {tuple(blocks_down)}, {tuple(blocks_up)}.")
         if not blocks_down or len(blocks_up) != len(blocks_down) - 1:
             raise InputError(
                 f"blocks_up needs one entry fewer than blocks_down: got {len(blocks_up)} and {len(blocks_down)}."
@@ -193,6 +201,8 @@ class LightMUNet(Model):
             raise InputError(f"This {self.spatial_dims}D network takes {axes}; got shape {tuple(x.shape)}.")
         if x.shape[1] != self.in_channels:
             raise InputError(f"The network was built for {self.in_channels} input channel(s); got {x.shape[1]}.")
+        if not x.is_floating_point():
+            raise InputError(f"The network takes floating-point images; got {x.dtype}. Convert with .float().")
         if 0 in x.shape:
             raise InputError(f"The input is empty: shape {tuple(x.shape)}.")
         return list(x.shape[2:])

@@ -76,10 +76,10 @@ def load_volume(
         InputError: unreadable or truncated, not 3D, too large, empty, or with NaN or infinite voxels.
     """
     if isinstance(source, Volume):
-        return source
-    if isinstance(source, np.ndarray):
+        name, data, affine = "the volume", source.data, source.affine
+    elif isinstance(source, np.ndarray):
         name, data = "the array", source
-        if len(spacing) != 3 or min(spacing) <= 0:
+        if len(spacing) != 3 or not all(0 < s < float("inf") for s in spacing):
             raise InputError(f"spacing must be three positive numbers, not {spacing!r}.")
         affine = np.diag([*spacing, 1.0])
     else:
@@ -99,6 +99,8 @@ def load_volume(
     if not np.isfinite(data).all():
         bad = int((~np.isfinite(data)).sum())
         raise InputError(f"{name} has {bad} NaN or infinite voxels; replace them first (numpy.nan_to_num).")
+    if isinstance(source, Volume):
+        return Volume(data, source.spacing, affine)
     axes = np.sqrt((affine[:3, :3] ** 2).sum(0))
     return Volume(data, (float(axes[0]), float(axes[1]), float(axes[2])), affine)
 
@@ -114,7 +116,10 @@ def _read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray]:
             raise InputError(f"{path} claims {file.shape} voxels; at most {MAX_VOXELS} are accepted.")  # type: ignore[attr-defined]
         affine = file.affine  # type: ignore[attr-defined]
         return np.asanyarray(file.dataobj), np.eye(4) if affine is None else affine  # type: ignore[attr-defined]
-    except (nibabel.filebasedimages.ImageFileError, OSError, EOFError, ValueError, zlib.error) as error:
+    except (
+        nibabel.filebasedimages.ImageFileError, nibabel.spatialimages.HeaderDataError, OSError, EOFError, ValueError,
+        OverflowError, zlib.error,
+    ) as error:  # fmt: skip
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path} cannot be read as a NIfTI volume, or is truncated: {error}") from error
@@ -200,10 +205,12 @@ def sliding_window(
         (K, *spatial) float32 probabilities on the image's device.
 
     Raises:
-        InputError: overlap out of range, or logits that are not finite (half precision overflowed).
+        InputError: overlap or batch size out of range, or logits that are not finite (half precision overflowed).
     """
     if not 0 <= overlap < 1:
         raise InputError(f"overlap must lie in 0..1 (1 excluded), not {overlap}.")
+    if batch_size < 1:
+        raise InputError(f"batch_size must be at least 1, not {batch_size}.")
     size = list(image.shape[1:])
     margins = [max(0, w - s) for w, s in zip(window, size, strict=True)]
     if any(margins):
@@ -292,7 +299,12 @@ class SegmentationResult:
             index, axis: which slice of a volume; default: the one with the largest area. Slices are shown with the first
                 remaining axis to the right and the second upwards.
             labels: another label map of the same shape to paint instead (the truth).
+
+        Raises:
+            InputError: an axis the volume does not have.
         """
+        if axis not in (0, 1, 2):
+            raise InputError(f"axis must be 0, 1 or 2, not {axis!r}.")
         labels = self.mask if labels is None else labels
         if self.mask.ndim == 2:
             base = self.image.astype(np.float32)

@@ -42,7 +42,7 @@ def drop(page, box: str, name: str, content: bytes) -> None:
 def test_sample_volume_is_looked_through_and_taken_home(launch, page, screenshot) -> None:
     page.goto(launch("medical") + "/medical")
     page.locator("#medical-sample-volume").click()
-    page.locator("#medical-status", has_text="voxels").wait_for()
+    page.locator("#medical-status", has_text="voxels").wait_for(timeout=120_000)  # the first scan loads its kernels
     before = shown(page)
     page.locator("#medical-measures", has_text="bright blob").wait_for()
     screenshot(page, "medical-volume")
@@ -64,7 +64,7 @@ def test_a_dropped_picture_is_measured_against_its_truth(launch, page, screensho
     picture, truth = sample_picture(5)
     page.goto(launch("medical") + "/medical")
     drop(page, "#medical-file", "cells.png", png(picture))
-    page.locator("#medical-status", has_text="256 x 256 pixels").wait_for()
+    page.locator("#medical-status", has_text="256 x 256 pixels").wait_for(timeout=120_000)
     page.locator("#medical-measures", has_text="nucleus").wait_for()
     painted = np.asarray(Image.fromarray(shown(page)).resize((256, 256)))  # small pictures are shown enlarged
     red = painted[..., 0].astype(int) - painted[..., 1] > 20
@@ -76,6 +76,14 @@ def test_a_dropped_picture_is_measured_against_its_truth(launch, page, screensho
         page.locator("#medical-json").click()
     assert json.loads(download.value.path().read_text())["classes"][0]["dice"] > 0.6
     screenshot(page, "medical-picture")
+
+
+def test_the_page_fits_a_phone(launch, page) -> None:
+    page.set_viewport_size({"width": 390, "height": 844})
+    page.goto(launch("medical") + "/medical")
+    page.locator("#medical-sample-volume").click()
+    page.locator("#medical-measures", has_text="bright blob").wait_for(timeout=120_000)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
 
 
 def test_a_broken_file_is_explained(launch, page) -> None:

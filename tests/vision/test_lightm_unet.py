@@ -121,6 +121,7 @@ def test_hooks_that_replace_outputs_work() -> None:
         (torch.zeros(1, 8, 8), "2D network takes"),
         (torch.zeros(1, 1, 8, 8, 8), "2D network takes"),
         (torch.zeros(0, 1, 8, 8), "empty"),
+        (torch.zeros(1, 1, 8, 8, dtype=torch.int64), "floating-point"),
     ],
 )
 def test_unusable_inputs_are_named(x: torch.Tensor, message: str) -> None:
@@ -134,6 +135,10 @@ def test_unusable_inputs_are_named(x: torch.Tensor, message: str) -> None:
         ({"init_filters": 12}, "multiple of num_groups"),
         ({"blocks_up": (1, 1)}, "one entry fewer"),
         ({"dims": 1}, "2 or 3"),
+        ({"num_groups": 0}, "at least 1"),
+        ({"out_channels": 0}, "at least 1"),
+        ({"dropout_prob": 2.0}, "dropout_prob"),
+        ({"blocks_down": (1, -1)}, "negative"),
     ],
 )
 def test_impossible_configurations_are_named(settings: dict, message: str) -> None:

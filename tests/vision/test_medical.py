@@ -71,6 +71,8 @@ def test_windows_refuse_overflow_and_bad_overlap() -> None:
         sliding_window(lambda x: x * float("inf"), torch.randn(2, 8, 8), (8, 8))
     with pytest.raises(InputError, match="overlap"):
         sliding_window(Threshold(), torch.randn(1, 8, 8), (8, 8), overlap=1.0)
+    with pytest.raises(InputError, match="batch_size"):
+        sliding_window(Threshold(), torch.randn(1, 8, 8), (8, 8), batch_size=0)
 
 
 def test_picture_in_mask_out(tmp_path) -> None:
@@ -107,6 +109,8 @@ def test_volume_keeps_spacing_and_affine(tmp_path) -> None:
     assert array.measures()[0]["volume_mm3"] == truth.sum() * 8
     assert result.best_slice() == 9
     assert result.overlay(index=99, axis=0).size == (24, 18)
+    with pytest.raises(InputError, match="axis must be"):
+        result.overlay(axis=3)
     with pytest.raises(InputError, match=r"\.nii\.gz"):
         result.save(tmp_path / "mask.png")
     with pytest.raises(InputError, match="suffix"):
@@ -121,10 +125,22 @@ def test_unusable_volumes_are_named(tmp_path) -> None:
     for name, message in [("cut.nii.gz", "truncated"), ("text.nii", "cannot be read"), ("none.nii", "does not exist")]:
         with pytest.raises(InputError, match=message):
             load_volume(tmp_path / name)
+    plain = tmp_path / "plain.nii"
+    nibabel.save(nibabel.Nifti1Image(np.zeros((4, 4, 4), np.float32), np.eye(4)), plain)
+    for name, place, value in [("type", 70, 1234), ("size", 42, -5), ("end", 42, 40)]:
+        damaged = bytearray(plain.read_bytes())
+        damaged[place : place + 2] = value.to_bytes(2, "little", signed=True)
+        (tmp_path / f"{name}.nii").write_bytes(damaged)
+        with pytest.raises(InputError, match="cannot be read"):
+            load_volume(tmp_path / f"{name}.nii")
     nan = np.zeros((4, 4, 4), np.float32)
     nan[1, 1, 1:3] = np.nan, np.inf
     with pytest.raises(InputError, match="2 NaN or infinite"):
         load_volume(nan)
+    with pytest.raises(InputError, match="2 NaN or infinite"):
+        load_volume(Volume(nan, (1.0, 1.0, 1.0), np.eye(4)))
+    with pytest.raises(InputError, match="spacing"):
+        load_volume(np.zeros((4, 4, 4)), spacing=(1, float("nan"), 1))
     with pytest.raises(InputError, match="one time point"):
         load_volume(np.zeros((4, 4, 4, 3)))
     assert load_volume(np.zeros((4, 5, 6, 1))).data.shape == (4, 5, 6)

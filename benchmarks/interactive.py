@@ -118,14 +118,18 @@ class SessionPredictor:
         return lambda clicks: self.segmenter.add_click(clicks[-1].x, clicks[-1].y, clicks[-1].positive).binary
 
 
-def score(
+def play(
     examples: list[Example], start: Callable[[str, Image.Image], Callable[[list[Click]], np.ndarray]], title: str
-) -> dict[str, Any]:
-    """Metrics over objects: at least 5 clicks each, then on until 90 % IoU or 20 clicks."""
-    rows = []
-    for name, image, target, ignore in tqdm(examples, desc=title, mininterval=5):
-        predict = start(name, image)
-        rows.append(simulate_clicks(predict, target, min_clicks=5, ignore=ignore, stop_at=0.9))
+) -> list[list[float]]:
+    """IoU after each click on each object: at least 5 clicks, then on until 90 % IoU or 20 clicks."""
+    return [
+        simulate_clicks(start(name, image), target, min_clicks=5, ignore=ignore, stop_at=0.9)
+        for name, image, target, ignore in tqdm(examples, desc=title, mininterval=5)
+    ]
+
+
+def summary(rows: list[list[float]]) -> dict[str, Any]:
+    """The metrics of some objects."""
     (noc85, nof85), (noc90, nof90) = noc(rows, 0.85), noc(rows, 0.90)
     found = {f"mIoU@{k}": miou_at_k(rows, k) for k in (1, 3, 5)}
     found |= {"NoC@85": noc85, "NoF@85": nof85, "NoC@90": noc90, "NoF@90": nof90, "objects": len(rows)}
@@ -141,12 +145,15 @@ def quality(data: Path, weights: Path | None, limit: int, baseline: int) -> dict
     table = {}
     for name, read in SETS.items():
         examples = spaced(list(read(data)), limit)
-        table[f"{name}: squeezesam-photo"] = score(examples, session.start, name)
+        rows = play(examples, session.start, name)
+        table[f"{name}: squeezesam-photo"] = summary(rows)
         if baseline:
-            few = spaced(examples, baseline)
-            table[f"{name}, {len(few)} of them: squeezesam-photo"] = score(few, session.start, name)
-            walker = score(few, lambda _, image: random_walker_predictor(image), f"{name}, random walker")
-            table[f"{name}, {len(few)} of them: random walker"] = walker
+            few = spaced(list(range(len(examples))), baseline)
+            walker = play(
+                [examples[i] for i in few], lambda _, image: random_walker_predictor(image), f"{name}, random walker"
+            )
+            table[f"{name}, {len(few)} of them: squeezesam-photo"] = summary([rows[i] for i in few])
+            table[f"{name}, {len(few)} of them: random walker"] = summary(walker)
     return table
 
 

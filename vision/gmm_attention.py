@@ -364,7 +364,12 @@ def masked_attention(
 
         return _compiled_flex()(q, k, v, score_mod=score, scale=scale)
     logits = (q * scale) @ k.transpose(-2, -1)
-    logits = mask(logits) if isinstance(mask, LogitMask) else logits * mask
+    if isinstance(mask, LogitMask):
+        logits = mask(logits)
+    elif torch.is_grad_enabled() or mask.dtype != logits.dtype:
+        logits = logits * mask
+    else:
+        logits.mul_(mask)  # without gradients nothing needs the largest tensor twice
     additive = _sum_masks(None, attn_mask, logits.dtype)
     if additive is not None:
         logits = logits + additive

@@ -102,6 +102,19 @@ def test_masked_keys_get_no_weight_although_alpha_is_negative():
     torch.testing.assert_close(out, masked_attention(q, k, v, mask, attn_mask=torch.arange(9) < 5))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_plain_matrix_masks_like_its_module_with_and_without_gradients(dtype):
+    mask = GaussianMixtureMask(2, (4, 4), 3)
+    q, k, v = torch.randn(3, 1, 2, 16, 8).to(dtype)
+    expected = masked_attention(q, k, v, mask)
+    torch.testing.assert_close(masked_attention(q, k, v, mask.matrix()), expected, atol=0, rtol=0)
+    before = mask.matrix().detach().clone()
+    with torch.no_grad():
+        matrix = mask.matrix()
+        torch.testing.assert_close(masked_attention(q, k, v, matrix), expected, atol=0, rtol=0)
+        assert torch.equal(matrix, before)
+
+
 def test_half_precision_computes_the_mask_in_float32():
     mask = GaussianMixtureMask(2, (12, 12), 3).eval()
     expected = mask.matrix()

@@ -188,7 +188,7 @@ def build_studio(names: Iterable[str] | None = None) -> gr.Blocks:
     with studio.route("About", "/about"):
         _about()
     # On the class, because gradio builds a block anew when a handler updates or skips it.
-    gr.Image.preprocess = _read_picture  # type: ignore[method-assign]
+    gr.Image.preprocess = _read_picture  # type: ignore[method-assign, assignment]
     return studio.queue(default_concurrency_limit=1, max_size=32)
 
 

@@ -78,7 +78,7 @@ class VideoClassifier(Model):
         if isinstance(getattr(self.backbone, "proj", None), nn.Parameter):
             self.backbone.register_parameter("proj", None)  # CLIP's projection into the text space is not used
         for path in added_biases:
-            layer = self.backbone.get_submodule(path)
+            layer: Any = self.backbone.get_submodule(path)
             layer.register_parameter("bias", nn.Parameter(torch.zeros(layer.out_features), requires_grad=False))
         info = backbone_info(self.backbone)
         self.head = nn.Linear(_feature_dim(self.backbone), num_classes)

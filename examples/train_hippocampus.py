@@ -1,6 +1,6 @@
 """Train a 3D LightM-UNet: on MRI of the hippocampus, or on drawn volumes (the bundled 3D default).
 
-    python examples/train_hippocampus.py --data data/med_hippocampus --steps 1500 --output runs/hippocampus
+    python examples/train_hippocampus.py --data data/med_hippocampus --steps 1500 --patch 32 40 32 --lr 4e-3 --output runs/hippocampus
     python examples/train_hippocampus.py --drawn --bundle
 
 The MRI crops are Task04 of the Medical Segmentation Decathlon (CC-BY-SA 4.0) with `splits.json`, `images/` and `labels/`;
@@ -44,7 +44,7 @@ def main() -> None:
     else:
         train, test = (hippocampus_cases(args.data, split) for split in ("train", "test"))
     torch.manual_seed(args.seed)
-    model = create_model("lightm_unet_3d_tiny", **CONFIG)
+    model = create_model("lightm_unet_3d_tiny" if args.drawn else "lightm_unet_3d", **CONFIG)  # the latter: four levels
     mirror = None if args.drawn else (0,)
     patches = Patches(train, args.patch, args.steps * args.batch_size, mirror=mirror)
     config = FitConfig(
@@ -60,11 +60,13 @@ def main() -> None:
 
     rounded = {k: v.detach().cpu().half().float() for k, v in model.state_dict().items()}
     model.load_state_dict(rounded)
-    scores = dice_per_class(model.cpu(), test, (48, 48, 40) if args.drawn else (48, 64, 48), 3)
+    scores = dice_per_class(model.cpu(), test, args.patch, 3)
     print(f"{result.steps} steps in {result.seconds:.0f} s; Dice per class {scores} on {len(test)} test volumes")
     if args.output:
         model.save_pretrained(args.output)
-        print(f"saved to {args.output}")
+        print(
+            f"saved to {args.output}; predict with mmkit.pipeline('medical-segmentation', '{args.output}', window={tuple(args.patch)})"
+        )
     if args.bundle:
         entry = WeightEntry(
             name=NAME,
@@ -78,7 +80,7 @@ def main() -> None:
             data="drawn by mmkit.vision.medical_training.sample_volume: 60 training and 10 test volumes",
             seed=args.seed,
             score={"dice_bright": round(scores[0], 4), "dice_dark": round(scores[1], 4)},
-            extra={"classes": ["background", "bright blob", "dark blob"]},
+            extra={"classes": ["background", "bright blob", "dark blob"], "window": list(args.patch)},
         )
         print(f"bundled as {bundle(entry, rounded).file}")
 

@@ -380,7 +380,8 @@ class MedicalSegmentationPipeline(Pipeline):
         model: a `LightMUNet`, any module with `spatial_dims`, `in_channels` and `out_channels`, a folder written by
             `save_pretrained`, or a bundled name. Default: nuclei in microscopy pictures.
         classes: class names, background first; default from the bundled weights, else "class 1", ...
-        window: window size, one number or one per axis; default 256 (2D) or 64 (3D). Rounded up to what the network needs.
+        window: window size, one number or one per axis, rounded up to what the network needs. Give the size of the training
+            patches: norms over a larger field see other statistics. Default: that of the bundled weights, else 256 (2D) or 64 (3D).
 
     Example:
         >>> result = mmkit.pipeline("medical-segmentation")("cells.png")
@@ -400,6 +401,7 @@ class MedicalSegmentationPipeline(Pipeline):
         window: int | Sequence[int] | None = None,
     ):
         self.classes: tuple[str, ...] = tuple(classes or ())
+        self.window = [] if window is None else [window] if isinstance(window, int) else list(window)
         super().__init__(model, device=device, dtype=dtype)
         missing = [k for k in ("spatial_dims", "in_channels", "out_channels") if not hasattr(self.model, k)]
         if missing:
@@ -411,15 +413,15 @@ class MedicalSegmentationPipeline(Pipeline):
         self.classes = self.classes or ("background", *(f"class {i}" for i in range(1, count)))
         if len(self.classes) != count:
             raise InputError(f"The network has {count} classes, but {len(self.classes)} names were given.")
-        window = _WINDOW[self.dims] if window is None else window
-        sizes = [window] * self.dims if isinstance(window, int) else list(window)
+        sizes = self.window or [_WINDOW[self.dims]]
+        sizes = sizes * self.dims if len(sizes) == 1 else sizes
         if len(sizes) != self.dims or min(sizes) < 1:
             raise InputError(f"window must be one positive size or {self.dims} of them, not {window!r}.")
         self.multiple = int(getattr(self.model, "multiple", 1))
         self.window = [-(-s // self.multiple) * self.multiple for s in sizes]
 
     def load(self, model: str | os.PathLike[str]) -> nn.Module:
-        """A folder written by `save_pretrained`, or bundled weights with their class names."""
+        """A folder written by `save_pretrained`, or bundled weights with their class names and window."""
         from mmkit.vision.lightm_unet import LightMUNet
         from mmkit.weights import load_weights, weight_entry
 
@@ -427,6 +429,7 @@ class MedicalSegmentationPipeline(Pipeline):
             return LightMUNet.from_pretrained(model)
         entry = weight_entry(str(model))
         self.classes = self.classes or tuple(entry.extra.get("classes", ()))
+        self.window = self.window or list(entry.extra.get("window", ()))
         return load_weights(str(model))
 
     def __call__(

@@ -237,3 +237,10 @@ def test_the_bundled_default_on_real_test_pictures(data_dir) -> None:
     cases = nuclei_cases(data_dir / "med_nuclei", "test")[::4]
     (score,) = dice_per_class(mmkit.load_weights("lightm_unet_nuclei"), cases, (256, 256), 2)
     assert score > 0.7
+
+
+def test_bundled_volumes_are_predicted_in_windows_of_the_training_patches() -> None:
+    assert mmkit.pipeline("medical-segmentation", "lightm_unet_blobs").window == [32, 32, 32]
+    assert mmkit.pipeline("medical-segmentation", "lightm_unet_blobs", window=20).window == [20, 20, 20]
+    with pytest.raises(InputError, match="window"):
+        mmkit.pipeline("medical-segmentation", "lightm_unet_blobs", window=(32, 32))

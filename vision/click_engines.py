@@ -56,13 +56,12 @@ class SqueezeSAMEngine:
 
     Args:
         model: the network.
-        zoom: look closer once there is a mask or a box: the network then sees a square 1.4 times its size, so that small
-            objects keep their detail (the ZoomIn of f-BRS, arXiv 2001.10331, and RITM); the first click on a small object
-            costs two passes. Default: for models that keep the aspect. The published network sees the whole picture.
+        zoom: look closer once there is a mask or a box: the network then sees a square `margin` times its size, so that small
+            objects keep their detail (the ZoomIn of f-BRS, arXiv 2001.10331, and RITM). A first click takes two passes, the second
+            with the mask of the first. Default: for models that keep the aspect. The published network sees the whole picture.
     """
 
-    first = 2
-    margin = 1.4
+    margin = 1.8
     """Side of the close view over the larger side of the object."""
 
     def __init__(self, model: SqueezeSAM, zoom: bool | None = None):
@@ -96,10 +95,12 @@ class SqueezeSAMEngine:
         full = points.new_tensor(state.size).flip(0)
         grid = points.new_tensor(state.canvas.shape[2:]).flip(0)
         points = torch.where((labels == PADDING)[..., None], -1.0, points * grid / full)
-        rows = [
-            self._closer(state, points[i], labels[i], None if previous is None else previous[i])
-            for i in range(len(points))
-        ]
+        rows = []
+        for i, (spots, kinds) in enumerate(zip(points, labels, strict=True)):
+            found = self._closer(state, spots, kinds, None if previous is None else previous[i])
+            if previous is None and not (kinds == BOX_A).any():
+                found = self._closer(state, spots, kinds, found[0][0, int(found[1][0].argmax())])
+            rows.append(found)
         low, iou = (torch.cat(parts) for parts in zip(*rows, strict=True))
         return low, iou, lambda x: F.interpolate(x[:, None], state.size, mode="bicubic")[:, 0]
 
@@ -107,7 +108,7 @@ class SqueezeSAMEngine:
         """Logits `(1, M, h, w)` on the canvas and IoU `(1, M)` of one prompt `(P, 2)`, `(P,)`, given in canvas pixels."""
         h, w = view.canvas.shape[2:]
         x0, y0, x1, y1 = 0, 0, w, h
-        if (previous is not None and (labels != PADDING).sum() >= self.first) or (labels == BOX_A).any():
+        if previous is not None or (labels == BOX_A).any():
             x0, y0, x1, y1 = self._window(points[labels != PADDING], previous, (h, w))
         size = (y1 - y0, x1 - x0)
         shifted = torch.where((labels == PADDING)[:, None], -1.0, points - points.new_tensor([x0, y0]))

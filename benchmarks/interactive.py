@@ -152,8 +152,10 @@ def quality(data: Path, weights: Path | None, limit: int, baseline: int) -> dict
             walker = play(
                 [examples[i] for i in few], lambda _, image: random_walker_predictor(image), f"{name}, random walker"
             )
-            table[f"{name}, {len(few)} of them: squeezesam-photo"] = summary([rows[i] for i in few])
-            table[f"{name}, {len(few)} of them: random walker"] = summary(walker)
+            if len(few) < len(examples):
+                name = f"{name}, {len(few)} of them"
+                table[f"{name}: squeezesam-photo"] = summary([rows[i] for i in few])
+            table[f"{name}: random walker"] = summary(walker)
     return table
 
 
@@ -245,7 +247,7 @@ def main() -> None:
     default = os.environ.get("MMKIT_DATA_DIR", Path(__file__).parents[2] / "shared" / "data")
     parser.add_argument("--data", type=Path, default=default)
     parser.add_argument("--limit", type=int, default=0, help="objects per set (0: all)")
-    parser.add_argument("--baseline", type=int, default=30, help="objects per set for the random walker (0: none)")
+    parser.add_argument("--baseline", type=int, default=1000, help="objects per set for the random walker (0: none)")
     parser.add_argument(
         "--weights", type=Path, help="a file of examples/train_squeeze_sam.py instead of the bundled weights"
     )

@@ -41,8 +41,9 @@ FREE = ("CC-BY-2.0", "CC-BY-SA-2.0", "no-known-copyright-restrictions")
 OTHER = ("CC-BY-NC-2.0", "CC-BY-NC-SA-2.0")
 """Licences of the COCO pictures that only measure progress."""
 SUMMARY = (
-    "Click segmentation at 128 pixels, trained for less than two hours on one CPU core, mostly on cats and dogs. The first click gets large "
-    "objects that stand out; most others take a few corrections, and fine outlines stay soft. Load SAM or SAM 2 for demanding work."
+    "Click segmentation at 128 pixels, trained for less than two hours on one CPU core, mostly on cats and dogs. The first click "
+    "gets large objects that stand out; most others take a few corrections, and fine outlines stay soft. Load SAM or SAM 2 for "
+    "demanding work."
 )
 BACKGROUND, OBJECT, UNKNOWN = 0, 1, 2
 

@@ -49,10 +49,10 @@ TASKS: dict[str, dict[str, Any]] = {
     "hippocampus": {
         "folder": "med_hippocampus",
         "cases": hippocampus_cases,
-        "model": ("lightm_unet_3d_tiny", {"in_channels": 1, "out_channels": 3, "init_filters": 8}),
-        "unet": {"in_channels": 1, "out_channels": 3, "channels": (7, 15, 30)},
+        "model": ("lightm_unet_3d", {"in_channels": 1, "out_channels": 3, "init_filters": 8}),
+        "unet": {"in_channels": 1, "out_channels": 3, "channels": (9, 18, 36, 72)},
         "patch": (32, 40, 32),
-        "window": (48, 64, 48),
+        "window": (32, 40, 32),  # what it was trained on: whole volumes, padded, change the statistics of every norm
         "batch": 2,
         "turn": False,
         "mirror": (0,),

@@ -554,7 +554,7 @@ def bundle_file(path: Path, command: str, seed: int) -> None:
             summary=SUMMARY,
             licence="CC-BY-SA-4.0 (trained on CC-BY-SA-4.0, CC-BY-SA-2.0, CC-BY-2.0, CC-BY-4.0, BSD-3 and CC0 pictures)",
             command=command,
-            data="Oxford-IIIT Pet excerpt (CC-BY-SA-4.0, 582 photos), COCO excerpt (26 photos, CC-BY-2.0, CC-BY-SA-2.0 or unrestricted), "
+            data="Oxford-IIIT Pet excerpt (CC-BY-SA-4.0, 543 photos), COCO excerpt (26 photos, CC-BY-2.0, CC-BY-SA-2.0 or unrestricted), "
             "mOSD table tops (BSD-3, 8 scenes), backgrounds from DreamBooth subjects (CC-BY-4.0) and a clothing set (CC0), procedural",
             seed=seed,
             score=score,

@@ -10,8 +10,10 @@ from scipy import ndimage
 
 import mmkit
 from mmkit.errors import InputError
+from mmkit.vision.click_engines import SqueezeSAMEngine
 from mmkit.vision.click_metrics import Click, iou, miou_at_k, next_click, noc, simulate_clicks
 from mmkit.vision.click_training import (
+    _right_clicks,
     close_small_holes,
     distance_transform,
     focal_dice,
@@ -518,6 +520,60 @@ def test_loss_prefers_the_right_mask_and_skips_unknown_pixels():
     half[..., 4:] *= -1
     valid[..., 4:] = 0
     assert focal_dice(half, target, valid)[0, 0] < 0.01
+
+
+def test_the_focal_balance_decides_where_an_uncertain_pixel_ends():
+    target = torch.zeros(1, 1, 2, dtype=torch.bool)
+    target[..., 0] = True  # one logit for both: inside half of the time
+    found = {}
+    for alpha in (0.25, 0.5):
+        logit = torch.zeros(1, requires_grad=True)
+        optimizer = torch.optim.SGD([logit], lr=0.1)
+        for _ in range(200):
+            optimizer.zero_grad()
+            both = logit.view(1, 1, 1, 1).expand(1, 1, 1, 2)
+            (
+                focal_dice(both, target, torch.ones_like(target), alpha=alpha)
+                - focal_dice(both, target, torch.ones_like(target), focal_weight=0)
+            ).sum().backward()
+            optimizer.step()
+        found[alpha] = logit.sigmoid().item()
+    assert found[0.25] < 0.42
+    assert found[0.5] == pytest.approx(0.5, abs=0.01)
+
+
+def test_start_clicks_are_right_and_distinct():
+    target = torch.zeros(64, 32, 32, dtype=torch.bool)
+    target[:, 4:20, 6:18] = True
+    valid = torch.ones_like(target)
+    valid[:, 28:] = False
+    points, labels = _right_clicks(target, valid, 5, negatives=True)
+    assert points.shape == (64, 5, 2)
+    assert {-1, 0, 1} == set(labels.unique().tolist())
+    for spots, kinds in zip(points.long().tolist(), labels.tolist(), strict=True):
+        clicks = [(x, y, k) for (x, y), k in zip(spots, kinds, strict=True) if k >= 0]
+        assert all(target[0, y, x] == bool(k) and valid[0, y, x] for x, y, k in clicks)
+        assert len(set(clicks)) == len(clicks)
+    assert 0 not in _right_clicks(target, valid, 5, negatives=False)[1]
+
+
+def test_a_first_click_looks_twice_and_later_ones_once_near_the_object():
+    torch.manual_seed(0)
+    settings = {"image_size": 32, "dims": (8, 16), "patch_embed_dim": 8, "mlp_dim": 16, "num_heads": 2}
+    model = SqueezeSAM(**settings, negative_clicks=True, previous_mask=True, keep_aspect=True, single_mask=True).eval()
+    segmenter = InteractiveSegmenter(SqueezeSAMEngine(model))
+    segmenter.set_image(np.random.default_rng(0).integers(0, 255, (120, 120, 3), np.uint8))
+    seen = []
+    model.forward_fused = lambda fused, token, run=model.forward_fused: seen.append(fused) or run(fused, token)
+    segmenter.add_click(60, 60)
+    assert len(seen) == 2
+    assert seen[0][:, 6].sum() == 0 < seen[1][:, 6].sum()  # the previous mask
+    segmenter.add_click(62, 60, positive=False)
+    assert len(seen) == 3
+    segmenter.engine.zoom = False
+    segmenter.reset()
+    segmenter.add_click(60, 60)
+    assert len(seen) == 4
 
 
 def test_parts_know_their_whole_and_holes_close():

@@ -1,6 +1,6 @@
 """Fine-tune lab: adapt a backbone to your images with a few thousand parameters, and watch it happen.
 
-The page calls `mmkit.finetune`, as `mmkit finetune` does. What a visitor trains is kept on the server under the session, never shared.
+It calls `mmkit.vision.classification`, as `mmkit finetune` does. What a visitor trains is kept on the server per session, never shared.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from mmkit.apps.frame import App, output_folder, readable
 from mmkit.backbones import save_backbone
 from mmkit.data import ImageDataset, load_digits, open_dataset
 from mmkit.errors import InputError, MMKitError, nearest
-from mmkit.finetune import LEARNING_RATES, FinetuneResult, Prepared, prepare, train_prepared
-from mmkit.pipelines import ImageClassificationPipeline
 from mmkit.training import StepInfo
+from mmkit.vision.classification.pipeline import ImageClassificationPipeline
+from mmkit.vision.classification.training import LEARNING_RATES, FinetuneResult, Prepared, prepare, train_prepared
 
 DIGITS, UPLOAD = "Handwritten digits (sample)", "My pictures (zip)"
 
@@ -131,7 +131,7 @@ def open_data(source: str, archive: str | None, session: Session) -> ImageDatase
 
 
 def build_model(data: ImageDataset, backbone: str, method: str, seed: int = 0, augment: bool = False) -> Prepared:
-    """`mmkit.finetune.prepare` for a label of `BACKBONES` (or the name behind it) and a method. Raises `InputError`."""
+    """`prepare` for a label of `BACKBONES` (or the name behind it) and a method. Raises `InputError`."""
     known = {**BACKBONES, **{name: (name, options) for name, options in BACKBONES.values()}}
     if backbone not in known:
         raise InputError(f"Unknown backbone {backbone!r}. {nearest(backbone, known)}")

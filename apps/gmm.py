@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from mmkit.apps.frame import App, readable
-from mmkit.data.procedural import class_names, draw
+from mmkit.data.drawn.pictures import class_names, draw
 
 LAYERS, HEADS, GRID = 3, 4, 8
 """Size of the bundled model `gmm_vit_drawn`; the sliders need it before the model is loaded."""

@@ -13,9 +13,9 @@ import numpy as np
 from PIL import Image
 
 from mmkit.apps.frame import App, Sessions, output_folder, readable
-from mmkit.checkpoints import write_json
 from mmkit.errors import InputError
-from mmkit.vision.medical import (
+from mmkit.storage import write_json
+from mmkit.vision.medical.pipeline import (
     COLOURS,
     MedicalSegmentationPipeline,
     SegmentationResult,
@@ -187,7 +187,7 @@ def on_file(file: str | None, truth: str | None, model: str, opacity: float, pro
 @readable
 def on_sample(volume: bool, opacity: float, progress: Any = _PROGRESS) -> list[Any]:
     """A drawn sample with its truth; the file boxes are emptied."""
-    from mmkit.vision.medical_training import sample_picture, sample_volume
+    from mmkit.vision.medical.training import sample_picture, sample_volume
 
     progress(0, desc="Drawing")
     if volume:

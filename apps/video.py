@@ -59,8 +59,8 @@ def draw_clip(direction: str = ANY) -> str:
     Args:
         direction: "moves left", "moves right", "moves up", "moves down", "stands still" or "any direction".
     """
+    from mmkit.data.drawn.motion import MOTIONS, drawn_motion
     from mmkit.video import write_video
-    from mmkit.video.drawn import MOTIONS, drawn_motion
 
     if direction not in DIRECTIONS:
         raise InputError(f"direction must be one of {DIRECTIONS}, not {direction!r}.")

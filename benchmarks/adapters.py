@@ -24,7 +24,7 @@ from torch import nn
 
 from mmkit.adapters import apply_adapter
 from mmkit.backbones import create_backbone
-from mmkit.checkpoints import write_json
+from mmkit.storage import write_json
 
 RESULT = Path(__file__).parent / "results" / "adapters.json"
 LORA = {"r": 8, "lora_alpha": 16, "target_modules": ["qkv", "proj"], "exclude_modules": ["patch_embed.proj"]}

@@ -63,11 +63,11 @@ def train(folder: str, batch_size: int, case: dict[str, Any]) -> None:
     from accelerate import PartialState
 
     from mmkit.adapters import apply_adapter
-    from mmkit.checkpoints import write_json, write_safetensors
     from mmkit.data import load_digits
     from mmkit.data.transforms import ImageTransform
+    from mmkit.storage import write_json, write_safetensors
+    from mmkit.storage.runs import whole
     from mmkit.training import FitConfig, fit
-    from mmkit.training.checkpoint import whole
 
     if case.get("fsdp") and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         use_fsdp_on_cpu()
@@ -104,7 +104,7 @@ def train(folder: str, batch_size: int, case: dict[str, Any]) -> None:
 
 def run(folder: Path, processes: int, batch_size: int, name: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Start one or two processes and read what they wrote."""
-    from mmkit.checkpoints import read_json, read_tensors
+    from mmkit.storage import read_json, read_tensors
 
     folder.mkdir()
     launcher = [sys.executable]
@@ -126,7 +126,7 @@ def main() -> None:
     if args.train:
         train(args.train, args.batch_size, CASES[args.case])
         return
-    from mmkit.checkpoints import write_json
+    from mmkit.storage import write_json
 
     rows, started = [], time.perf_counter()
     print(f"{'case':<22} {'steps':>5} {'loss: largest difference':>25} {'weights':>9} {'accuracy 1 / 2':>15}")

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import torch
 
-from mmkit.checkpoints import write_json
 from mmkit.data import load_digits
-from mmkit.finetune import LEARNING_RATES, prepare, report_table, train_prepared
+from mmkit.storage import write_json
+from mmkit.vision.classification.training import LEARNING_RATES, prepare, report_table, train_prepared
 
 RESULT = Path(__file__).parent / "results" / "digits.json"
 

@@ -27,10 +27,10 @@ import torch.nn.functional as F
 
 from mmkit.adapters import apply_adapter
 from mmkit.backbones import create_backbone
-from mmkit.checkpoints import read_json, write_json
 from mmkit.data import ImageTransform, load_digits, stratified_split
+from mmkit.storage import read_json, write_json
 from mmkit.training import FitConfig, fit
-from mmkit.vision.gmm_attention import GaussianMixtureMask, masked_attention
+from mmkit.vision.gmm.attention import GaussianMixtureMask, masked_attention
 
 ROOT = Path(__file__).resolve().parent.parent
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {

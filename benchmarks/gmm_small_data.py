@@ -28,9 +28,9 @@ import torch
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from mmkit.checkpoints import read_json, write_json
+from mmkit.storage import read_json, write_json
 from mmkit.training import FitConfig, fit
-from mmkit.vision.gmm_models import GMMViT
+from mmkit.vision.gmm.model import GMMViT
 
 ROOT = Path(__file__).resolve().parent.parent
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -26,16 +26,16 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from mmkit.checkpoints import load_state, read_tensors, write_json
-from mmkit.vision.click_metrics import Click, miou_at_k, noc, simulate_clicks
-from mmkit.vision.interactive import InteractiveSegmenter
-from mmkit.vision.squeeze_sam import (
+from mmkit.storage import load_state, read_tensors, write_json
+from mmkit.vision.clicks.metrics import Click, miou_at_k, noc, simulate_clicks
+from mmkit.vision.clicks.model import (
     SqueezeSAM,
     squeeze_sam_base,
     squeeze_sam_photo,
     squeeze_sam_small,
     squeeze_sam_tiny,
 )
+from mmkit.vision.clicks.pipeline import InteractiveSegmenter
 from mmkit.weights import weight_entry
 
 RESULTS = Path(__file__).parent / "results"

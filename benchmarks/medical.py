@@ -21,10 +21,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmkit import FitConfig, create_model, fit
-from mmkit.checkpoints import read_json, write_json
 from mmkit.ops import Mamba
-from mmkit.vision.medical import MedicalSegmentationPipeline, Volume
-from mmkit.vision.medical_training import (
+from mmkit.storage import read_json, write_json
+from mmkit.vision.medical.pipeline import MedicalSegmentationPipeline, Volume
+from mmkit.vision.medical.training import (
     Case,
     Patches,
     dice_per_class,

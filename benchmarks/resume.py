@@ -81,7 +81,7 @@ def train(folder: str, steps: int, stop_file: str = "") -> None:
 
 def final_state(folder: Path) -> dict[str, Tensor]:
     """All tensors of the last checkpoint, prefixed with their file."""
-    from mmkit.training.checkpoint import newest_checkpoint
+    from mmkit.storage.runs import newest_checkpoint
 
     found = newest_checkpoint(folder / "checkpoints")
     assert found is not None, f"no checkpoint in {folder}"
@@ -97,7 +97,7 @@ def _start(folder: Path, steps: int, note: Path) -> subprocess.Popen[bytes]:
 
 def killed_run(folder: Path, steps: int, kill_at: int, delay: float) -> tuple[int, int]:
     """Run, kill -9 `delay` seconds after step `kill_at`, run again; returns (step seen when killed, step resumed from)."""
-    from mmkit.training.checkpoint import list_checkpoints
+    from mmkit.storage.runs import list_checkpoints
 
     note = folder.with_suffix(".step")
     process = _start(folder, steps, note)
@@ -129,7 +129,7 @@ def main() -> None:
     if args.train:
         train(args.train, args.steps, args.note)
         return
-    from mmkit.checkpoints import write_json
+    from mmkit.storage import write_json
 
     rng, rows, started = random.Random(args.seed), [], time.perf_counter()
     with tempfile.TemporaryDirectory() as root:

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmkit.checkpoints import write_json
 from mmkit.ops import Mamba, selective_scan
+from mmkit.storage import write_json
 
 RESULTS = Path(__file__).parent / "results" / "selective_scan.json"
 N = 16

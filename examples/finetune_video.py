@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 import mmkit
+from mmkit.data.drawn.motion import MOTIONS, drawn_motion
 from mmkit.training import FitConfig, fit
 from mmkit.video import (
     ClipTransform,
@@ -24,7 +25,6 @@ from mmkit.video import (
     VideoClassifier,
     write_video,
 )
-from mmkit.video.drawn import MOTIONS, drawn_motion
 
 
 def draw_folder(folder: Path, train: int = 24, val: int = 6) -> Path:

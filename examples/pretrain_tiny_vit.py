@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from mmkit.backbones import create_backbone
-from mmkit.data.procedural import ProceduralImages, class_names
+from mmkit.data.drawn.pictures import ProceduralImages, class_names
 from mmkit.training import FitConfig, fit
 from mmkit.training.metrics import accuracy
 from mmkit.weights import WeightEntry, bundle
@@ -86,7 +86,7 @@ def main() -> None:
             "starting point for adapters and tests; for photographs load real pre-trained weights.",
             licence="Apache-2.0",
             command=f"python examples/pretrain_tiny_vit.py --pictures {args.pictures} --epochs {args.epochs} --seed {args.seed}",
-            data=f"{args.pictures} pictures drawn by mmkit.data.procedural",
+            data=f"{args.pictures} pictures drawn by mmkit.data.drawn.pictures",
             seed=args.seed,
             score={"accuracy": round(score, 4)},
             extra={"mean": MEAN, "std": STD, "class_names": names},

@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchvision import transforms as T
 
+from mmkit.backbones.model import create_model, list_models
 from mmkit.data import array_dataset, load_digits, open_dataset, split_dataset
-from mmkit.data.procedural import class_names, draw
+from mmkit.data.drawn.pictures import class_names, draw
 from mmkit.errors import InputError
-from mmkit.modeling import create_model, list_models
 from mmkit.training import FitConfig, fit
 from mmkit.weights import WeightEntry, bundle
 
@@ -172,7 +172,7 @@ def store(model: Any, args: argparse.Namespace, classes: list[str], val: Views) 
         licence="Apache-2.0",
         command=f"python examples/train_gmm_small_dataset.py --data {args.data} --model {args.model}{small}{light} --img-size "
         f"{args.img_size} --epochs {args.epochs} --lr {args.lr} --batch-size {args.batch_size} --bundle {args.bundle}",
-        data=f"pictures drawn by mmkit.data.procedural: {len(classes)} shapes and textures, 150 training and 25 validation each",
+        data=f"pictures drawn by mmkit.data.drawn.pictures: {len(classes)} shapes and textures, 150 training and 25 validation each",
         seed=args.seed,
         score={"validation accuracy": right / len(val)},
         extra={"classes": classes, "mean": list(MEAN), "std": list(STD)},

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmkit.data.drawn.motion import BACKWARDS, MOTIONS, drawn_motion
 from mmkit.video import VideoClassifier
-from mmkit.video.drawn import BACKWARDS, MOTIONS, drawn_motion
 from mmkit.weights import WeightEntry, bundle
 
 SIZE, FRAMES = 32, 8

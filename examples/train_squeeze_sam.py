@@ -32,9 +32,9 @@ from PIL import Image
 from skimage.segmentation import felzenszwalb
 from torch import Tensor
 
-from mmkit.checkpoints import read_tensors, write_safetensors
-from mmkit.vision.click_training import distance_transform, iterative_loss, mask_iou, merge_held_objects, shown_mask
-from mmkit.vision.squeeze_sam import MEAN, SqueezeSAM, squeeze_sam_photo
+from mmkit.storage import read_tensors, write_safetensors
+from mmkit.vision.clicks.model import MEAN, SqueezeSAM, squeeze_sam_photo
+from mmkit.vision.clicks.training import distance_transform, iterative_loss, mask_iou, merge_held_objects, shown_mask
 
 FREE = ("CC-BY-2.0", "CC-BY-SA-2.0", "no-known-copyright-restrictions")
 """Licences of the COCO pictures that are trained on."""

@@ -21,8 +21,8 @@ _LAZY = {
     "create_backbone": "mmkit.backbones",
     "save_backbone": "mmkit.backbones",
     "backbone_info": "mmkit.backbones",
-    "list_models": "mmkit.modeling",
-    "create_model": "mmkit.modeling",
+    "list_models": "mmkit.backbones.model",
+    "create_model": "mmkit.backbones.model",
     "load_weights": "mmkit.weights",
     "list_weights": "mmkit.weights",
     "fit": "mmkit.training",
@@ -57,8 +57,8 @@ if TYPE_CHECKING:
     from mmkit.backbones import backbone_info as backbone_info
     from mmkit.backbones import create_backbone as create_backbone
     from mmkit.backbones import save_backbone as save_backbone
-    from mmkit.modeling import create_model as create_model
-    from mmkit.modeling import list_models as list_models
+    from mmkit.backbones.model import create_model as create_model
+    from mmkit.backbones.model import list_models as list_models
     from mmkit.pipelines import list_tasks as list_tasks
     from mmkit.pipelines import pipeline as pipeline
     from mmkit.training import FitConfig as FitConfig

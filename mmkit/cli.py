@@ -12,6 +12,7 @@ import typer
 
 from mmkit import __version__
 from mmkit.errors import MMKitError
+from mmkit.registry import COMMANDS
 
 app = typer.Typer(
     help="Adapt vision models: images, video, diffusion, 3D.", no_args_is_help=True, add_completion=False,
@@ -45,9 +46,7 @@ def demo(
 ) -> None:
     """Open the studio, or with --headless adapt the bundled ViT to handwritten digits and compare four methods."""
     if headless:
-        from mmkit.demo import run_demo
-
-        run_demo(output, epochs=epochs)
+        COMMANDS.get("demo")(output, epochs=epochs)
     else:
         _studio(None, port)
 
@@ -75,9 +74,8 @@ def finetune(
     ] = False,
 ) -> None:
     """Adapt a backbone to your own folder of images."""
-    from mmkit.finetune import prepare, report_table, train_prepared
-
-    prepared = prepare(
+    job = COMMANDS.get("finetune")
+    prepared = job.prepare(
         data, backbone, adapter, checkpoint_path=checkpoint, val=val, seed=seed, augment=augment,
         on_error="skip" if skip_bad else "raise",
     )  # fmt: skip
@@ -87,10 +85,10 @@ def finetune(
     )
     trained = f"{about['trainable_parameters']:,} of {about['total_parameters']:,} parameters"
     print(f"{adapter} trains {trained} at {len(about['sites'])} places.")
-    result = train_prepared(
+    result = job.train_prepared(
         prepared, output_dir=output, epochs=epochs, lr=lr, batch_size=batch_size, seed=seed, resume=not restart
     )
-    print("\n" + report_table([result.report]))
+    print("\n" + job.report_table([result.report]))
     print(f'\nSaved to {output}. Try it: mmkit predict IMAGE --model "{output}"')
 
 
@@ -104,9 +102,8 @@ def merge(
     from mmkit.adapters import attached_adapters
     from mmkit.backbones import backbone_info, save_backbone
     from mmkit.errors import InputError
-    from mmkit.finetune import load_finetuned
 
-    model = load_finetuned(adapter, backbone=backbone)
+    model = COMMANDS.get("finetune").load_finetuned(adapter, backbone=backbone)
     adapters = attached_adapters(model)
     if not adapters:
         raise InputError(f"{adapter} holds a whole model, there is nothing to merge.")
@@ -155,7 +152,7 @@ def info(path: Annotated[Path, typer.Argument(help="An adapter or model folder."
     import json
 
     from mmkit.adapters.files import CONFIG_NAME
-    from mmkit.checkpoints import read_json, require_folder
+    from mmkit.storage import read_json, require_folder
 
     folder = require_folder(path)
     config = read_json(folder / (CONFIG_NAME if (folder / CONFIG_NAME).exists() else "config.json"))
@@ -185,7 +182,7 @@ def _studio(name: str | None, port: int) -> None:
     from mmkit.errors import BackendUnavailableError
 
     try:
-        from mmkit.apps.frame import launch_studio
+        launch_studio = COMMANDS.get("studio")
     except ImportError as error:
         raise BackendUnavailableError(f"The studio needs gradio ({error}): pip install 'mmkit[apps]'") from error
     launch_studio([name] if name else None, port=port)

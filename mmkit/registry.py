@@ -61,7 +61,8 @@ class Registry:
         target = self._known[name]
         if isinstance(target, str):
             module, _, attribute = target.partition(":")
-            target = getattr(importlib.import_module(module), attribute)
+            target = importlib.import_module(module)
+            target = getattr(target, attribute) if attribute else target
             self._known[name] = target
         return target
 
@@ -75,11 +76,11 @@ ADAPTERS = Registry(
     "adapter",
     {
         "ssf": "mmkit.adapters.ssf:SSF",
-        "zeroi2v": "mmkit.video.zeroi2v:ZeroI2V",
+        "zeroi2v": "mmkit.video.zeroi2v.adapter:ZeroI2V",
         "bitfit": "mmkit.adapters.bitfit:BitFit",
         "linear_probe": "mmkit.adapters.linear_probe:LinearProbe",
         "peft": "mmkit.adapters.peft_bridge:PeftAdapter",
-        "gmm": "mmkit.vision.gmm_attention:GMMAdapter",
+        "gmm": "mmkit.vision.gmm.attention:GMMAdapter",
     },
     entry_point_group="mmkit.adapters",
 )
@@ -87,32 +88,32 @@ ADAPTERS = Registry(
 MODELS = Registry(
     "model",
     {
-        "gmm_vit": "mmkit.vision.gmm_models:gmm_vit",
-        "gmm_vit_base": "mmkit.vision.gmm_models:gmm_vit_base",
-        "gmm_vit_heat": "mmkit.vision.gmm_models:gmm_vit_heat",
-        "gmm_vit_d6": "mmkit.vision.gmm_models:gmm_vit_d6",
-        "gmm_vit_d15": "mmkit.vision.gmm_models:gmm_vit_d15",
-        "gmm_vit_d30": "mmkit.vision.gmm_models:gmm_vit_d30",
-        "gmm_cait": "mmkit.vision.gmm_models:gmm_cait",
-        "gmm_cait_tiny": "mmkit.vision.gmm_models:gmm_cait_tiny",
-        "gmm_t2t": "mmkit.vision.gmm_models:gmm_t2t",
-        "gmm_pit": "mmkit.vision.gmm_pyramids:gmm_pit",
-        "gmm_swin": "mmkit.vision.gmm_pyramids:gmm_swin",
-        "squeeze_sam_base": "mmkit.vision.squeeze_sam:squeeze_sam_base",
-        "squeeze_sam_small": "mmkit.vision.squeeze_sam:squeeze_sam_small",
-        "squeeze_sam_tiny": "mmkit.vision.squeeze_sam:squeeze_sam_tiny",
-        "squeeze_sam_photo": "mmkit.vision.squeeze_sam:squeeze_sam_photo",
-        "lightm_unet_2d": "mmkit.vision.lightm_unet:lightm_unet_2d",
-        "lightm_unet_3d": "mmkit.vision.lightm_unet:lightm_unet_3d",
-        "lightm_unet_2d_tiny": "mmkit.vision.lightm_unet:lightm_unet_2d_tiny",
-        "lightm_unet_3d_tiny": "mmkit.vision.lightm_unet:lightm_unet_3d_tiny",
-        "video_classifier": "mmkit.video.models:VideoClassifier",
-        "zeroi2v_clip_b16_8f": "mmkit.video.models:zeroi2v_clip_b16_8f",
-        "zeroi2v_clip_b16_16f_ssv2": "mmkit.video.models:zeroi2v_clip_b16_16f_ssv2",
-        "zeroi2v_clip_b16_32f": "mmkit.video.models:zeroi2v_clip_b16_32f",
-        "zeroi2v_clip_l14_8f": "mmkit.video.models:zeroi2v_clip_l14_8f",
-        "zeroi2v_clip_l14_32f": "mmkit.video.models:zeroi2v_clip_l14_32f",
-        "zeroi2v_clip_l14_32f_ssv2": "mmkit.video.models:zeroi2v_clip_l14_32f_ssv2",
+        "gmm_vit": "mmkit.vision.gmm.model:gmm_vit",
+        "gmm_vit_base": "mmkit.vision.gmm.model:gmm_vit_base",
+        "gmm_vit_heat": "mmkit.vision.gmm.model:gmm_vit_heat",
+        "gmm_vit_d6": "mmkit.vision.gmm.model:gmm_vit_d6",
+        "gmm_vit_d15": "mmkit.vision.gmm.model:gmm_vit_d15",
+        "gmm_vit_d30": "mmkit.vision.gmm.model:gmm_vit_d30",
+        "gmm_cait": "mmkit.vision.gmm.model:gmm_cait",
+        "gmm_cait_tiny": "mmkit.vision.gmm.model:gmm_cait_tiny",
+        "gmm_t2t": "mmkit.vision.gmm.model:gmm_t2t",
+        "gmm_pit": "mmkit.vision.gmm.pyramids:gmm_pit",
+        "gmm_swin": "mmkit.vision.gmm.pyramids:gmm_swin",
+        "squeeze_sam_base": "mmkit.vision.clicks.model:squeeze_sam_base",
+        "squeeze_sam_small": "mmkit.vision.clicks.model:squeeze_sam_small",
+        "squeeze_sam_tiny": "mmkit.vision.clicks.model:squeeze_sam_tiny",
+        "squeeze_sam_photo": "mmkit.vision.clicks.model:squeeze_sam_photo",
+        "lightm_unet_2d": "mmkit.vision.medical.model:lightm_unet_2d",
+        "lightm_unet_3d": "mmkit.vision.medical.model:lightm_unet_3d",
+        "lightm_unet_2d_tiny": "mmkit.vision.medical.model:lightm_unet_2d_tiny",
+        "lightm_unet_3d_tiny": "mmkit.vision.medical.model:lightm_unet_3d_tiny",
+        "video_classifier": "mmkit.video.zeroi2v.model:VideoClassifier",
+        "zeroi2v_clip_b16_8f": "mmkit.video.zeroi2v.model:zeroi2v_clip_b16_8f",
+        "zeroi2v_clip_b16_16f_ssv2": "mmkit.video.zeroi2v.model:zeroi2v_clip_b16_16f_ssv2",
+        "zeroi2v_clip_b16_32f": "mmkit.video.zeroi2v.model:zeroi2v_clip_b16_32f",
+        "zeroi2v_clip_l14_8f": "mmkit.video.zeroi2v.model:zeroi2v_clip_l14_8f",
+        "zeroi2v_clip_l14_32f": "mmkit.video.zeroi2v.model:zeroi2v_clip_l14_32f",
+        "zeroi2v_clip_l14_32f_ssv2": "mmkit.video.zeroi2v.model:zeroi2v_clip_l14_32f_ssv2",
     },
     entry_point_group="mmkit.models",
 )
@@ -120,11 +121,11 @@ MODELS = Registry(
 TASKS = Registry(
     "task",
     {
-        "mask-explorer": "mmkit.vision.gmm_explorer:MaskExplorer",
-        "medical-segmentation": "mmkit.vision.medical:MedicalSegmentationPipeline",
-        "interactive-segmentation": "mmkit.vision.interactive:InteractiveSegmenter",
-        "image-classification": "mmkit.pipelines:ImageClassificationPipeline",
-        "video-classification": "mmkit.video.classification:VideoClassificationPipeline",
+        "mask-explorer": "mmkit.vision.gmm.pipeline:MaskExplorer",
+        "medical-segmentation": "mmkit.vision.medical.pipeline:MedicalSegmentationPipeline",
+        "interactive-segmentation": "mmkit.vision.clicks.pipeline:InteractiveSegmenter",
+        "image-classification": "mmkit.vision.classification.pipeline:ImageClassificationPipeline",
+        "video-classification": "mmkit.video.zeroi2v.pipeline:VideoClassificationPipeline",
     },
 )
 
@@ -136,5 +137,14 @@ APPS = Registry(
         "medical": "mmkit.apps.medical:APP",
         "finetune": "mmkit.apps.finetune:APP",
         "video": "mmkit.apps.video:APP",
+    },
+)
+
+COMMANDS = Registry(  # what `mmkit <command>` runs, so that the core need not know the domains
+    "command",
+    {
+        "demo": "mmkit.vision.classification.demo:run_demo",
+        "finetune": "mmkit.vision.classification.training",
+        "studio": "mmkit.apps.frame:launch_studio",
     },
 )

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from mmkit.checkpoints import atomic_write
 from mmkit.errors import InputError
+from mmkit.storage import atomic_write
 
 
 def write_video(

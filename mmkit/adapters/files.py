@@ -16,9 +16,9 @@ from torch import nn
 
 from mmkit import __version__
 from mmkit.adapters.core import Adapter, AdapterStack
-from mmkit.checkpoints import read_json, read_tensors, require_folder, write_json, write_safetensors
 from mmkit.errors import CheckpointError, InputError
 from mmkit.registry import ADAPTERS
+from mmkit.storage import read_json, read_tensors, require_folder, write_json, write_safetensors
 
 FORMAT_VERSION = 1
 CONFIG_NAME = "adapter_config.json"

@@ -19,8 +19,8 @@ from torch import nn
 
 from mmkit.adapters import hooks
 from mmkit.adapters.core import Adapter, AdapterConfig, AdapterStack, Edit, attached_adapters, register_adapter
-from mmkit.checkpoints import read_json, read_tensors, write_json, write_safetensors
 from mmkit.errors import CheckpointError, InputError, NotMergeableError, nearest
+from mmkit.storage import read_json, read_tensors, write_json, write_safetensors
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from mmkit.adapters.core import AdapterConfig, Edit, register_adapter
 from mmkit.adapters.hooks import ForwardOverride, InProjection, named_plain_modules, override_forward
 from mmkit.adapters.sites import SiteAdapter
-from mmkit.checkpoints import load_state, read_tensors
 from mmkit.errors import NotMergeableError
+from mmkit.storage import load_state, read_tensors
 
 _CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORM = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from mmkit.backbones.info import BackboneInfo, backbone_info, describe
-from mmkit.checkpoints import load_state, read_json, read_tensors, write_json, write_safetensors
 from mmkit.errors import CheckpointError, InputError, nearest
+from mmkit.storage import load_state, read_json, read_tensors, write_json, write_safetensors
 from mmkit.weights import list_weights, load_tensors, weight_entry
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ _LAZY = {
     "FitResult": "mmkit.training.config",
     "StepInfo": "mmkit.training.config",
     "fit": "mmkit.training.loop",
-    "load_trained": "mmkit.training.checkpoint",
+    "load_trained": "mmkit.storage.runs",
     "accuracy": "mmkit.training.metrics",
     "confusion_matrix": "mmkit.training.metrics",
     "predict_logits": "mmkit.training.metrics",
@@ -18,7 +18,7 @@ _LAZY = {
 __all__ = sorted(_LAZY)
 
 if TYPE_CHECKING:
-    from mmkit.training.checkpoint import load_trained as load_trained
+    from mmkit.storage.runs import load_trained as load_trained
     from mmkit.training.config import FitConfig as FitConfig
     from mmkit.training.config import FitResult as FitResult
     from mmkit.training.config import StepInfo as StepInfo

@@ -6,8 +6,8 @@ import csv
 from pathlib import Path
 from typing import Any
 
-from mmkit.checkpoints import atomic_write
 from mmkit.errors import BackendUnavailableError
+from mmkit.storage import atomic_write
 
 
 class RunLog:

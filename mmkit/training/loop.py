@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmkit.checkpoints import write_json
 from mmkit.errors import CheckpointError, InputError, TrainingError, nearest
-from mmkit.training import checkpoint as ckpt
+from mmkit.storage import runs as ckpt
+from mmkit.storage import write_json
 from mmkit.training.config import FitConfig, FitResult, StepInfo
 from mmkit.training.loading import (
     EvalLoader,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mmkit.errors import InputError, nearest
-from mmkit.training import checkpoint as ckpt
+from mmkit.storage import runs as ckpt
 from mmkit.training.config import FitConfig
 
 

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmkit.checkpoints import load_state, read_json, read_tensors, write_json, write_safetensors
 from mmkit.errors import CheckpointError, InputError, nearest
+from mmkit.storage import load_state, read_json, read_tensors, write_json, write_safetensors
 
 FOLDER = Path(__file__).parent
 MANIFEST = FOLDER / "manifest.json"
@@ -98,7 +98,7 @@ def load_weights(name: str) -> nn.Module:
         from mmkit.backbones import create_backbone
 
         return create_backbone(f"mmkit:{name}").eval()
-    from mmkit.modeling import create_model
+    from mmkit.backbones.model import create_model
 
     model = create_model(entry.model, **entry.config)
     load_state(model, load_tensors(name), source=str(entry.path))

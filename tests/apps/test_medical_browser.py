@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from mmkit.apps.medical import model_choices
-from mmkit.vision.medical_training import sample_picture
+from mmkit.vision.medical.training import sample_picture
 
 pytestmark = [
     pytest.mark.browser,

@@ -13,8 +13,8 @@ pytest.importorskip("gradio")
 
 from mmkit.apps import medical
 from mmkit.errors import InputError
-from mmkit.vision.medical import SegmentationResult
-from mmkit.vision.medical_training import sample_picture, sample_volume
+from mmkit.vision.medical.pipeline import SegmentationResult
+from mmkit.vision.medical.training import sample_picture, sample_volume
 
 pytestmark = pytest.mark.skipif(len(medical.model_choices()) < 2, reason="the bundled models are not installed")
 

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from mmkit.apps.segment import SESSIONS
-from mmkit.vision.click_metrics import iou
-from mmkit.vision.interactive import rle_to_mask
+from mmkit.vision.clicks.metrics import iou
+from mmkit.vision.clicks.pipeline import rle_to_mask
 
 pytestmark = pytest.mark.browser
 

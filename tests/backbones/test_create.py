@@ -10,8 +10,8 @@ import torch
 
 from mmkit.adapters import apply_adapter
 from mmkit.backbones import backbone_info, create_backbone, head_name, save_backbone
-from mmkit.checkpoints import write_safetensors
 from mmkit.errors import CheckpointError, InputError
+from mmkit.storage import write_safetensors
 
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
 

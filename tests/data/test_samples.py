@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mmkit.data import ImageTransform, ProceduralImages, array_dataset, load_digits, split_dataset
-from mmkit.data.procedural import class_names, draw
+from mmkit.data.drawn.pictures import class_names, draw
 from mmkit.errors import InputError
 
 

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from mmkit.modeling import load_official_checkpoint
-from mmkit.vision.gmm_attention import GaussianMixtureMask
-from mmkit.vision.gmm_models import GMMT2T, GMMCaiT, GMMViT
-from mmkit.vision.gmm_pyramids import GMMPiT, GMMSwin
+from mmkit.backbones.model import load_official_checkpoint
+from mmkit.vision.gmm.attention import GaussianMixtureMask
+from mmkit.vision.gmm.model import GMMT2T, GMMCaiT, GMMViT
+from mmkit.vision.gmm.pyramids import GMMPiT, GMMSwin
 
 CLASSES = {
     "ViT": GMMViT,

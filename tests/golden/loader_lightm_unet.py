@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mmkit.checkpoints import load_state, read_tensors
-from mmkit.modeling import load_official_checkpoint
+from mmkit.backbones.model import load_official_checkpoint
 from mmkit.ops import Mamba, selective_scan
-from mmkit.vision.lightm_unet import LightMUNet
+from mmkit.storage import load_state, read_tensors
+from mmkit.vision.medical.model import LightMUNet
 
 BACKENDS = ("cpu", "torch", "reference")
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from mmkit.modeling import load_official_checkpoint
-from mmkit.vision.squeeze_sam import SqueezeSAM, config_from_official
+from mmkit.backbones.model import load_official_checkpoint
+from mmkit.vision.clicks.model import SqueezeSAM, config_from_official
 
 
 def run(case: Path, meta: dict[str, Any]) -> None:

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from timm.layers import Attention
 
-from mmkit.modeling import load_official_checkpoint
-from mmkit.video.models import VideoClassifier, clip_vit, own_key, zeroi2v_from_official
-from mmkit.video.zeroi2v import head_offsets_from_div, shift_heads
+from mmkit.backbones.model import load_official_checkpoint
+from mmkit.video.zeroi2v.adapter import head_offsets_from_div, shift_heads
+from mmkit.video.zeroi2v.model import VideoClassifier, clip_vit, own_key, zeroi2v_from_official
 
 
 def run(case: Path, meta: dict[str, Any]) -> None:

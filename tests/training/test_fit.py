@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 import mmkit
 from mmkit.errors import InputError, TrainingError
+from mmkit.storage.runs import list_checkpoints
 from mmkit.training import FitConfig, fit
-from mmkit.training.checkpoint import list_checkpoints
 
 QUIET = {"progress": False, "device": "cpu"}
 

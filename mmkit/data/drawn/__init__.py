@@ -1,0 +1,1 @@
+"""Drawn data: pictures, clips and scans made by a seed, for tests, examples and bundled weights."""

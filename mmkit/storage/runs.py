@@ -1,0 +1,311 @@
+"""Training checkpoints: folders of safetensors and JSON that appear complete or not at all, and hold no pickled code.
+
+A checkpoint is `checkpoints/step_00000120/` with
+
+- `weights.safetensors`: the trainable parameters and all buffers (frozen weights are not repeated),
+- `optimizer.safetensors`: the optimiser's tensors as `<parameter>/<key>`,
+- `best.safetensors`, `ema.safetensors`: when there are such weights,
+- `rng_<process>.safetensors`: the random states of each process,
+- `state.json`: step, history, scalars, the run's fingerprint, and the sha256 of every other file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mmkit.errors import CheckpointError
+from mmkit.storage import read_json, read_tensors, write_json, write_safetensors
+
+FORMAT = 1
+_NAME = re.compile(r"step_(\d{8,})")
+
+
+# ---------------------------------------------------------------------------------------------- tensors of a module
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole tensor on the CPU; gathers the shards of FSDP2 (all processes must call it)."""
+    tensor = tensor.detach()
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).cpu()
+
+
+def _fill(target: Tensor, value: Tensor) -> None:
+    """Copy a whole tensor into `target`, sharding it as `target` is."""
+    target.detach().copy_(shard_like(target, value))
+
+
+def shard_like(target: Tensor, value: Tensor) -> Tensor:
+    """`value` on the device of `target`, split over the processes as `target` is."""
+    value = value.to(target.device)
+    if hasattr(target, "full_tensor"):
+        from torch.distributed.tensor import distribute_tensor
+
+        return distribute_tensor(value, target.device_mesh, target.placements)  # type: ignore[attr-defined]
+    return value
+
+
+def _trained(module: nn.Module) -> dict[str, Tensor]:
+    """What training can change: the trainable parameters and the persistent buffers."""
+    state: dict[str, Tensor] = {k: p for k, p in module.named_parameters() if p.requires_grad}
+    caches = {
+        id(b)
+        for m in module.modules()
+        for k, b in m.named_buffers(recurse=False)
+        if k in m._non_persistent_buffers_set  # left out of state_dict() as well
+    }
+    return state | {k: b for k, b in module.named_buffers() if id(b) not in caches}
+
+
+def module_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Copies, on the CPU, of what training can change in `module`: trainable parameters and buffers, by name."""
+    return {k: whole(v).clone() for k, v in _trained(module).items()}
+
+
+def load_module_tensors(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Put `tensors` back; raises `CheckpointError`, changing nothing, when names or shapes differ."""
+    own = _trained(module)
+    wrong = [k for k in own.keys() & tensors.keys() if own[k].shape != tensors[k].shape]
+    if own.keys() != tensors.keys() or wrong:
+        differ = sorted(own.keys() ^ tensors.keys()) or sorted(wrong)
+        raise CheckpointError(
+            f"{source} belongs to another model or adapter: {len(differ)} tensors differ, such as "
+            f"{', '.join(differ[:4])}."
+        )
+    for key, value in tensors.items():
+        _fill(own[key], value)
+
+
+def optimizer_tensors(names: list[str], optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The optimiser's state: (tensors by `<parameter>/<key>`, JSON-friendly rest). `names`: in the groups' order."""
+    tensors: dict[str, Tensor] = {}
+    scalars: dict[str, dict[str, Any]] = {}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for name, parameter in zip(names, parameters, strict=True):
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                tensors[f"{name}/{key}"] = whole(value)
+            else:
+                scalars.setdefault(name, {})[key] = value
+    groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    return tensors, {"state": scalars, "param_groups": groups}
+
+
+def load_optimizer_tensors(
+    names: list[str], optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]
+) -> None:
+    """The inverse of `optimizer_tensors`."""
+    parameters = dict(zip(names, (p for group in optimizer.param_groups for p in group["params"]), strict=True))
+    state: dict[int, dict[str, Any]] = {}
+    index = {name: i for i, name in enumerate(names)}
+    for key, value in tensors.items():
+        name, _, entry = key.rpartition("/")
+        like_parameter = value.shape == parameters[name].shape and value.ndim > 0
+        state.setdefault(index[name], {})[entry] = shard_like(parameters[name], value) if like_parameter else value
+    for name, entries in rest["state"].items():
+        state.setdefault(index[name], {}).update(entries)
+    current = optimizer.state_dict()["param_groups"]
+    groups = [
+        {**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}, "params": group["params"]}
+        for saved, group in zip(rest["param_groups"], current, strict=True)
+    ]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+# ------------------------------------------------------------------------------------------------------ random state
+
+
+def capture_rng() -> tuple[Any, ...]:
+    """The random states of Python, numpy, torch and the current GPU as they are; cheap enough for every step."""
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
+
+
+def rng_state(captured: tuple[Any, ...] | None = None) -> dict[str, Tensor]:
+    """The current (or `captured`) random states as numeric tensors."""
+    python, array, tensor, cuda = captured or capture_rng()
+    version, words, gauss = python
+    _, keys, position, has_gauss, cached = array
+    state = {
+        "python": torch.tensor([version, *words], dtype=torch.int64),
+        "python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
+        "numpy": torch.from_numpy(np.asarray(keys, dtype=np.int64)),
+        "numpy_position": torch.tensor([position, has_gauss], dtype=torch.int64),
+        "numpy_gauss": torch.tensor([cached], dtype=torch.float64),
+        "torch": tensor,
+    }
+    if cuda is not None:
+        state["cuda"] = cuda
+    return state
+
+
+def set_rng_state(state: Mapping[str, Tensor]) -> None:
+    """Put the random states of `rng_state` back."""
+    version, *words = state["python"].tolist()
+    gauss = state["python_gauss"].tolist()
+    random.setstate((version, tuple(words), gauss[0] if gauss else None))
+    position, has_gauss = state["numpy_position"].tolist()
+    keys = state["numpy"].numpy().astype(np.uint32)
+    np.random.set_state(("MT19937", keys, position, has_gauss, state["numpy_gauss"].item()))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+# ------------------------------------------------------------------------------------------------------------ folders
+
+
+class CheckpointWriter:
+    """Write one checkpoint from all processes: into a hidden folder first, renamed when everything is on the disk.
+
+    Args:
+        folder: the final folder.
+        rank: this process; process 0 writes everything but the other processes' random states.
+        barrier: waits for all processes.
+    """
+
+    def __init__(self, folder: Path, rank: int = 0, barrier: Any = lambda: None) -> None:
+        self.folder, self.rank, self.barrier = folder, rank, barrier
+        self.temporary = folder.parent / f".{folder.name}.tmp"
+
+    def write(
+        self, files: Mapping[str, Mapping[str, Tensor]], rng: Mapping[str, Tensor], state: dict[str, Any]
+    ) -> None:
+        """Write `files` (tensors by stem), this process's `rng`, and `state`; replaces a folder of the same name."""
+        if self.rank == 0:
+            shutil.rmtree(self.temporary, ignore_errors=True)
+            self.temporary.mkdir(parents=True)
+        self.barrier()
+        write_safetensors(self.temporary / f"rng_{self.rank}.safetensors", rng)
+        self.barrier()
+        if self.rank == 0:
+            for stem, tensors in files.items():
+                write_safetensors(self.temporary / f"{stem}.safetensors", tensors)
+            digests = {p.name: _sha256(p) for p in sorted(self.temporary.glob("*.safetensors"))}
+            write_json(self.temporary / "state.json", {"format": FORMAT, **state, "files": digests})
+            _sync_folder(self.temporary)
+            if self.folder.exists():
+                _remove(self.folder)
+            os.rename(self.temporary, self.folder)
+            _sync_folder(self.folder.parent)
+        self.barrier()
+
+
+def checkpoint_name(step: int) -> str:
+    """The folder name of the checkpoint after `step` optimiser steps."""
+    return f"step_{step:08d}"
+
+
+def list_checkpoints(root: Path) -> list[Path]:
+    """The complete checkpoint folders in `root`, oldest first."""
+    found = [p for p in root.glob("step_*") if _NAME.fullmatch(p.name) and p.is_dir()] if root.is_dir() else []
+    return sorted(found, key=lambda p: int(p.name[5:]))
+
+
+def prune_checkpoints(root: Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints, and left-over half-written ones."""
+    for folder in list_checkpoints(root)[:-keep]:
+        _remove(folder)
+    for pattern in (".step_*.tmp", ".step_*.old", ".failed_at_*"):
+        for folder in root.glob(pattern):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_checkpoints(root: Path, after: int = -1) -> None:
+    """Delete the checkpoints of an earlier run beyond step `after`, including those saved by a failure."""
+    for folder in list_checkpoints(root):
+        if int(folder.name[5:]) > after:
+            _remove(folder)
+    for folder in root.glob("failed_at_*"):
+        _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    hidden = folder.with_name(f".{folder.name}.old")  # renamed first: a half-deleted one must not look complete
+    shutil.rmtree(hidden, ignore_errors=True)
+    os.rename(folder, hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
+def read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
+    """`(state, tensors by file stem)` of a checkpoint whose files all carry the recorded sha256.
+
+    Raises:
+        CheckpointError: missing, damaged or of an unknown format.
+    """
+    state = read_json(folder / "state.json")
+    if not isinstance(state, dict) or state.get("format") != FORMAT or not isinstance(state.get("files"), dict):
+        raise CheckpointError(f"{folder} is not a training checkpoint of format {FORMAT}.")
+    tensors = {}
+    for name, digest in state["files"].items():
+        path = folder / name
+        if not path.is_file() or path.parent != folder or _sha256(path) != digest:
+            raise CheckpointError(f"{path} is missing or damaged; use an earlier checkpoint.")
+        tensors[path.stem] = read_tensors(path, allow_pickle_format=False)
+    return state, tensors
+
+
+def newest_checkpoint(root: Path) -> tuple[Path, dict[str, Any], dict[str, dict[str, Tensor]]] | None:
+    """The newest readable checkpoint in `root`, or None; damaged ones are passed over with a warning."""
+    for folder in reversed(list_checkpoints(root)):
+        try:
+            return folder, *read_checkpoint(folder)
+        except CheckpointError as error:
+            warnings.warn(f"Passing over a damaged checkpoint: {error}", stacklevel=2)
+    return None
+
+
+def find_checkpoint(folder: Path) -> tuple[Path, dict[str, Any], dict[str, dict[str, Tensor]]] | None:
+    """The checkpoint at `folder`: one itself, or the newest of an `output_dir` or its `checkpoints` folder."""
+    if (folder / "state.json").is_file():
+        return folder, *read_checkpoint(folder)
+    return newest_checkpoint(folder / "checkpoints") or newest_checkpoint(folder)
+
+
+def load_trained(folder: str | os.PathLike[str], model: nn.Module, adapter: nn.Module | None = None) -> None:
+    """Put the newest checkpoint of an `output_dir` into a fresh model (and adapter), for example after FSDP training.
+
+    The parameters that were trained must have `requires_grad`, as when `fit` ran.
+    Raises `CheckpointError` when there is no checkpoint or it belongs to another model.
+    """
+    found = find_checkpoint(Path(folder))
+    if found is None:
+        raise CheckpointError(f"{folder} holds no training checkpoint.")
+    path, _, tensors = found
+    holder = nn.Module()
+    holder.model = model
+    if adapter is not None:
+        holder.adapter = adapter
+    load_module_tensors(holder, tensors["weights"], str(path))
+
+
+def differing(saved: Mapping[str, Any], now: Mapping[str, Any], keys: Iterable[str] | None = None) -> list[str]:
+    """Readable differences `key: saved -> now` of two fingerprints."""
+    now = json.loads(json.dumps(now))
+    return [f"{k}: {saved.get(k)!r} -> {now.get(k)!r}" for k in (keys or now) if saved.get(k) != now.get(k)]
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "posix":  # Windows cannot open a folder; the rename is atomic there as well
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

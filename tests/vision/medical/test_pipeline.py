@@ -1,0 +1,246 @@
+"""The medical pipeline: windows, volumes and pictures in, measures and files out, bad input refused."""
+
+from __future__ import annotations
+
+import json
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import mmkit
+from mmkit.errors import InputError
+from mmkit.vision.medical.model import LightMUNet
+from mmkit.vision.medical.pipeline import (
+    SegmentationResult,
+    Volume,
+    dice,
+    load_labels,
+    load_volume,
+    normalise,
+    sliding_window,
+)
+from mmkit.vision.medical.training import Patches, dice_ce_loss, dice_per_class
+
+
+class Threshold(nn.Module):
+    """A 'network' whose class 1 is every pixel above zero: the right answer is known."""
+
+    multiple = 4
+
+    def __init__(self, dims: int = 2, channels: int = 1, classes: int = 2):
+        super().__init__()
+        self.spatial_dims, self.in_channels, self.out_channels = dims, channels, classes
+        self.scale = nn.Parameter(torch.tensor(50.0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        assert all(s % self.multiple == 0 for s in x.shape[2:])
+        value = x.mean(1, keepdim=True) * self.scale
+        return torch.cat([-value, value, *([-value.abs() - 9] * (self.out_channels - 2))], 1)
+
+
+def segmenter(dims: int = 2, **options):
+    return mmkit.pipeline("medical-segmentation", Threshold(dims), **options)
+
+
+def blob(shape: tuple[int, ...]) -> np.ndarray:
+    grid = np.indices(shape) - np.array(shape).reshape(-1, *[1] * len(shape)) / 2
+    return ((grid**2).sum(0) < (min(shape) / 4) ** 2).astype(np.float32)
+
+
+@pytest.mark.parametrize("size", [(7, 5), (16, 16), (50, 33)])
+@pytest.mark.parametrize("overlap", [0.0, 0.5, 0.75])
+def test_windows_reproduce_a_pixelwise_model(size: tuple[int, int], overlap: float) -> None:
+    x = torch.randn(1, *size)
+    seen = []
+    found = sliding_window(Threshold(), x, (16, 16), overlap=overlap, on_progress=lambda *a: seen.append(a))
+    torch.testing.assert_close(
+        found,
+        Threshold()(torch.nn.functional.pad(x, (0, -size[1] % 4, 0, -size[0] % 4))[None])[0].softmax(0)[
+            :, : size[0], : size[1]
+        ],
+    )
+    assert seen[-1][0] == seen[-1][1]
+
+
+def test_windows_refuse_overflow_and_bad_overlap() -> None:
+    with pytest.raises(InputError, match="not finite"):
+        sliding_window(lambda x: x * float("inf"), torch.randn(2, 8, 8), (8, 8))
+    with pytest.raises(InputError, match="overlap"):
+        sliding_window(Threshold(), torch.randn(1, 8, 8), (8, 8), overlap=1.0)
+    with pytest.raises(InputError, match="batch_size"):
+        sliding_window(Threshold(), torch.randn(1, 8, 8), (8, 8), batch_size=0)
+
+
+def test_picture_in_mask_out(tmp_path) -> None:
+    truth = blob((60, 44))
+    Image.fromarray((truth * 200 + 20).astype(np.uint8)).save(tmp_path / "cell.png")
+    result = segmenter(window=32, classes=("nothing", "cell"))(tmp_path / "cell.png", tta=True)
+    assert np.array_equal(result.mask, truth.astype(np.uint8))
+    (row,) = result.measures(truth.astype(np.uint8))
+    assert row["class"] == "cell"
+    assert row["pixels"] == row["area_px"] == int(truth.sum())
+    assert (row["objects"], row["dice"]) == (1, 1.0)
+    folder = result.save(tmp_path / "out")
+    assert {f.name for f in folder.iterdir()} == {"mask.png", "overlay.png", "measures.json"}
+    assert np.array_equal(np.asarray(Image.open(folder / "mask.png")), result.mask)
+    assert json.loads((folder / "measures.json").read_text())["classes"][0]["objects"] == 1
+    painted = np.asarray(result.overlay(opacity=1.0))
+    assert (painted[truth > 0] == (230, 75, 53)).all()
+    assert np.array_equal(painted[truth == 0], result.image[truth == 0])
+
+
+def test_volume_keeps_spacing_and_affine(tmp_path) -> None:
+    truth = blob((20, 24, 18))
+    affine = np.array([[0, -0.5, 0, 3], [2, 0, 0, 1], [0, 0, 1.5, 7], [0, 0, 0, 1.0]])
+    nibabel.save(nibabel.Nifti1Image(truth * 900, affine), tmp_path / "scan.nii.gz")
+    result = segmenter(3, window=16)(tmp_path / "scan.nii.gz")
+    assert np.array_equal(result.mask, truth.astype(np.uint8))
+    assert result.spacing == pytest.approx((2.0, 0.5, 1.5))
+    assert result.measures()[0]["volume_mm3"] == pytest.approx(truth.sum() * 1.5)
+    back = nibabel.load(result.save(tmp_path / "mask.nii.gz"))
+    assert np.array_equal(np.asarray(back.dataobj), result.mask)
+    np.testing.assert_allclose(back.affine, affine)
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["mask.nii.gz", "scan.nii.gz"]
+    array = segmenter(3)(truth, spacing=(2, 2, 2))
+    assert array.measures()[0]["volume_mm3"] == truth.sum() * 8
+    assert result.best_slice() == 9
+    assert result.overlay(index=99, axis=0).size == (24, 18)
+    with pytest.raises(InputError, match="axis must be"):
+        result.overlay(axis=3)
+    with pytest.raises(InputError, match=r"\.nii\.gz"):
+        result.save(tmp_path / "mask.png")
+    with pytest.raises(InputError, match="suffix"):
+        result.save(tmp_path / "mask.mha")
+
+
+def test_unusable_volumes_are_named(tmp_path) -> None:
+    good = tmp_path / "good.nii.gz"
+    nibabel.save(nibabel.Nifti1Image(np.random.default_rng(0).random((30, 30, 30)).astype(np.float32), np.eye(4)), good)
+    (tmp_path / "cut.nii.gz").write_bytes(good.read_bytes()[:4000])
+    (tmp_path / "text.nii").write_text("not a volume")
+    for name, message in [("cut.nii.gz", "truncated"), ("text.nii", "cannot be read"), ("none.nii", "does not exist")]:
+        with pytest.raises(InputError, match=message):
+            load_volume(tmp_path / name)
+    plain = tmp_path / "plain.nii"
+    nibabel.save(nibabel.Nifti1Image(np.zeros((4, 4, 4), np.float32), np.eye(4)), plain)
+    for name, place, value in [("type", 70, 1234), ("size", 42, -5), ("end", 42, 40)]:
+        damaged = bytearray(plain.read_bytes())
+        damaged[place : place + 2] = value.to_bytes(2, "little", signed=True)
+        (tmp_path / f"{name}.nii").write_bytes(damaged)
+        with pytest.raises(InputError, match="cannot be read"):
+            load_volume(tmp_path / f"{name}.nii")
+    nan = np.zeros((4, 4, 4), np.float32)
+    nan[1, 1, 1:3] = np.nan, np.inf
+    with pytest.raises(InputError, match="2 NaN or infinite"):
+        load_volume(nan)
+    with pytest.raises(InputError, match="2 NaN or infinite"):
+        load_volume(Volume(nan, (1.0, 1.0, 1.0), np.eye(4)))
+    with pytest.raises(InputError, match="spacing"):
+        load_volume(np.zeros((4, 4, 4)), spacing=(1, float("nan"), 1))
+    with pytest.raises(InputError, match="one time point"):
+        load_volume(np.zeros((4, 4, 4, 3)))
+    assert load_volume(np.zeros((4, 5, 6, 1))).data.shape == (4, 5, 6)
+    with pytest.raises(InputError, match="spacing"):
+        load_volume(np.zeros((4, 4, 4)), spacing=(1, 0, 1))
+    with pytest.raises(InputError, match="real numbers"):
+        load_volume(np.zeros((4, 4, 4), complex))
+
+
+def test_a_picture_for_a_volume_network_and_the_reverse() -> None:
+    with pytest.raises(InputError, match="segments pictures"):
+        segmenter()(np.zeros((8, 8, 8)))
+    with pytest.raises(InputError, match="segments volumes"):
+        segmenter(3)("photo.png")
+    with pytest.raises(InputError, match="three axes"):
+        segmenter(3)(np.zeros((8, 8)))
+    with pytest.raises(InputError, match="2 classes, but 3"):
+        segmenter(classes=("a", "b", "c"))
+    with pytest.raises(InputError, match="window"):
+        segmenter(window=(8, 8, 8))
+    with pytest.raises(InputError, match="lacks the attribute"):
+        mmkit.pipeline("medical-segmentation", nn.Identity())
+
+
+def test_labels_and_dice(tmp_path) -> None:
+    ids = np.arange(12, dtype=np.uint16).reshape(3, 4) * 100
+    Image.fromarray(ids).save(tmp_path / "ids.png")
+    assert load_labels(tmp_path / "ids.png", 2).sum() == 11
+    with pytest.raises(InputError, match=r"0\.\.2"):
+        load_labels(ids, 3)
+    a = np.array([[1, 1, 0, 2]])
+    assert dice(a, np.array([[1, 0, 0, 2]]), 1) == pytest.approx(2 / 3)
+    assert dice(a, a, 5) == 1.0
+    with pytest.raises(InputError, match="must be equal"):
+        dice(a, a.T, 1)
+
+
+def test_loss_is_zero_for_a_perfect_guess_and_counts_foreground_only() -> None:
+    labels = torch.tensor([[[0, 1], [2, 0]]])
+    perfect = 50 * nn.functional.one_hot(labels, 3).movedim(-1, 1).float()
+    assert dice_ce_loss(perfect, labels) < 1e-4
+    uniform = torch.zeros(1, 3, 2, 2)
+    soft = 2 * (1 / 3) / (4 / 3 + 1)
+    assert dice_ce_loss(uniform, labels).item() == pytest.approx(np.log(3) + 1 - soft, abs=1e-4)
+
+
+def test_patches_are_cut_consistently_and_find_rare_foreground() -> None:
+    labels = torch.zeros(64, 40, dtype=torch.long)
+    labels[50, 3] = 1
+    image = labels[None].float()
+    patches = Patches([(image, labels)], (16, 48), 40, foreground=1.0, turn=False)
+    for x, y in (patches[i] for i in range(40)):
+        assert (x.shape, y.shape) == ((1, 16, 48), (16, 48))
+        assert y.sum() == 1
+        assert x[0].argmax() == y.flatten().argmax()
+    with pytest.raises(InputError, match="do not fit"):
+        Patches([(image, labels.T)], (16, 16), 4)
+
+
+def test_fit_trains_a_network_through_the_public_loop() -> None:
+    from mmkit.vision.medical.training import segmentation_loss
+
+    truth = torch.from_numpy(blob((32, 32))).long()
+    case = (normalise(truth[None].float() + 0.1 * torch.randn(1, 32, 32)), truth)
+    model = LightMUNet(2, 8, 1, 2, blocks_down=(1, 1), blocks_up=(1,))
+    config = mmkit.FitConfig(max_steps=40, batch_size=2, lr=1e-2, progress=False)
+    mmkit.fit(model, Patches([case], (16, 16), 80), loss_fn=segmentation_loss, config=config)
+    assert dice_per_class(model, [case], (32, 32), 2)[0] > 0.6  # everything as foreground scores 0.33
+
+
+def test_a_saved_folder_can_be_the_model(tmp_path) -> None:
+    LightMUNet(3, 8, 1, 3, blocks_down=(1, 1), blocks_up=(1,)).save_pretrained(tmp_path)
+    result = mmkit.pipeline("medical-segmentation", tmp_path)(Volume(blob((6, 7, 9)), (1.0, 1.0, 1.0), np.eye(4)))
+    assert isinstance(result, SegmentationResult)
+    assert result.mask.shape == (6, 7, 9)
+    assert result.classes == ("background", "class 1", "class 2")
+
+
+def test_the_bundled_default_finds_nuclei() -> None:
+    rng = np.random.default_rng(0)
+    truth = np.zeros((128, 128), np.uint8)
+    for y, x in [(24, 30), (30, 90), (80, 40), (90, 100), (60, 64)]:
+        truth |= (np.hypot(*(np.indices(truth.shape) - np.array([[[y]], [[x]]]))) < 9).astype(np.uint8)
+    image = np.clip(12 + 90 * truth + rng.normal(0, 4, truth.shape), 0, 255).astype(np.uint8)
+    result = mmkit.pipeline("medical-segmentation")(image)
+    assert dice(result.mask, truth, 1) > 0.75
+    assert result.classes == ("background", "nucleus")
+
+
+@pytest.mark.slow
+def test_the_bundled_default_on_real_test_pictures(data_dir) -> None:
+    from mmkit.vision.medical.training import nuclei_cases
+
+    cases = nuclei_cases(data_dir / "med_nuclei", "test")[::4]
+    (score,) = dice_per_class(mmkit.load_weights("lightm_unet_nuclei"), cases, (256, 256), 2)
+    assert score > 0.7
+
+
+def test_bundled_volumes_are_predicted_in_windows_of_the_training_patches() -> None:
+    assert mmkit.pipeline("medical-segmentation", "lightm_unet_blobs").window == [32, 32, 32]
+    assert mmkit.pipeline("medical-segmentation", "lightm_unet_blobs", window=20).window == [20, 20, 20]
+    with pytest.raises(InputError, match="window"):
+        mmkit.pipeline("medical-segmentation", "lightm_unet_blobs", window=(32, 32))

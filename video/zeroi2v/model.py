@@ -1,0 +1,404 @@
+"""A video classifier on an image backbone: frame-wise features, averaged over the clip, one linear layer.
+
+Without `zeroi2v` it is the frame-averaging baseline, blind to the order of frames. With it, heads of the backbone look at
+neighbouring frames and linear adapters are trained; `merge()` folds those, and the saved file holds everything that remains.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from mmkit.adapters import apply_adapter
+from mmkit.backbones import backbone_info, create_backbone
+from mmkit.backbones.model import Model
+from mmkit.errors import CheckpointError, InputError
+from mmkit.storage import load_state, read_tensors
+from mmkit.video.transforms import CLIP_MEAN, CLIP_STD
+from mmkit.video.zeroi2v.adapter import (
+    PLACES,
+    ZeroI2V,
+    ZeroI2VConfig,
+    head_offsets_from_div,
+    resample_frames,
+    warn_other_length,
+)
+from mmkit.weights import weight_entry
+
+
+class VideoClassifier(Model):
+    """Clips `(B, T, C, H, W)` to logits `(B, num_classes)`.
+
+    Args:
+        backbone: a `create_backbone` name, such as "timm:vit_base_patch16_clip_quickgelu_224".
+        num_classes: outputs.
+        backbone_args: keywords for `create_backbone`.
+        zeroi2v: fields of `ZeroI2VConfig`; `None` averages frames. With it the backbone is frozen.
+        dropout: before the classifier, in training (0.5 in the official models).
+        num_frames, stride: the clip a pipeline samples: `stride` 0 spreads the frames over the whole window.
+        class_names: labels of the outputs.
+        mean, std, image_size: preprocessing; `None` takes the backbone's.
+        added_biases: layers of the backbone that got a bias by merging; `merge` writes it into the configuration.
+
+    Attributes:
+        adapter: the `ZeroI2V` adapter on `backbone`, or `None`.
+    """
+
+    adapter: Any
+
+    def __init__(
+        self,
+        backbone: str,
+        num_classes: int,
+        *,
+        backbone_args: dict[str, Any] | None = None,
+        zeroi2v: dict[str, Any] | None = None,
+        dropout: float = 0.5,
+        num_frames: int = 8,
+        stride: int = 0,
+        class_names: Sequence[str] = (),
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        image_size: int | None = None,
+        added_biases: Sequence[str] = (),
+    ):
+        super().__init__()
+        if num_classes < 1 or (class_names and len(class_names) != num_classes):
+            raise InputError(f"num_classes is {num_classes} and there are {len(class_names)} class names.")
+        if num_frames < 1 or stride < 0:
+            raise InputError(f"num_frames must be at least 1 and stride at least 0, not {num_frames} and {stride}.")
+        self.backbone: Any = create_backbone(backbone, **{"num_classes": 0, **(backbone_args or {})})
+        if isinstance(getattr(self.backbone, "proj", None), nn.Parameter):
+            self.backbone.register_parameter("proj", None)  # CLIP's projection into the text space is not used
+        for path in added_biases:
+            layer: Any = self.backbone.get_submodule(path)
+            layer.register_parameter("bias", nn.Parameter(torch.zeros(layer.out_features), requires_grad=False))
+        info = backbone_info(self.backbone)
+        self.head = nn.Linear(_feature_dim(self.backbone), num_classes)
+        nn.init.normal_(self.head.weight, std=0.01)
+        nn.init.zeros_(self.head.bias)
+        self.dropout = nn.Dropout(dropout)
+        self.num_frames, self.stride = num_frames, stride
+        self.class_names = tuple(class_names) or tuple(str(i) for i in range(num_classes))
+        self.mean, self.std = tuple(mean or info.mean), tuple(std or info.std)
+        self.image_size = image_size or info.input_size[-1]
+        self.__dict__["adapter"] = None
+        self.__dict__["_warned"] = False
+        if zeroi2v is not None:
+            settings = ZeroI2VConfig.from_dict({"num_frames": num_frames, **zeroi2v})
+            self._attach(settings)
+
+    def _attach(self, settings: ZeroI2VConfig) -> None:
+        adapter = apply_adapter(self.backbone, settings)
+        self.__dict__["adapter"] = adapter  # not a submodule: its parameters are registered as `zeroi2v`
+        self.zeroi2v = adapter.sites
+        self.config["zeroi2v"] = _plain(settings)
+
+    @classmethod
+    def from_backbone(cls, backbone: nn.Module, num_classes: int, **options: Any) -> Self:
+        """A classifier on a copy of `backbone` (from `create_backbone`) with its weights; `options` as in the constructor."""
+        info = backbone_info(backbone)
+        source, _, name = info.name.partition(":")
+        overrides = {k: v for k, v in info.overrides.items() if k != "num_classes"}
+        architecture = info.name
+        if source == "mmkit":  # weights made in this repository: the architecture behind them
+            entry = weight_entry(name)
+            architecture, overrides = entry.model, {**entry.config, **overrides}
+            overrides.pop("num_classes", None)
+        if not re.match(r"(timm|open_clip):", architecture):
+            raise InputError(f"The backbone must come from create_backbone (timm or open_clip), not {info.name!r}.")
+        options = {"mean": info.mean, "std": info.std, **options}
+        model = cls(architecture, num_classes, backbone_args=overrides, **options)
+        head = f"{info.head}." if info.head else None
+        state = {k: v for k, v in backbone.state_dict().items() if k != "proj" and not (head and k.startswith(head))}
+        load_state(model.backbone, state, source=info.name)
+        if model.adapter is not None and model.adapter.config.train_norm:  # the trained copy of the norm starts equal
+            for path in model.adapter.saved_norms:
+                model.adapter.site(path).load_state_dict(model.backbone.get_submodule(path).state_dict())
+        return model
+
+    # -- computing
+
+    def forward_features(self, video: Tensor) -> Tensor:
+        """`(B, T, C, H, W)` -> one feature per frame `(B, T, D)`. Any T; another than in training is announced once."""
+        if video.dim() != 5 or 0 in video.shape:
+            raise InputError(f"A batch of clips must be (B, T, C, H, W), not {tuple(video.shape)}.")
+        frames = video.shape[1]
+        if self.adapter is not None:
+            if frames != self.adapter.config.num_frames and not self._warned:
+                self.__dict__["_warned"] = True
+                warn_other_length(self.adapter.config.num_frames, frames)
+            self.adapter.frames = frames
+        features = self.backbone(video.flatten(0, 1))
+        if not isinstance(features, Tensor) or features.dim() != 2:
+            raise InputError(f"{backbone_info(self.backbone).name} does not give one feature vector per picture.")
+        return features.unflatten(0, (-1, frames))
+
+    def forward(self, video: Tensor) -> Tensor:
+        """`(B, T, C, H, W)` normalised clips -> logits `(B, num_classes)`; `(B, V, T, C, H, W)` averages softmax over V views.
+
+        With views the result is the logarithm of the mean probability (`average_clips="prob"` of the official tests).
+        """
+        if video.dim() == 6:
+            views = self.forward(video.flatten(0, 1)).unflatten(0, video.shape[:2])
+            return views.softmax(-1).mean(1).clamp_min(1e-12).log()
+        return self.head(self.dropout(self.forward_features(video).mean(1)))
+
+    # -- merging
+
+    @property
+    def merged(self) -> bool:
+        """Whether no linear adapters are computed any more."""
+        return self.adapter is None or self.adapter.merged or not self.adapter.has_linear_adapters
+
+    def merge(self) -> Self:
+        """Fold the linear adapters and the trained norm into the backbone; `save_pretrained` then writes the small file.
+
+        Raises:
+            InputError: the model averages frames.
+            NotMergeableError: merged already.
+        """
+        adapter = self._need_adapter()
+        adapter.merge()
+        self.zeroi2v = nn.ModuleDict({k: v for k, v in adapter.sites.items() if hasattr(v, "temporal_embedding")})
+        self.config["zeroi2v"] = _plain(replace(adapter.config, bottleneck_ratio=0.0, train_norm=False))
+        self.config["added_biases"] = adapter.added_biases
+        return self
+
+    def unmerge(self) -> Self:
+        """Undo `merge` bit-exactly; possible on the object that was merged, not on a reloaded file."""
+        adapter = self._need_adapter()
+        adapter.unmerge()
+        self.zeroi2v = adapter.sites
+        self.config["zeroi2v"] = _plain(adapter.config)
+        self.config["added_biases"] = []
+        return self
+
+    def _need_adapter(self) -> ZeroI2V:
+        if self.adapter is None:
+            raise InputError("This classifier averages frames; it was built without `zeroi2v`.")
+        return self.adapter
+
+    # -- official files
+
+    def official_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Keys of the authors' files (`backbone.transformer.resblocks...`, `cls_head.fc_cls...`) to this model's own.
+
+        A file without a classifier keeps the head this model has; a temporal embedding for another clip length is interpolated.
+        """
+        state = with_backbone_prefix(state)
+        if not self.merged and not any("D_fc" in k for k in state):
+            raise CheckpointError(
+                "The file is a merged checkpoint (no adapter keys) and this model has adapters: build it with "
+                "zeroi2v_from_official, or with zeroi2v={'bottleneck_ratio': 0, 'train_norm': False, ...}."
+            )
+        timm = hasattr(self.backbone, "cls_token")
+        table = state.get(_TEMPORAL)
+        if table is not None and self.adapter is not None and table.shape[1] != self.adapter.config.num_frames:
+            warn_other_length(table.shape[1], self.adapter.config.num_frames)
+            state[_TEMPORAL] = resample_frames(table, self.adapter.config.num_frames)
+        out = {own_key(key, timm): value for key, value in state.items()}
+        for key in ("backbone.cls_token", "backbone.pos_embed"):
+            if key in out:
+                out[key] = out[key].reshape(1, -1, out[key].shape[-1])
+        if not any(k.startswith("cls_head.") for k in state):
+            out |= {f"head.{k}": v.detach() for k, v in self.head.state_dict().items()}
+        for path in self.adapter.saved_norms if self.adapter is not None else ():
+            out |= {
+                f"zeroi2v.{path}.{k}": out[f"backbone.{path}.{k}"]
+                for k in ("weight", "bias")
+                if f"backbone.{path}.{k}" in out
+            }
+        return out
+
+
+_TEMPORAL = "backbone.temporal_embedding"
+_ADAPTERS = {
+    "T_Adapter_in": ("attn.qkv", "attn.in_proj"),
+    "S_Adapter": ("attn.proj", "attn.out_proj"),
+    "MLP_Adapter": ("mlp.fc1", "mlp.c_fc"),
+    "MLP_Adapter_out": ("mlp.fc2", "mlp.c_proj"),
+}
+_TIMM_NAMES = {
+    "class_embedding": "cls_token",
+    "positional_embedding": "pos_embed",
+    "conv1": "patch_embed.proj",
+    "ln_pre": "norm_pre",
+    "ln_post": "norm",
+    "attn.in_proj_": "attn.qkv.",
+    "attn.out_proj": "attn.proj",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+    "ln_1": "norm1",
+    "ln_2": "norm2",
+    "transformer.resblocks": "blocks",
+}
+
+
+def with_backbone_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A copy of an official state dict whose network keys start with `backbone.`, also where a wrapper's name or nothing precedes them."""
+    anchor = next((k for k in state if k.endswith("class_embedding")), "")
+    prefix = anchor.removesuffix("class_embedding").removesuffix("backbone.")
+    keys = ((k.removeprefix(prefix), v) for k, v in state.items())
+    return {k if k.startswith(("backbone.", "cls_head.")) else f"backbone.{k}": v for k, v in keys}
+
+
+def own_key(key: str, timm: bool) -> str:
+    """One official key as this model writes it."""
+    if key == _TEMPORAL:
+        return f"zeroi2v.{'norm_pre' if timm else 'ln_pre'}.temporal_embedding"
+    block = "blocks" if timm else "transformer/resblocks"
+    match = re.fullmatch(r"backbone\.transformer\.resblocks\.(\d+)\.(\w+)\.D_fc([12])\.(weight|bias)", key)
+    if match and match[2] in _ADAPTERS:
+        place = _ADAPTERS[match[2]][0 if timm else 1].replace(".", "/")
+        return f"zeroi2v.{block}/{match[1]}/{place}.{'down' if match[3] == '1' else 'up'}.{match[4]}"
+    key = key.replace("cls_head.fc_cls.", "head.")
+    for theirs, ours in _TIMM_NAMES.items() if timm else ():
+        key = key.replace(theirs, ours)
+    return key
+
+
+def zeroi2v_from_official(
+    path: str | os.PathLike[str],
+    *,
+    head_offsets: Sequence[int] | None = None,
+    scale: float | None = None,
+    library: str = "timm",
+    num_heads: int | None = None,
+    quick_gelu: bool = True,
+    **options: Any,
+) -> VideoClassifier:
+    """Build the classifier an official file was trained as, and load it; sizes are read from the file.
+
+    Args:
+        path: an official checkpoint, merged or not; a file of the backbone alone gets a fresh head.
+        head_offsets: per head; the file does not hold them. See `head_offsets_from_div`.
+        scale: the `adapter_scale` of its configuration; the file does not hold it. Not needed for a merged file.
+        library: "timm" or "open_clip".
+        num_heads: default width / 64.
+        quick_gelu: the activation of OpenAI's CLIP.
+        options: further keywords of `VideoClassifier`: another `num_classes` gets a fresh head, another `num_frames` an
+            interpolated temporal embedding.
+
+    Raises:
+        CheckpointError: `head_offsets` or `scale` is missing, or the file has another layout.
+        InputError: `head_offsets` or `num_heads` does not fit the file.
+    """
+    state = with_backbone_prefix(read_tensors(path))
+    try:
+        frames = state[_TEMPORAL].shape[1]
+        width, _, patch, _ = state["backbone.conv1.weight"].shape
+        tokens = state["backbone.positional_embedding"].shape[0] - 1
+        mlp = state["backbone.transformer.resblocks.0.mlp.c_fc.weight"].shape[0] / width
+    except (KeyError, ValueError, IndexError) as error:
+        raise CheckpointError(f"{path} is not a ZeroI2V checkpoint: {error} is missing or misshapen.") from error
+    side = round(tokens**0.5) * patch
+    depth = 1 + max(int(m[1]) for k in state if (m := re.search(r"resblocks\.(\d+)\.", k)))
+    down = next((v for k, v in state.items() if k.endswith("D_fc1.weight")), None)
+    heads = width // 64 if num_heads is None else num_heads
+    if heads < 1 or width % heads:
+        raise InputError(f"{path} has tokens of width {width}, which {heads} heads cannot divide; pass num_heads=.")
+    if head_offsets is None or (scale is None and down is not None):
+        raise CheckpointError(
+            f"{path} holds neither the head offsets nor the adapter scale, and wrong ones lose accuracy silently: pass "
+            "head_offsets= (head_offsets_from_div gives them) and scale= (0.5 for Kinetics, UCF101 and HMDB51, 1.0 for "
+            "Something-Something), or use a named variant of create_model."
+        )
+    out = "MLP_Adapter_out" in " ".join(state)
+    ratio = 0.0 if down is None else (down.shape[0] + 0.5) / width
+    zeroi2v = {
+        "head_offsets": tuple(head_offsets),
+        "scale": 1.0 if scale is None else scale,
+        "bottleneck_ratio": ratio,
+        "placement": PLACES if out else PLACES[:3],
+        "train_norm": down is not None,
+    }
+    head = state.get("cls_head.fc_cls.weight")
+    backbone, args = clip_vit(library, side, patch, width, depth, heads, mlp, quick_gelu)
+    defaults = {"num_frames": frames, "num_classes": 400 if head is None else head.shape[0]}
+    options = {**defaults, "mean": CLIP_MEAN, "std": CLIP_STD, **options}
+    model = VideoClassifier(backbone, backbone_args=args, zeroi2v=zeroi2v, **options)
+    if head is not None and model.head.out_features != head.shape[0]:
+        state = {k: v for k, v in state.items() if not k.startswith("cls_head.")}
+    load_state(model, model.official_state(state), source=str(path))
+    return model.eval()
+
+
+def clip_vit(
+    library: str,
+    image_size: int,
+    patch: int,
+    width: int,
+    depth: int,
+    heads: int,
+    mlp_ratio: float = 4.0,
+    quick_gelu: bool = True,
+) -> tuple[str, dict[str, Any]]:
+    """`create_backbone` name and keywords of a CLIP image tower with these sizes, from "timm" or "open_clip"."""
+    if library == "timm":
+        name = "vit_base_patch16_clip_quickgelu_224" if quick_gelu else "vit_base_patch16_clip_224"
+        sizes = {"img_size": image_size, "patch_size": patch, "embed_dim": width, "depth": depth, "num_heads": heads}
+        return f"timm:{name}", {**sizes, "mlp_ratio": mlp_ratio}
+    if library != "open_clip":
+        raise InputError(f"library must be 'timm' or 'open_clip', not {library!r}.")
+    vision = {"image_size": image_size, "patch_size": patch, "width": width, "layers": depth, "mlp_ratio": mlp_ratio}
+    name = "ViT-B-16-quickgelu" if quick_gelu else "ViT-B-16"
+    return f"open_clip:{name}", {"vision_cfg": {**vision, "head_width": width // heads}}
+
+
+def _feature_dim(backbone: Any) -> int:
+    if hasattr(backbone, "num_features"):
+        return int(backbone.num_features)
+    if hasattr(backbone, "ln_post"):
+        return int(backbone.ln_post.weight.shape[0])
+    raise InputError(f"{type(backbone).__name__} is not an image backbone with one feature per picture.")
+
+
+def _plain(config: ZeroI2VConfig) -> dict[str, Any]:
+    return json.loads(json.dumps({k: v for k, v in config.to_dict().items() if k != "method"}))
+
+
+def _official(
+    size: str, frames: int, offsets: tuple[int, ...], scale: float, dropout: float, classes: int, **options: Any
+) -> VideoClassifier:
+    name = f"timm:vit_{size}_clip_quickgelu_224"
+    zeroi2v = {"head_offsets": offsets, "scale": scale, "dropout": dropout}
+    defaults = {"num_classes": classes, "num_frames": frames, "zeroi2v": zeroi2v, "mean": CLIP_MEAN, "std": CLIP_STD}
+    return VideoClassifier(options.pop("backbone", name), **{**defaults, **options})
+
+
+def zeroi2v_clip_b16_8f(**options: Any) -> VideoClassifier:
+    """CLIP-B/16, 8 frames (Kinetics-400 with stride 16; UCF101 and HMDB51 with `num_classes=101` or `51`), scale 0.5."""
+    return _official("base_patch16", 8, head_offsets_from_div(12, 12), 0.5, 0.1, 400, **options)
+
+
+def zeroi2v_clip_b16_16f_ssv2(**options: Any) -> VideoClassifier:
+    """CLIP-B/16, 16 frames spread over the video, Something-Something v2, scale 1."""
+    return _official("base_patch16", 16, head_offsets_from_div(12, 12, 12, True), 1.0, 0.0, 174, **options)
+
+
+def zeroi2v_clip_b16_32f(**options: Any) -> VideoClassifier:
+    """CLIP-B/16, 32 frames spread over the video, UCF101 (or HMDB51 with `num_classes=51`), scale 0.5."""
+    return _official("base_patch16", 32, head_offsets_from_div(12, 12, 12, True), 0.5, 0.1, 101, **options)
+
+
+def zeroi2v_clip_l14_8f(**options: Any) -> VideoClassifier:
+    """CLIP-L/14, 8 frames with stride 16, Kinetics-400, scale 0.5."""
+    return _official("large_patch14", 8, head_offsets_from_div(16, 8), 0.5, 0.1, 400, **options)
+
+
+def zeroi2v_clip_l14_32f(**options: Any) -> VideoClassifier:
+    """CLIP-L/14, 32 frames with stride 4, Kinetics-400, scale 0.5; two heads look back twice as far, none ahead."""
+    return _official("large_patch14", 32, head_offsets_from_div(16, 8, 8, False), 0.5, 0.1, 400, **options)
+
+
+def zeroi2v_clip_l14_32f_ssv2(**options: Any) -> VideoClassifier:
+    """CLIP-L/14, 32 frames spread over the video, Something-Something v2, scale 1; offsets up to three frames back."""
+    return _official("large_patch14", 32, head_offsets_from_div(16, 8, 16, True, 16), 1.0, 0.0, 174, **options)

@@ -1,0 +1,281 @@
+"""What happens in a video, and when: a path in, labels with scores and times out."""
+
+from __future__ import annotations
+
+import copy
+import os
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from mmkit.errors import InputError
+from mmkit.pipelines import Pipeline
+from mmkit.storage import write_json
+from mmkit.video.io import Clip, VideoReader
+from mmkit.video.samplers import DenseSampler, UniformSampler, window_starts
+from mmkit.video.transforms import ClipTransform
+from mmkit.video.zeroi2v.model import VideoClassifier
+from mmkit.weights import list_weights, load_weights, weight_entry
+
+
+@dataclass(frozen=True)
+class Window:
+    """One stretch of the video: `start` and `end` in seconds, and the score of every class `(num_classes,)`."""
+
+    start: float
+    end: float
+    scores: np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class VideoClassification:
+    """Answer for one video.
+
+    Attributes:
+        labels, scores: the best classes, best first, scores in 0..1, averaged over the windows.
+        windows: per window, in time order.
+        class_names: all classes.
+        strip: the frames the first window's clip is made of, uint8 `(T, H, W, 3)`, and `strip_seconds` their times.
+        path, duration, n_frames, fps, n_replaced: of the video.
+    """
+
+    labels: tuple[str, ...]
+    scores: tuple[float, ...]
+    windows: tuple[Window, ...]
+    class_names: tuple[str, ...]
+    strip: np.ndarray[Any, Any]
+    strip_seconds: np.ndarray[Any, Any]
+    path: str
+    duration: float
+    n_frames: int
+    fps: float
+    n_replaced: int = 0
+
+    @property
+    def label(self) -> str:
+        """The best class."""
+        return self.labels[0]
+
+    def segments(self) -> list[dict[str, Any]]:
+        """Per window its start, end (seconds), best label and score."""
+        best = [int(w.scores.argmax()) for w in self.windows]
+        return [
+            {"start": w.start, "end": w.end, "label": self.class_names[i], "score": float(w.scores[i])}
+            for w, i in zip(self.windows, best, strict=True)
+        ]
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write labels, scores and windows as JSON; returns the path."""
+        path = Path(path)
+        top = [{"label": a, "score": b} for a, b in zip(self.labels, self.scores, strict=True)]
+        facts = {"path": self.path, "duration": self.duration, "n_frames": self.n_frames, "fps": self.fps}
+        write_json(path, {**facts, "n_replaced": self.n_replaced, "top": top, "windows": self.segments()})
+        return path
+
+    def plot(self) -> Any:
+        """A figure: the sampled frames, and the best classes' scores over time."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(9, 4), layout="constrained")
+        top, bottom = figure.subplots(2, 1, height_ratios=(1, 1.4))
+        top.imshow(np.concatenate(list(self.strip), axis=1))
+        top.set_axis_off()
+        top.set_title(f"{Path(self.path).name}: {self.label} ({self.scores[0]:.0%})", loc="left")
+        for label in self.labels:
+            index = self.class_names.index(label)
+            times = [t for w in self.windows for t in (w.start, w.end)]
+            bottom.plot(times, [float(w.scores[index]) for w in self.windows for _ in range(2)], label=label)
+        bottom.set(xlabel="seconds", ylabel="score", ylim=(-0.03, 1.03), xlim=(0, max(self.duration, 1e-3)))
+        bottom.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+        return figure
+
+
+class VideoClassificationPipeline(Pipeline):
+    """`mmkit.pipeline("video-classification")`.
+
+    With no model the bundled default answers in which direction the picture moves; see `mmkit.weights.weight_entry`.
+
+    Example:
+        >>> pipe = mmkit.pipeline("video-classification")     # doctest: +SKIP
+        >>> result = pipe("clip.mp4", top_k=3, window=4.0)    # doctest: +SKIP
+        >>> result.label, result.segments()                   # doctest: +SKIP
+    """
+
+    task = "video-classification"
+    default_weights = "video_motion"
+
+    def load(self, model: str | os.PathLike[str]) -> nn.Module:
+        """A bundled name, or a folder written by `VideoClassifier.save_pretrained`."""
+        if str(model) in list_weights() and weight_entry(str(model)).model == "video_classifier":
+            return load_weights(str(model))
+        return VideoClassifier.from_pretrained(model)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        video: str | os.PathLike[str],
+        *,
+        top_k: int = 5,
+        window: float | None = None,
+        hop: float | None = None,
+        n_crops: int = 1,
+        backwards: bool = False,
+        tolerance: float = 0.5,
+        backend: str = "auto",
+        progress: bool = True,
+    ) -> VideoClassification:
+        """Classify a video file, or a folder of pictures.
+
+        Args:
+            video: its path.
+            top_k: number of labels to return.
+            window: length in seconds of the stretches that get their own answer; `None` takes the whole video as one.
+            hop: seconds from one window to the next; default `window`.
+            n_crops: 1 (centre) or 3 views of each frame, averaged.
+            backwards: show every window to the model in reverse.
+            tolerance, backend: see `VideoReader`.
+            progress: show a bar for long videos.
+
+        Raises:
+            VideoDecodeError: the file cannot be read.
+            InputError: another argument is out of range.
+        """
+        model = self.model
+        if not isinstance(model, VideoClassifier):
+            raise InputError(f"The video-classification pipeline needs a VideoClassifier, not {type(model).__name__}.")
+        if top_k < 1:
+            raise InputError(f"top_k must be at least 1, not {top_k}.")
+        sampler: Any = UniformSampler(model.num_frames)
+        if model.stride:
+            sampler = DenseSampler(model.num_frames, model.stride)
+        prepare = ClipTransform(model.image_size, model.mean, model.std, n_crops=n_crops)
+        with VideoReader(video, tolerance=tolerance, backend=backend) as reader:
+            spans = _spans(reader, window, hop)
+            chosen = [first + sampler.sample(last - first + 1, fps=reader.fps)[0] for first, last in spans]
+            windows: list[Window] = []
+            strip = np.zeros((0, 1, 1, 3), np.uint8)
+            bar = tqdm(total=len(spans), desc="windows", unit="window", disable=not progress or len(spans) < 8)
+            with bar:
+                for (first, last), clip in zip(spans, _clips(reader, chosen, model.image_size), strict=True):
+                    frames = clip.frames[::-1] if backwards else clip.frames
+                    strip = frames if not windows else strip
+                    views = prepare(torch.from_numpy(frames.copy()).permute(0, 3, 1, 2))[0]
+                    logits = model(_batch(views).to(self.device, self.dtype))
+                    scores = logits.float().softmax(-1).mean(0).cpu().numpy()
+                    windows.append(Window(*_times(reader, first, last), scores))
+                    bar.update()
+            mean = np.mean([w.scores for w in windows], axis=0)
+            order = np.argsort(-mean, kind="stable")[: min(top_k, len(mean))]
+            return VideoClassification(
+                labels=tuple(model.class_names[i] for i in order),
+                scores=tuple(float(mean[i]) for i in order),
+                windows=tuple(windows),
+                class_names=model.class_names,
+                strip=strip,
+                strip_seconds=reader.seconds[chosen[0]][:: -1 if backwards else 1],
+                path=str(reader.path),
+                duration=reader.duration,
+                n_frames=len(reader),
+                fps=reader.fps,
+                n_replaced=reader.n_replaced,
+            )
+
+    @torch.no_grad()
+    def compare_merged(self, *, frames: int | None = None, rounds: int = 5, seed: int = 0) -> dict[str, Any]:
+        """What merging changes: the largest difference of the scores, and the cost of either form.
+
+        Args:
+            frames: clip length, default the model's.
+            rounds: timed calls of each form, in turns.
+            seed: of the random clip.
+
+        Returns:
+            `difference` (largest, of logits), `milliseconds` and `parameters` of "unmerged" and "merged" (CPU time on the
+            CPU, median), and `time_ratio` merged / unmerged.
+
+        Raises:
+            InputError: the model has no linear adapters left to merge.
+        """
+        model = self.model
+        if not isinstance(model, VideoClassifier) or model.merged:
+            raise InputError("This model is merged already, or has no linear adapters: there is nothing to compare.")
+        forms = {"unmerged": model, "merged": copy.deepcopy(model).merge()}
+        generator = torch.Generator().manual_seed(seed)
+        shape = (1, frames or model.num_frames, 3, model.image_size, model.image_size)
+        clip = torch.randn(shape, generator=generator).to(self.device, self.dtype)
+        logits = {k: m(clip).float() for k, m in forms.items()}
+        times: dict[str, list[float]] = {k: [] for k in forms}
+        for _ in range(max(1, rounds)):
+            for name, form in forms.items():
+                start = time.process_time()
+                form(clip)
+                if clip.is_cuda:
+                    torch.cuda.synchronize()
+                times[name].append(1000 * (time.process_time() - start))
+        cost = {k: statistics.median(v) for k, v in times.items()}
+        return {
+            "difference": float((logits["merged"] - logits["unmerged"]).abs().max()),
+            "milliseconds": cost,
+            "parameters": {k: _parameters(m) for k, m in forms.items()},
+            "time_ratio": cost["merged"] / max(cost["unmerged"], 1e-9),
+        }
+
+
+def _parameters(model: VideoClassifier) -> int:
+    """Values a deployed model holds; the trained copy of a norm stands in for the original."""
+    own = {k for k, _ in model.named_parameters()}
+    copies = {k for k in own if k.startswith("zeroi2v.") and f"backbone.{k.removeprefix('zeroi2v.')}" in own}
+    return sum(p.numel() for k, p in model.named_parameters() if k not in copies)
+
+
+def _batch(views: Tensor) -> Tensor:
+    return views if views.dim() == 5 else views[None]
+
+
+def _times(reader: VideoReader, first: int, last: int) -> tuple[float, float]:
+    end = float(reader.seconds[last + 1]) if last + 1 < len(reader) else reader.duration
+    return float(reader.seconds[first]), end
+
+
+def _spans(reader: VideoReader, window: float | None, hop: float | None) -> list[tuple[int, int]]:
+    """First and last frame of every window."""
+    if window is None:
+        return [(0, len(reader) - 1)]
+    spans = []
+    for start in window_starts(reader.duration, window, hop):
+        first = reader.index_at(float(start) + 0.5 / reader.fps)
+        last = max(first, reader.index_at(float(start) + window - 0.5 / reader.fps))
+        spans.append((first, last))
+    return spans
+
+
+def _clips(reader: VideoReader, chosen: list[np.ndarray[Any, Any]], size: int) -> Any:
+    """The clips of all windows from one decoding pass; frames are dropped as soon as no window needs them."""
+    last_use = {int(i): n for n, indices in enumerate(chosen) for i in indices}
+    frames: dict[int, np.ndarray[Any, Any]] = {}
+    stream = reader.stream(last_use, size=size)
+    for n, indices in enumerate(chosen):
+        while any(int(i) not in frames for i in indices):
+            index, frame = next(stream)
+            frames[index] = frame
+        if n == len(chosen) - 1:
+            for _ in stream:  # lets the reader judge the damage
+                continue
+        yield Clip(
+            frames=np.stack([frames[int(i)] for i in indices]),
+            indices=indices,
+            seconds=reader.seconds[indices],
+            n_frames=len(reader),
+            fps=reader.fps,
+            duration=reader.duration,
+            path=str(reader.path),
+            backend=reader.backend,
+        )
+        frames = {i: f for i, f in frames.items() if last_use[i] > n}

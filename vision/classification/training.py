@@ -1,0 +1,361 @@
+"""Fine-tune a backbone on a folder of images with any adapter: what `mmkit finetune`, the demo and the studio all call."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmkit.adapters import Adapter, apply_adapter, load_adapter, save_adapter
+from mmkit.adapters.files import CONFIG_NAME, read_adapter_config
+from mmkit.backbones import backbone_info, create_backbone, save_backbone
+from mmkit.backbones.create import example_input
+from mmkit.data import ImageDataset, ImageTransform, open_dataset, split_dataset
+from mmkit.errors import CheckpointError, InputError, nearest
+from mmkit.registry import ADAPTERS
+from mmkit.storage import read_json, require_folder, write_json
+from mmkit.training import FitConfig, FitResult, StepInfo, fit
+
+LEARNING_RATES = {"linear_probe": 3e-2, "ssf": 2e-2, "bitfit": 2e-2, "lora": 5e-3, "full": 5e-4}
+"""Peak learning rates that work on small data sets; other methods start from 2e-3."""
+
+
+def finetune_methods() -> list[str]:
+    """Names `finetune` takes as `adapter`: every registered adapter, "lora", and "full" for all weights."""
+    return sorted({*ADAPTERS.names(), "lora", "full"} - {"peft"})
+
+
+@dataclass
+class Prepared:
+    """A model with its adapter attached and its data split, before training; `describe()` says what will be trained.
+
+    Attributes:
+        model: the backbone with a classifier for `classes`.
+        adapter: attached, or `None` for full fine-tuning.
+        train, val: data sets of (image tensor, label).
+        method: as given. backbone: how to build the backbone again.
+        keep_backbone: whether its weights must be saved beside the adapter, because that would not bring them back.
+    """
+
+    model: nn.Module
+    adapter: Adapter | None
+    train: ImageDataset
+    val: ImageDataset
+    classes: list[str]
+    method: str
+    backbone: dict[str, Any]
+    keep_backbone: bool
+
+    @property
+    def trainable_parameters(self) -> int:
+        """How many numbers are trained, the classifier included."""
+        if self.adapter is not None:
+            return self.adapter.num_parameters()
+        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+
+    def describe(self) -> dict[str, Any]:
+        """Trainable and total parameters, and the module paths the adapter acts at."""
+        return {
+            "method": self.method,
+            "trainable_parameters": self.trainable_parameters,
+            "total_parameters": sum(p.numel() for p in self.model.parameters()),
+            "sites": self.adapter.site_paths if self.adapter is not None else ["(all weights)"],
+            "classes": self.classes,
+            "train_images": len(self.train),
+            "val_images": len(self.val),
+        }
+
+
+@dataclass
+class FinetuneResult:
+    """What fine-tuning produced.
+
+    Attributes:
+        prepared: the model with the trained adapter still attached.
+        fit: history, metrics, seconds.
+        folder: where it was saved, or `None`.
+        accuracy: best validation accuracy, 0..1.
+        file_size: bytes of the saved files that are needed beside the backbone.
+        merge_error: largest difference of the logits after merging, or `None` when the method cannot be merged.
+    """
+
+    prepared: Prepared
+    fit: FitResult
+    folder: Path | None = None
+    accuracy: float = 0.0
+    file_size: int = 0
+    merge_error: float | None = None
+    report: dict[str, Any] = field(default_factory=dict)
+
+
+def prepare(
+    data: str | os.PathLike[str] | ImageDataset,
+    backbone: str | os.PathLike[str] = "tiny_vit",
+    adapter: str = "ssf",
+    *,
+    checkpoint_path: str | os.PathLike[str] | None = None,
+    pretrained: bool = False,
+    val: float = 0.2,
+    seed: int = 0,
+    augment: bool = False,
+    on_error: str = "raise",
+    settings: dict[str, Any] | None = None,
+    overrides: dict[str, Any] | None = None,
+) -> Prepared:
+    """Open and split the data, build the backbone with a fresh classifier, attach the adapter, and check that it acts.
+
+    Args:
+        data: a folder with one sub-folder per class, a CSV, a zip of either, or an opened `ImageDataset`.
+        backbone: a `create_backbone` name or folder.
+        adapter: a name of `finetune_methods()`.
+        checkpoint_path, pretrained, overrides: passed to `create_backbone`.
+        val: share of the images kept for validation, unless the data brings a split.
+        seed: of the split and of the classifier's and adapter's start.
+        augment: random crops and flips (leave off for digits, text and everything with a handedness).
+        on_error: "raise" or "skip" unreadable images.
+        settings: the adapter's own settings.
+
+    Raises:
+        InputError: unusable data (empty, one class, unreadable files), unknown names or settings.
+    """
+    if adapter not in finetune_methods() and adapter != "peft":
+        raise InputError(f"Unknown adapter {adapter!r}. {nearest(adapter, finetune_methods())}")
+    dataset = data if isinstance(data, ImageDataset) else open_dataset(data, on_error=on_error)
+    if len(dataset.classes) < 2:
+        raise InputError(f"Training needs at least two classes; found {dataset.classes}.")
+    train, held = split_dataset(dataset, val, seed)
+    torch.manual_seed(seed)
+    is_folder = Path(backbone).expanduser().is_dir()
+    spec = {
+        "name": str(Path(backbone).expanduser().resolve()) if is_folder else str(backbone),
+        "overrides": overrides or {},
+    }
+    model = create_backbone(
+        backbone, checkpoint_path, pretrained=pretrained, num_classes=len(dataset.classes), **(overrides or {})
+    )
+    info = dataclasses.replace(backbone_info(model), class_names=tuple(dataset.classes))
+    if not info.head:
+        raise InputError(
+            f"{backbone!r} has no classifier that could be trained; choose an image classification backbone."
+        )
+    model.__dict__["backbone_info"] = info
+    attached = None
+    if adapter != "full":
+        name = "peft" if adapter == "lora" else adapter
+        attached = apply_adapter(model, name, **{"modules_to_save": (info.head,), **(settings or {})})
+        attached.check(example_input(model))
+    plain = info.preprocessing()
+    return Prepared(
+        model=model,
+        adapter=attached,
+        train=train.with_transform(ImageTransform.of(plain, train=augment)),
+        val=held.with_transform(ImageTransform.of(plain)),
+        classes=list(dataset.classes),
+        method=adapter,
+        backbone=spec,
+        keep_backbone=bool(checkpoint_path) or not (is_folder or info.name.startswith("mmkit:")),
+    )
+
+
+def train_prepared(
+    prepared: Prepared,
+    *,
+    output_dir: str | os.PathLike[str] | None = None,
+    config: FitConfig | None = None,
+    epochs: int = 10,
+    lr: float | None = None,
+    batch_size: int = 32,
+    seed: int = 0,
+    progress: bool = True,
+    resume: bool = True,
+    on_step: Callable[[StepInfo], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> FinetuneResult:
+    """Train what `prepare` built; with `output_dir`, save the adapter, `report.json` and logs there.
+
+    Args:
+        config: everything at once; else `epochs`, `lr` (`None`: the method's usual), `batch_size`, `seed` and `progress`.
+        resume: continue the run that `output_dir` holds, if there is one; `False` starts over.
+        on_step, should_stop: see `mmkit.training.fit`.
+
+    Returns:
+        The result; the adapter stays attached to `result.prepared.model`.
+    """
+    peak = lr if lr is not None else LEARNING_RATES.get(prepared.method, 2e-3)
+    config = config or FitConfig(
+        epochs=epochs,
+        lr=peak,
+        batch_size=batch_size,
+        seed=seed,
+        progress=progress,
+        warmup_epochs=1.0,
+        weight_decay=0.01,
+    )
+    folder = Path(output_dir).expanduser() if output_dir is not None else None
+    run = fit(
+        prepared.model,
+        prepared.train,
+        prepared.val,
+        config=config,
+        output_dir=folder / "training" if folder else None,
+        adapter=prepared.adapter,
+        on_step=on_step,
+        should_stop=should_stop,
+    )
+    result = FinetuneResult(prepared, run, accuracy=run.best_metrics.get("accuracy", 0.0))
+    result.merge_error = merge_error(prepared)
+    if folder is None:
+        with tempfile.TemporaryDirectory() as temporary:
+            result.file_size = _save(prepared, Path(temporary))
+    else:
+        result.file_size = _save(prepared, folder)
+        result.folder = folder
+    result.report = prepared.describe() | {
+        "accuracy": result.accuracy,
+        "seconds": round(run.seconds, 2),
+        "file_size": result.file_size,
+        "merge_error": result.merge_error,
+        "stopped": run.stopped,
+        "steps": run.steps,
+    }
+    if folder is not None:
+        write_json(folder / "report.json", result.report | {"history": run.history})
+    return result
+
+
+def finetune(
+    data: str | os.PathLike[str] | ImageDataset,
+    backbone: str | os.PathLike[str] = "tiny_vit",
+    adapter: str = "ssf",
+    *,
+    output_dir: str | os.PathLike[str] | None = None,
+    epochs: int = 10,
+    lr: float | None = None,
+    batch_size: int = 32,
+    seed: int = 0,
+    **options: Any,
+) -> FinetuneResult:
+    """`prepare` and `train_prepared` in one call; `options` go to `prepare`.
+
+    Example:
+        >>> from mmkit.data import load_digits
+        >>> from mmkit.vision.classification.training import finetune
+        >>> result = finetune(load_digits((0, 1)), adapter="linear_probe", epochs=1)
+        >>> 0 <= result.accuracy <= 1
+        True
+    """
+    prepared = prepare(data, backbone, adapter, seed=seed, **options)
+    return train_prepared(prepared, output_dir=output_dir, epochs=epochs, lr=lr, batch_size=batch_size, seed=seed)
+
+
+def _save(prepared: Prepared, folder: Path) -> int:
+    """Save what the backbone's name alone does not bring back; returns its size in bytes."""
+    backbone = dict(prepared.backbone)
+    if prepared.adapter is None:
+        save_backbone(prepared.model, folder, class_names=tuple(prepared.classes))
+        return sum((folder / f).stat().st_size for f in ("config.json", "model.safetensors"))
+    if prepared.keep_backbone:  # the adapter is useless without these very weights
+        live = prepared.adapter
+        model = live.detach()
+        try:
+            save_backbone(model, folder / "backbone")
+        finally:
+            live.attach(model)
+        backbone = {"name": "backbone", "overrides": {}}
+    save_adapter(prepared.adapter, folder, extra={"backbone": backbone, "class_names": prepared.classes})
+    files = (CONFIG_NAME, "adapter_model.safetensors", "mmkit_extra.json")
+    return sum((folder / f).stat().st_size for f in files if (folder / f).exists())
+
+
+def load_finetuned(folder: str | os.PathLike[str], *, backbone: str | os.PathLike[str] | None = None) -> nn.Module:
+    """The model of a folder written by `finetune`, with the adapter attached (`attached_adapters(model)["default"]`).
+
+    Args:
+        folder: holds an adapter, or a whole model after full fine-tuning.
+        backbone: where the backbone is now, if not where the folder says.
+
+    Raises:
+        CheckpointError: the folder is damaged or does not say which backbone it needs.
+    """
+    folder = require_folder(folder)
+    if not (folder / CONFIG_NAME).exists():
+        return create_backbone(folder).eval()
+    saved = read_adapter_config(folder)
+    extra_file = folder / "mmkit_extra.json"
+    extra = read_json(extra_file) if extra_file.exists() else saved.get("extra") or {}
+    spec = extra.get("backbone") or {}
+    classes = extra.get("class_names") or []
+    if backbone is None:
+        if "name" not in spec:
+            raise CheckpointError(f"{folder} does not say which backbone it was made for; pass backbone=.")
+        name = spec["name"]
+        backbone = folder / name if (folder / str(name)).is_dir() else name
+    model = create_backbone(backbone, num_classes=len(classes) or None, **spec.get("overrides", {}))
+    info = dataclasses.replace(backbone_info(model), class_names=tuple(classes))
+    model.__dict__["backbone_info"] = info
+    load_adapter(model, folder)
+    return model.eval()
+
+
+def merge_error(prepared: Prepared) -> float | None:
+    """Largest absolute difference of the validation logits between the attached and the merged adapter.
+
+    The adapter is attached again afterwards. `None` when the method cannot be merged or there is no adapter.
+    """
+    adapter = prepared.adapter
+    if adapter is None or not adapter.mergeable:
+        return None
+    images = torch.stack([prepared.val[i][0] for i in range(min(len(prepared.val), 64))])
+    images = images.to(next(prepared.model.parameters()).device)
+    before = _logits(prepared.model, images)
+    adapter.merge()
+    try:
+        after = _logits(prepared.model, images)
+    finally:
+        adapter.unmerge()
+    return float((before - after).abs().max())
+
+
+def _logits(model: nn.Module, images: Tensor) -> Tensor:
+    training = model.training
+    try:
+        with torch.no_grad():
+            return model.eval()(images)
+    finally:
+        model.train(training)
+
+
+def report_table(reports: list[dict[str, Any]]) -> str:
+    """Reports of several methods as one aligned text table."""
+    rows = [["method", "accuracy", "trainable", "of total", "file", "seconds", "merge error"]]
+    for r in reports:
+        share = r["trainable_parameters"] / r["total_parameters"]
+        error = "-" if r["merge_error"] is None else f"{r['merge_error']:.1e}"
+        rows.append(
+            [
+                r["method"], f"{100 * r['accuracy']:.1f} %", f"{r['trainable_parameters']:,}", f"{100 * share:.1f} %",
+                f"{r['file_size'] / 1024:,.0f} kB", f"{r['seconds']:.1f}", error,
+            ]
+        )  # fmt: skip
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        for row in rows
+    ]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def read_report(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """`report.json` of a fine-tuning folder."""
+    report = read_json(Path(folder) / "report.json")
+    if not isinstance(report, dict):
+        raise CheckpointError(f"{folder}/report.json is not a report: {json.dumps(report)[:60]}")
+    return report

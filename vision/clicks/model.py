@@ -1,0 +1,656 @@
+"""SqueezeSAM: promptable segmentation by one small convolutional network that gets prompts as channels.
+
+Paper: "SqueezeSAM: User-Friendly Mobile Interactive Segmentation", Varadarajan et al., arXiv 2312.06736. Its versions
+describe models of other sizes than the code the authors published for four days (yformer/EfficientSAM, Apache-2.0,
+`squeeze_sam/` at 3477a43): `squeeze_sam_base` is that published network, tensor for tensor (10,159,260 parameters).
+
+Added here, all off in the official configuration: negative clicks and the previous mask as extra input channels with
+zero-initialised weights, geodesic distances to the clicks in the same way (a 5-channel checkpoint gives bit-identical
+outputs until they are trained), late fusion,
+padding instead of stretching, antialiased resizing, and convolution-norm-activation order for new training.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmkit.backbones.model import Model
+from mmkit.errors import CheckpointError, InputError
+from mmkit.vision.clicks.geodesic import click_maps
+
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+
+NEGATIVE, POSITIVE, BOX_A, BOX_B, PADDING = 0, 1, 2, 3, -1
+"""Point labels: negative click, positive click, the two corners of a box, and padding."""
+
+_ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "relu": nn.ReLU,
+    "gelu": nn.GELU,
+    "silu": nn.SiLU,
+    "leakyrelu": nn.LeakyReLU,
+    "hardswish": nn.Hardswish,
+    "elu": nn.ELU,
+}
+_NORMS: dict[str, Callable[[int], nn.Module]] = {
+    "batch_norm": nn.BatchNorm2d,
+    "layer_norm": lambda dim: nn.GroupNorm(1, dim),
+}
+
+
+class ConvNormAct(nn.Module):
+    """3x3 convolution, activation, then norm (the official order), or norm before the activation when `norm_first`."""
+
+    def __init__(self, in_chans: int, out_chans: int, act_layer: str, norm_layer: str, norm_first: bool):
+        super().__init__()
+        self.conv = nn.Sequential(nn.Conv2d(in_chans, out_chans, 3, padding=1), _ACTIVATIONS[act_layer]())
+        self.norm = _NORMS[norm_layer](out_chans)
+        self.norm_first = norm_first
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(N, in_chans, h, w)` to `(N, out_chans, h, w)`."""
+        if self.norm_first:
+            return self.conv[1](self.norm(self.conv[0](x)))
+        return self.norm(self.conv(x))
+
+
+class DoubleConv(nn.Module):
+    """Two `ConvNormAct` in a row."""
+
+    def __init__(self, in_chans: int, out_chans: int, *options: Any):
+        super().__init__()
+        self.double_conv = nn.Sequential(
+            ConvNormAct(in_chans, out_chans, *options), ConvNormAct(out_chans, out_chans, *options)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(N, in_chans, h, w)` to `(N, out_chans, h, w)`."""
+        return self.double_conv(x)
+
+
+class Down(nn.Module):
+    """Halve the resolution by max pooling, then `DoubleConv`."""
+
+    def __init__(self, in_chans: int, out_chans: int, *options: Any):
+        super().__init__()
+        self.maxpool_conv = nn.Sequential(nn.MaxPool2d(2), DoubleConv(in_chans, out_chans, *options))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(N, in_chans, h, w)` to `(N, out_chans, h // 2, w // 2)`."""
+        return self.maxpool_conv(x)
+
+
+class PixelLinear(nn.Module):
+    """Double the resolution: a linear layer per pixel, ReLU, norm over all its outputs, pixel shuffle."""
+
+    def __init__(self, in_chans: int, out_chans: int, norm_layer: str, norm_first: bool):
+        super().__init__()
+        self.upsampler_linear = nn.Sequential(nn.Linear(in_chans, 4 * out_chans), nn.ReLU())
+        self.norm = _NORMS[norm_layer](4 * out_chans)
+        self.norm_first = norm_first
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(N, in_chans, h, w)` to `(N, out_chans, 2 h, 2 w)`."""
+        x = x.permute(0, 2, 3, 1)
+        if self.norm_first:
+            x = self.norm(self.upsampler_linear[0](x).permute(0, 3, 1, 2)).relu()
+        else:
+            x = self.norm(self.upsampler_linear(x).permute(0, 3, 1, 2))
+        return F.pixel_shuffle(x, 2)
+
+
+class Up(nn.Module):
+    """Upsample, pad to the size of the skip connection, concatenate, `DoubleConv`."""
+
+    def __init__(self, in_chans: int, skip_chans: int, act_layer: str, norm_layer: str, norm_first: bool):
+        super().__init__()
+        self.up = PixelLinear(in_chans, in_chans // 2, norm_layer, norm_first)
+        self.conv = DoubleConv(in_chans // 2 + skip_chans, skip_chans, act_layer, norm_layer, norm_first)
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        """`x` `(N, in_chans, h, w)` and `skip` `(N, skip_chans, H, W)` to `(N, skip_chans, H, W)`."""
+        x = self.up(x)
+        dy, dx = skip.shape[2] - x.shape[2], skip.shape[3] - x.shape[3]
+        if dx or dy:
+            x = F.pad(x, [dx // 2, dx - dx // 2, dy // 2, dy - dy // 2])
+        return self.conv(torch.cat([skip, x], dim=1))
+
+
+class MLP(nn.Module):
+    """`num_layers` hidden linear layers with activation, then a linear output."""
+
+    def __init__(self, in_dim: int, hidden_dim: int, out_dim: int, num_layers: int, act_layer: str):
+        super().__init__()
+        dims = [in_dim] + [hidden_dim] * num_layers
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.Linear(a, b), _ACTIVATIONS[act_layer]()) for a, b in itertools.pairwise(dims)
+        )
+        self.fc = nn.Linear(hidden_dim if num_layers else in_dim, out_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(..., in_dim)` to `(..., out_dim)`."""
+        for layer in self.layers:
+            x = layer(x)
+        return self.fc(x)
+
+
+class Attention(nn.Module):
+    """Multi-head attention whose inner width is `dim // downsample`."""
+
+    def __init__(self, dim: int, num_heads: int, downsample: int = 1):
+        super().__init__()
+        inner = dim // downsample
+        if inner % num_heads:
+            raise InputError(f"num_heads={num_heads} must divide the attention width {inner}.")
+        self.num_heads = num_heads
+        self.q_proj = nn.Linear(dim, inner)
+        self.k_proj = nn.Linear(dim, inner)
+        self.v_proj = nn.Linear(dim, inner)
+        self.out_proj = nn.Linear(inner, dim)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """`q` `(N, Lq, dim)`, `k` and `v` `(N, Lk, dim)` to `(N, Lq, dim)`."""
+
+        def heads(x: Tensor) -> Tensor:
+            return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+        q, k, v = heads(self.q_proj(q)), heads(self.k_proj(k)), heads(self.v_proj(v))
+        attention = (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(dim=-1)
+        return self.out_proj((attention @ v).transpose(1, 2).flatten(2))
+
+
+class TwoWayBlock(nn.Module):
+    """SAM's two-way block as SqueezeSAM changed it: residuals start from `q + pe`, the image has no position code.
+
+    `first` marks block 0, whose self-attention adds no token position code.
+    """
+
+    def __init__(self, dim: int, num_heads: int, mlp_dim: int, act_layer: str, first: bool):
+        super().__init__()
+        self.self_attn = Attention(dim, num_heads)
+        self.norm1 = nn.LayerNorm(dim)
+        self.cross_attn_token_to_image = Attention(dim, num_heads, 2)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = MLP(dim, mlp_dim, dim, 1, act_layer)
+        self.norm3 = nn.LayerNorm(dim)
+        self.norm4 = nn.LayerNorm(dim)
+        self.cross_attn_image_to_token = Attention(dim, num_heads, 2)
+        self.first = first
+
+    def forward(self, q: Tensor, image: Tensor, pe: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens `q` `(N, T, dim)` with their position code `pe`, and `image` `(N, h w, dim)`: both updated."""
+        if not self.first:
+            q = q + pe
+        q = self.norm1(q + self.self_attn(q, q, q))
+        q = self.norm2(q + self.cross_attn_token_to_image(q + pe, image, image))
+        q = self.norm3(q + self.mlp(q))
+        image = self.norm4(image + self.cross_attn_image_to_token(image, q + pe, q))
+        return q, image
+
+
+class DetectionTransformer(nn.Module):
+    """Learned IoU and mask tokens and one prompt token attend to the bottleneck of the U-Net."""
+
+    def __init__(self, dim: int, depth: int, num_heads: int, mlp_dim: int, num_masks: int, act_layer: str):
+        super().__init__()
+        self.transformer: Any = nn.Module()
+        self.transformer.layers = nn.ModuleList(
+            TwoWayBlock(dim, num_heads, mlp_dim, act_layer, first=i == 0) for i in range(depth)
+        )
+        self.transformer.final_attn_token_to_image = Attention(dim, num_heads, 2)
+        self.transformer.norm_final_attn = nn.LayerNorm(dim)
+        self.iou_token = nn.Embedding(1, dim)
+        self.mask_tokens = nn.Embedding(num_masks, dim)
+
+    def forward(self, bottleneck: Tensor, prompt: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """`bottleneck` `(N, dim, h, w)`, `prompt` `(N, dim)` (zero in the official model).
+
+        Returns the IoU token `(N, dim)`, the mask tokens `(N, num_masks, dim)` and the updated bottleneck.
+        """
+        n, dim, h, w = bottleneck.shape
+        learned = torch.cat([self.iou_token.weight, self.mask_tokens.weight]).expand(n, -1, -1)
+        prompt = bottleneck.new_zeros(n, dim) if prompt is None else prompt
+        pe = torch.cat([learned, prompt[:, None].to(learned.dtype)], dim=1)
+        q, image = pe, bottleneck.flatten(2).transpose(1, 2)
+        for layer in self.transformer.layers:
+            q, image = layer(q, image, pe)
+        q = self.transformer.norm_final_attn(q + self.transformer.final_attn_token_to_image(q + pe, image, image))
+        return q[:, 0], q[:, 1:-1], image.transpose(1, 2).reshape(n, dim, h, w)
+
+
+class MaskDecoder(nn.Module):
+    """One hypernetwork per mask token makes a 1x1 filter over the features; an MLP predicts the IoU of each mask."""
+
+    def __init__(
+        self, dim: int, feature_dim: int, num_masks: int, iou_head_depth: int, iou_head_hidden_dim: int, act_layer: str
+    ):
+        super().__init__()
+        self.output_hypernetworks_mlps = nn.ModuleList(
+            MLP(dim, dim, feature_dim, 2, act_layer) for _ in range(num_masks)
+        )
+        self.iou_prediction_head = MLP(dim, iou_head_hidden_dim, num_masks, iou_head_depth, act_layer)
+
+    def forward(self, mask_tokens: Tensor, iou_token: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits `(N, num_masks, h, w)` and predicted IoU `(N, num_masks)` from features `(N, feature_dim, h, w)`."""
+        filters = torch.stack([mlp(mask_tokens[:, i]) for i, mlp in enumerate(self.output_hypernetworks_mlps)], dim=1)
+        masks = (filters @ features.flatten(2)).unflatten(-1, features.shape[2:])
+        return masks, self.iou_prediction_head(iou_token)
+
+
+class PromptToken(nn.Module):
+    """Late fusion: points as SAM embeds them (Fourier position code plus a label vector), summed to one token.
+
+    SAM appends one token per point. Here they are summed into the one prompt token the network already has, times a
+    scale that starts at zero, so switching late fusion on changes nothing until it is trained.
+    """
+
+    frequencies: Tensor
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.register_buffer("frequencies", torch.randn(2, dim // 2))
+        self.label_embed = nn.Embedding(4, dim)
+        self.scale = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, points: Tensor, labels: Tensor) -> Tensor:
+        """`points` `(N, P, 2)` in 0..1, `labels` `(N, P)` in -1..3 to `(N, dim)`."""
+        phase = 2 * math.pi * (2 * points - 1) @ self.frequencies.to(points.dtype)
+        code = torch.cat([phase.sin(), phase.cos()], dim=-1).to(self.scale.dtype) + self.label_embed(
+            labels.long().clamp(min=0)
+        )
+        return self.scale * (code * (labels >= 0)[..., None]).sum(dim=1)
+
+
+class SqueezeSAM(Model):
+    """Promptable segmentation: `(images, points, labels)` to mask logits and predicted IoU.
+
+    Args:
+        image_size: side of the square the network sees.
+        patch_size: stride of the patch embedding.
+        patch_embed_dim: width of the patch embedding.
+        dims: width of each U-Net level.
+        depth, mlp_dim, num_heads: of the detection transformer; its width is `dims[-1]`.
+        num_multimask_outputs: masks returned per query; one more is computed and dropped.
+        iou_head_depth, iou_head_hidden_dim: hidden layers of the IoU head.
+        norm_layer: "batch_norm" or "layer_norm" (GroupNorm with one group).
+        act_layer: "relu", "gelu", "silu", "leakyrelu", "hardswish" or "elu" (upsampling is always with ReLU).
+        norm_first: convolution-norm-activation order, which int8 tools can fuse. The official order norms last.
+        negative_clicks: adds a channel with a disk at each negative click.
+        previous_mask: adds a channel with the sigmoid of the previous logits.
+        geodesic: adds three channels that follow the picture's edges from the clicks (see `mmkit.vision.clicks.geodesic`).
+        late_fusion: adds the points as a token as well (see `PromptToken`).
+        keep_aspect: pad at the right and bottom to a square instead of stretching.
+        antialias: filter when shrinking the picture. The official code does not.
+        click_radius: radius of a click's disk, in network pixels.
+        single_mask: train entry 0 with every prompt and let `InteractiveSegmenter` show it: one best guess instead of three
+            and a choice. The published code always drops entry 0, and so does `forward`.
+        strict_official_prompts: read prompts as the published code does: the first two points are a box unless the
+            first label is 1 (so a label 0 in first place becomes a box).
+
+    Raises:
+        InputError: an impossible configuration.
+
+    Example:
+        >>> model = SqueezeSAM(image_size=32, dims=(8, 16), patch_embed_dim=8, mlp_dim=16, num_heads=2)
+        >>> logits, iou = model(torch.rand(1, 3, 20, 30), torch.tensor([[[[5.0, 6.0]]]]), torch.tensor([[[1]]]))
+        >>> logits.shape, iou.shape
+        (torch.Size([1, 1, 3, 20, 30]), torch.Size([1, 1, 3]))
+    """
+
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
+    def __init__(
+        self,
+        image_size: int = 512,
+        patch_size: int = 2,
+        patch_embed_dim: int = 64,
+        dims: Sequence[int] = (64, 128, 128, 128, 128, 164, 256, 256),
+        depth: int = 2,
+        mlp_dim: int = 256,
+        num_heads: int = 8,
+        num_multimask_outputs: int = 3,
+        iou_head_depth: int = 2,
+        iou_head_hidden_dim: int = 256,
+        norm_layer: str = "batch_norm",
+        act_layer: str = "relu",
+        norm_first: bool = False,
+        negative_clicks: bool = False,
+        previous_mask: bool = False,
+        geodesic: bool = False,
+        late_fusion: bool = False,
+        keep_aspect: bool = False,
+        antialias: bool = False,
+        click_radius: float = 5.0,
+        single_mask: bool = False,
+        strict_official_prompts: bool = False,
+    ):
+        super().__init__()
+        _check_config(self.config)
+        dims = tuple(dims)
+        self.image_size, self.patch_size, self.click_radius = image_size, patch_size, click_radius
+        self.negative_clicks, self.previous_mask, self.geodesic = negative_clicks, previous_mask, geodesic
+        self.single_mask = single_mask
+        self.keep_aspect, self.antialias, self.strict_official_prompts = keep_aspect, antialias, strict_official_prompts
+        self.num_multimask_outputs = num_multimask_outputs
+        num_masks, width, options = num_multimask_outputs + 1, dims[-1], (act_layer, norm_layer, norm_first)
+
+        self.patch_embed: Any = nn.Module()
+        patch_conv = nn.Conv2d(self.in_chans, patch_embed_dim, patch_size, stride=patch_size)
+        with torch.no_grad():
+            patch_conv.weight[:, 5:] = 0  # the extra prompt channels start without effect
+        self.patch_embed.proj = nn.Sequential(patch_conv, nn.GroupNorm(1, patch_embed_dim))
+        self.unet_encoder: Any = nn.Module()
+        self.unet_encoder.down_layers = nn.ModuleList(
+            [DoubleConv(patch_embed_dim, dims[0], *options)]
+            + [Down(a, b, *options) for a, b in itertools.pairwise(dims)]
+        )
+        self.get_iou_predictions_and_mask_tokens = DetectionTransformer(
+            width, depth, num_heads, mlp_dim, num_masks, act_layer
+        )
+        self.unet_decoder: Any = nn.Module()
+        self.unet_decoder.unet_upscaling_layers = nn.ModuleList(
+            Up(a, b, *options) for a, b in zip(dims[:0:-1], dims[-2::-1], strict=True)
+        )
+        self.mask_decoder = MaskDecoder(width, dims[0], num_masks, iou_head_depth, iou_head_hidden_dim, act_layer)
+        self.prompt_token = PromptToken(width) if late_fusion else None
+        self.register_buffer("pixel_mean", torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(STD).view(1, 3, 1, 1), persistent=False)
+
+    @property
+    def in_chans(self) -> int:
+        """Channels of the patch embedding: RGB, box, positive clicks, and the optional extra prompts."""
+        return 5 + self.negative_clicks + self.previous_mask + 3 * self.geodesic
+
+    @property
+    def low_res_size(self) -> int:
+        """Side of the logits before they are resized to the picture."""
+        return self.image_size // self.patch_size
+
+    def official_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The published keys are this class's keys; missing input channels of the patch embedding get zero weights."""
+        key = "patch_embed.proj.0.weight"
+        weight = state.get(key)
+        if weight is None or weight.ndim != 4 or weight.shape[1] >= self.in_chans:
+            return state
+        if weight.shape[1] != 5:
+            raise CheckpointError(f"{key} has {weight.shape[1]} input channels; expected 5 or {self.in_chans}.")
+        return {**state, key: F.pad(weight, (0, 0, 0, 0, 0, self.in_chans - 5))}
+
+    def scaled_size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width the picture takes inside the network's square."""
+        if not self.keep_aspect:
+            return self.image_size, self.image_size
+        scale = self.image_size / max(height, width)
+        return max(1, round(height * scale)), max(1, round(width * scale))
+
+    def preprocess(self, images: Tensor) -> Tensor:
+        """RGB `(B, 3, H, W)` in 0..1 to normalised `(B, 3, S, S)`; padding, if any, is zero after normalisation."""
+        h, w = self.scaled_size(*images.shape[2:])
+        x = F.interpolate(images, (h, w), mode="bilinear", antialias=self.antialias)
+        x = (x - self.pixel_mean) / self.pixel_std
+        return F.pad(x, (0, self.image_size - w, 0, self.image_size - h)) if (h, w) != (self.image_size,) * 2 else x
+
+    def scale_points(self, points: Tensor, height: int, width: int) -> Tensor:
+        """Points `(..., 2)` in pixels of the picture to network pixels; negative coordinates stay -1."""
+        h, w = self.scaled_size(height, width)
+        factor = points.new_tensor([w, h])
+        scaled = points * factor / points.new_tensor([width, height])
+        return torch.where(points >= 0, scaled, -1.0)
+
+    def encode_prompts(
+        self, points: Tensor, labels: Tensor, size: tuple[int, int], previous: Tensor | None = None
+    ) -> Tensor:
+        """Paint prompts into channels: box, positive disks, and where the model has them negative disks, previous mask.
+
+        Args:
+            points: `(B, Q, P, 2)`, x and y in pixels of the picture.
+            labels: `(B, Q, P)`: 1 positive click, 0 negative click, 2 and 3 box corners, -1 padding.
+            size: height and width of the picture.
+            previous: low-resolution logits `(B, Q, s, s)` of the previous round, or `None`.
+
+        Returns:
+            `(B, Q, C, S, S)`, C from 2 to 4.
+        """
+        points = self.scale_points(points.float(), *size)
+        s = self.image_size
+        rows = torch.arange(s, device=points.device, dtype=points.dtype).view(1, 1, s, 1)
+        cols = rows.view(1, 1, 1, s)
+        channels = [self._box_channel(points, labels, rows, cols), self._disks(points, labels == POSITIVE, rows, cols)]
+        if self.negative_clicks:
+            channels.append(self._disks(points, labels == NEGATIVE, rows, cols))
+        if self.previous_mask:
+            if previous is None:
+                channels.append(torch.zeros_like(channels[0]))
+            else:
+                channels.append(F.interpolate(previous.float().sigmoid(), (s, s), mode="bilinear"))
+        return torch.stack(channels, dim=2)
+
+    def _box_channel(self, points: Tensor, labels: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
+        """Filled box, ones without a box, zeros without any prompt: `(B, Q, S, S)`."""
+        if self.strict_official_prompts:
+            corners, is_box = points[:, :, :2], labels[:, :, 0] != POSITIVE
+            low, high = corners.amin(dim=2), corners.amax(dim=2)
+        else:
+            corner = (labels == BOX_A) | (labels == BOX_B)
+            is_box = corner.any(dim=2) | (labels == PADDING).all(dim=2)  # nothing at all: an empty rectangle
+            low = torch.where(corner[..., None], points, math.inf).amin(dim=2)
+            high = torch.where(corner[..., None], points, -math.inf).amax(dim=2)
+        low, high = low[..., None, None, :], high[..., None, None, :]
+        inside = (cols >= low[..., 0]) & (cols <= high[..., 0]) & (rows >= low[..., 1]) & (rows <= high[..., 1])
+        return (inside | ~is_box[..., None, None]).to(points.dtype)
+
+    def _disks(self, points: Tensor, chosen: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
+        """1 within `click_radius` of a chosen point: `(B, Q, S, S)`."""
+        disks = torch.zeros(*points.shape[:2], self.image_size, self.image_size, dtype=torch.bool, device=points.device)
+        for i in range(points.shape[2]):
+            x, y = points[:, :, i, 0, None, None], points[:, :, i, 1, None, None]
+            near = (cols - x).square() + (rows - y).square() <= self.click_radius**2
+            disks |= near & chosen[:, :, i, None, None]
+        return disks.to(points.dtype)
+
+    def early_fusion(self, images: Tensor, points: Tensor, labels: Tensor, previous: Tensor | None = None) -> Tensor:
+        """Picture and prompts as one input `(B * Q, in_chans, S, S)`; arguments as `forward`."""
+        return self.fuse(self.preprocess(images), points, labels, (images.shape[2], images.shape[3]), previous)
+
+    def fuse(
+        self, rgb: Tensor, points: Tensor, labels: Tensor, size: tuple[int, int], previous: Tensor | None = None
+    ) -> Tensor:
+        """As `early_fusion`, from a preprocessed picture `(B, 3, S, S)` whose height and width were `size`."""
+        prompts = self.encode_prompts(points, labels, size, previous)
+        if self.geodesic:
+            maps = self._geodesic_maps(rgb.float(), prompts, labels, self.scaled_size(*size))
+            prompts = torch.cat([prompts, maps], dim=2)
+        rgb = rgb[:, None].expand(-1, prompts.shape[1], -1, -1, -1)
+        return torch.cat([rgb, prompts.to(rgb.dtype)], dim=2).flatten(0, 1)
+
+    @torch.no_grad()
+    def _geodesic_maps(self, rgb: Tensor, prompts: Tensor, labels: Tensor, region: tuple[int, int]) -> Tensor:
+        """Three channels `(B, Q, 3, S, S)`, computed at the resolution of the logits and zero in the padding."""
+        h, w = region
+        grid = (max(2, h // self.patch_size), max(2, w // self.patch_size))
+
+        def small(x: Tensor) -> Tensor:
+            return F.interpolate(x[..., :h, :w], grid, mode="area")
+
+        boxed = ((labels == BOX_A) | (labels == BOX_B)).any(dim=2)[..., None, None]
+        positive = small(prompts[:, :, 1]) > 0
+        negative = boxed & (small(prompts[:, :, 0]) < 0.5)
+        if self.negative_clicks:
+            negative |= small(prompts[:, :, 2]) > 0
+        maps = click_maps(small(rgb), positive, negative & ~positive)
+        maps = F.interpolate(maps.flatten(0, 1), (h, w), mode="bilinear").unflatten(0, maps.shape[:2])
+        return F.pad(maps, (0, self.image_size - w, 0, self.image_size - h))
+
+    def encode(self, fused: Tensor) -> list[Tensor]:
+        """The patch embedding and every U-Net level of a fused input `(N, in_chans, S, S)`, finest first."""
+        features = [self.patch_embed.proj(fused)]
+        for layer in self.unet_encoder.down_layers:
+            features.append(layer(features[-1]))
+        return features
+
+    def forward_fused(self, fused: Tensor, prompt: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The network proper, which is what gets exported.
+
+        Args:
+            fused: `(N, in_chans, S, S)` of `early_fusion`.
+            prompt: `(N, dims[-1])` of late fusion, or `None`.
+
+        Returns:
+            Low-resolution logits `(N, num_multimask_outputs + 1, S / patch, S / patch)` and predicted IoU
+            `(N, num_multimask_outputs + 1)`. Entry 0 is the mask that `forward` drops.
+        """
+        features = self.encode(fused)
+        iou_token, mask_tokens, x = self.get_iou_predictions_and_mask_tokens(features[-1], prompt)
+        for layer, skip in zip(self.unet_decoder.unet_upscaling_layers, features[-2:0:-1], strict=True):
+            x = layer(x, skip)
+        return self.mask_decoder(mask_tokens, iou_token, x)
+
+    def forward_low_res(
+        self, images: Tensor, points: Tensor, labels: Tensor, previous: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """As `forward`, without resizing: all logits `(B, Q, M + 1, s, s)` and IoU `(B, Q, M + 1)`."""
+        check_prompts(images, points, labels, previous)
+        prompt = None
+        if self.prompt_token is not None:
+            scaled = self.scale_points(points.float(), *images.shape[2:]) / self.image_size
+            prompt = self.prompt_token(scaled.flatten(0, 1), labels.flatten(0, 1))
+        low, iou = self.forward_fused(self.early_fusion(images, points, labels, previous), prompt)
+        shape = points.shape[:2]
+        return low.unflatten(0, shape), iou.unflatten(0, shape)
+
+    def upscale(self, low: Tensor, size: tuple[int, int]) -> Tensor:
+        """Low-resolution logits `(N, M, s, s)` to the picture's `size` by bicubic resizing (values may overshoot)."""
+        h, w = self.scaled_size(*size)
+        if (h, w) != (self.image_size, self.image_size):
+            low = F.interpolate(low, (self.image_size, self.image_size), mode="bilinear")[..., :h, :w]
+        return F.interpolate(low, size, mode="bicubic")
+
+    def forward(
+        self, images: Tensor, points: Tensor, labels: Tensor, previous: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Predict masks for each query.
+
+        Args:
+            images: `(B, 3, H, W)` RGB in 0..1, any size.
+            points: `(B, Q, P, 2)` x, y in pixels of `images`; -1 for padding.
+            labels: `(B, Q, P)`: 1 positive, 0 negative (seen by models with `negative_clicks`), 2 and 3 box corners, -1 padding.
+            previous: low-resolution logits `(B, Q, s, s)` of the previous round (seen by models with `previous_mask`).
+
+        Returns:
+            Logits `(B, Q, M, H, W)`, positive inside, and predicted IoU `(B, Q, M)`, M = `num_multimask_outputs`;
+            take the mask with the largest predicted IoU.
+
+        Raises:
+            InputError: shapes that do not belong together or unknown labels.
+        """
+        low, iou = self.forward_low_res(images, points, labels, previous)
+        masks = self.upscale(low[:, :, 1:].flatten(0, 1), (images.shape[2], images.shape[3]))
+        return masks.unflatten(0, iou.shape[:2]), iou[:, :, 1:]
+
+
+def _check_config(config: Mapping[str, Any]) -> None:
+    """Raise `InputError` for keywords of `SqueezeSAM` that no network can be built with."""
+    norm_layer, act_layer, dims = config["norm_layer"], config["act_layer"], config["dims"]
+    if norm_layer not in _NORMS or act_layer not in _ACTIVATIONS:
+        raise InputError(
+            f"norm_layer must be one of {sorted(_NORMS)} and act_layer one of {sorted(_ACTIVATIONS)}, "
+            f"not {norm_layer!r} and {act_layer!r}."
+        )
+    if not isinstance(dims, list) or not dims:
+        raise InputError(f"dims must list the width of each U-Net level, not {dims!r}.")
+    sizes = ("image_size", "patch_size", "patch_embed_dim", "mlp_dim", "num_heads", "num_multimask_outputs")
+    least = {**dict.fromkeys((*sizes, "iou_head_hidden_dim"), 1), "depth": 0, "iou_head_depth": 0}
+    given = [(name, config[name], low) for name, low in least.items()] + [("each of dims", width, 1) for width in dims]
+    for name, value, low in given:
+        if not isinstance(value, int) or value < low:
+            raise InputError(f"{name} must be a whole number of at least {low}, not {value!r}.")
+    if config["image_size"] // config["patch_size"] < 2 ** (len(dims) - 1):
+        raise InputError(f"{len(dims)} levels need image_size / patch_size >= {2 ** (len(dims) - 1)}.")
+
+
+def check_prompts(images: Tensor, points: Tensor, labels: Tensor, previous: Tensor | None = None) -> None:
+    """Raise `InputError` unless `(B, 3, H, W)`, `(B, Q, P, 2)`, labels `(B, Q, P)` in -1..3 and `(B, Q, s, s)` fit together."""
+    if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape or not images.is_floating_point():
+        raise InputError(f"images must be float (B, 3, H, W) in 0..1, not {images.dtype} {tuple(images.shape)}.")
+    if points.ndim != 4 or points.shape[-1] != 2 or points.shape[0] != images.shape[0] or 0 in points.shape:
+        raise InputError(f"points must be (B, Q, P, 2) with B={images.shape[0]}, not {tuple(points.shape)}.")
+    if labels.shape != points.shape[:-1]:
+        raise InputError(f"labels must be {tuple(points.shape[:-1])} to match points, not {tuple(labels.shape)}.")
+    if previous is not None and (previous.ndim != 4 or previous.shape[:2] != points.shape[:2]):
+        raise InputError(f"previous must be logits {tuple(points.shape[:2])} + (s, s), not {tuple(previous.shape)}.")
+    known = sum((labels == value).sum() for value in (PADDING, NEGATIVE, POSITIVE, BOX_A, BOX_B))
+    if int(known) != labels.numel():
+        raise InputError(f"labels must lie in {{-1, 0, 1, 2, 3}}, found {sorted(set(labels.flatten().tolist()))}.")
+
+
+_OFFICIAL_NAMES = {
+    "image_size": "encoder_image_size",
+    "patch_size": "encoder_patch_size",
+    "patch_embed_dim": "encoder_patch_embed_dim",
+    "dims": "encoder_unet_conv_dims",
+    "depth": "decoder_transformer_depth",
+    "mlp_dim": "decoder_transformer_mlp_dim",
+    "num_heads": "decoder_num_heads",
+    "num_multimask_outputs": "num_multimask_outputs",
+    "iou_head_depth": "iou_head_depth",
+    "iou_head_hidden_dim": "iou_head_hidden_dim",
+}
+
+
+def config_from_official(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The authors' constructor arguments as `SqueezeSAM` keywords, with their prompt reading.
+
+    Raises `InputError` when one is missing; impossible values are refused by `SqueezeSAM`.
+    """
+    missing = {"normalization_type", "activation_fn", *_OFFICIAL_NAMES.values()} - set(config)
+    if missing:
+        raise InputError(f"The official configuration lacks {sorted(missing)}.")
+    norm = {"sync_batch_norm": "batch_norm"}.get(config["normalization_type"], config["normalization_type"])
+    return {
+        **{ours: config[theirs] for ours, theirs in _OFFICIAL_NAMES.items()},
+        "norm_layer": norm,
+        "act_layer": str(config["activation_fn"]).rsplit(".", 1)[-1].strip("'>").lower(),
+        "strict_official_prompts": True,
+    }
+
+
+def squeeze_sam_base(**overrides: Any) -> SqueezeSAM:
+    """The published network: 10.16 M parameters, 26.3 GMAC per prompt at 512."""
+    return SqueezeSAM(**overrides)
+
+
+def squeeze_sam_small(**overrides: Any) -> SqueezeSAM:
+    """Half the width: 7.40 M parameters, 7.0 GMAC at 512."""
+    return SqueezeSAM(**{"patch_embed_dim": 32, "dims": (32, 64, 64, 96, 128, 160, 192, 256), **overrides})
+
+
+def squeeze_sam_tiny(**overrides: Any) -> SqueezeSAM:
+    """Patches of 4: 7.3 M parameters, 3.0 GMAC at 512."""
+    tiny = {"patch_size": 4, "patch_embed_dim": 48, "dims": (48, 64, 96, 128, 160, 192, 256)}
+    return SqueezeSAM(**{**tiny, **overrides})
+
+
+def squeeze_sam_photo(**overrides: Any) -> SqueezeSAM:
+    """The bundled photo model: every extra channel, aspect kept, 128 pixels: 2.78 M parameters."""
+    photo = {
+        "image_size": 128,
+        "patch_embed_dim": 24,
+        "dims": (24, 48, 64, 96, 128, 160),
+        "mlp_dim": 256,
+        "negative_clicks": True,
+        "previous_mask": True,
+        "geodesic": True,
+        "keep_aspect": True,
+        "antialias": True,
+        "click_radius": 3.0,
+        "single_mask": True,
+    }
+    return SqueezeSAM(**{**photo, **overrides})

@@ -1,0 +1,251 @@
+"""Look at the Gaussian mixture masks of a trained model, bend them, and see attention and prediction change."""
+
+from __future__ import annotations
+
+import copy
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor, nn
+
+from mmkit.data.images import ImageLike, load_image
+from mmkit.errors import InputError
+from mmkit.pipelines import Pipeline
+from mmkit.storage import atomic_write, write_json
+from mmkit.vision.gmm.attention import GaussianMixtureMask
+from mmkit.vision.gmm.model import GMMViT, pair
+from mmkit.weights import load_weights, weight_entry
+
+SCOPES = ("head", "layer", "model")
+"""How much of the model an edit reaches: one head, all heads of the layer, or every layer."""
+
+
+@dataclass
+class MaskView:
+    """What one head does at one patch. Arrays `(rows, columns)` lie on the patch grid.
+
+    Attributes:
+        picture: the input as the model sees it, `(H, W)` pixels.
+        patch: (row, column) of the patch that looks around.
+        mask, trained_mask: the mask of the head seen from `patch`, edited and as trained.
+        attention, plain_attention: attention weights of `patch` with the (edited) mask and without any mask; each sums
+        to 1. distances, profile, trained_profile: the mask as a function of the distance in patches, `(U,)` each.
+        predictions: "trained", "edited" and "no mask" -> class name -> probability.
+    """
+
+    picture: Image.Image
+    patch: tuple[int, int]
+    mask: np.ndarray[Any, Any]
+    trained_mask: np.ndarray[Any, Any]
+    attention: np.ndarray[Any, Any]
+    plain_attention: np.ndarray[Any, Any]
+    distances: np.ndarray[Any, Any]
+    profile: np.ndarray[Any, Any]
+    trained_profile: np.ndarray[Any, Any]
+    predictions: dict[str, dict[str, float]]
+
+    def mask_image(self, size: int = 384) -> Image.Image:
+        """The mask over the picture: red scales the logits up, blue turns attraction into repulsion, clear is near 0."""
+        limit = max(1e-6, float(np.abs(self.trained_mask).max()), float(np.abs(self.mask).max()))
+        return self._overlay(self.mask / limit, "RdBu_r", size)
+
+    def attention_image(self, masked: bool = True, size: int = 384) -> Image.Image:
+        """The attention weights over the picture; both pictures share one scale."""
+        limit = max(float(self.attention.max()), float(self.plain_attention.max()))
+        return self._overlay((self.attention if masked else self.plain_attention) / limit, "plasma", size)
+
+    def plot(self) -> Any:
+        """A matplotlib figure of the mask against the distance, as trained and edited."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(5, 3), layout="constrained")
+        axes = figure.subplots()
+        axes.axhline(0, color="0.8", linewidth=1)
+        axes.plot(self.distances, self.trained_profile, color="0.45", linestyle="--", label="as trained")
+        axes.plot(self.distances, self.profile, color="teal", linewidth=2, label="edited")
+        axes.set_xlabel("distance in patches")
+        axes.set_ylabel("factor on the attention logit")
+        axes.legend(frameon=False)
+        return figure
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write mask.png, attention.png, attention_without_mask.png, profile.png and predictions.json into `folder`."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        pictures = {
+            "mask": self.mask_image(),
+            "attention": self.attention_image(),
+            "attention_without_mask": self.attention_image(masked=False),
+        }
+        for name, image in pictures.items():
+            with atomic_write(folder / f"{name}.png") as temporary:
+                image.save(temporary, format="PNG")
+        with atomic_write(folder / "profile.png") as temporary:
+            self.plot().savefig(temporary, format="png")
+        write_json(folder / "predictions.json", self.predictions)
+        return folder
+
+    def _overlay(self, values: np.ndarray[Any, Any], colours: str, size: int) -> Image.Image:
+        from matplotlib import colormaps
+
+        place = values / 2 + 0.5 if colours == "RdBu_r" else values
+        rgb = Image.fromarray((colormaps[colours](place)[..., :3] * 255).astype(np.uint8))
+        opacity = np.clip(0.1 + 0.6 * np.abs(values), 0, 0.7)
+        width, height = self.picture.size
+        shape = (size, round(size * height / width))
+        base = self.picture.convert("L").convert("RGB").resize(shape, Image.Resampling.BICUBIC)
+        blend = Image.fromarray((opacity * 255).astype(np.uint8)).resize(shape, Image.Resampling.NEAREST)
+        out = Image.composite(rgb.resize(shape, Image.Resampling.NEAREST), base, blend)
+        return frame_patch(out, self.patch, values.shape)
+
+
+def frame_patch(image: Image.Image, patch: tuple[int, int], grid: tuple[int, ...]) -> Image.Image:
+    """A copy of `image` with a white frame around one patch of the grid."""
+    out = image.copy()
+    height, width = out.height / grid[0], out.width / grid[1]
+    corner = (round(patch[1] * width), round(patch[0] * height))
+    box = (*corner, round(corner[0] + width) - 1, round(corner[1] + height) - 1)
+    pen = ImageDraw.Draw(out)
+    pen.rectangle(box, outline="black", width=5)
+    pen.rectangle(box, outline="white", width=3)
+    return out
+
+
+class MaskExplorer(Pipeline):
+    """Pictures in, `MaskView` out: what the mask of a head does, and what an edit of it would change.
+
+    Args:
+        model: a `GMMViT` with `mask="gmm"` and mean pooling, bundled weights of one, or a folder written by
+            `save_pretrained`. `None` is the bundled "gmm_vit_drawn", which knows drawn shapes and textures.
+        classes: names of the outputs; `None` takes those of the bundled weights, else numbers.
+        mean, std: normalisation of the input; `None` takes those of the bundled weights, else 0.5.
+
+    Example:
+        >>> import mmkit
+        >>> explorer = mmkit.pipeline("mask-explorer")           # doctest: +SKIP
+        >>> explorer("star.png", layer=1, head=2).mask_image()   # doctest: +SKIP
+    """
+
+    task: ClassVar[str] = "mask-explorer"
+    default_weights: ClassVar[str] = "gmm_vit_drawn"
+
+    def __init__(
+        self,
+        model: nn.Module | str | os.PathLike[str] | None = None,
+        *,
+        classes: list[str] | None = None,
+        mean: list[float] | None = None,
+        std: list[float] | None = None,
+        **options: Any,
+    ):
+        self._extra: dict[str, Any] = {}
+        super().__init__(model, **options)
+        if not isinstance(self.model, GMMViT) or self.model.config["mask"] != "gmm" or self.model.cls_token is not None:
+            raise InputError(
+                f"mask-explorer needs a GMMViT with mask='gmm' and mean pooling, not a {type(self.model).__name__}."
+            )
+        config = self.model.config
+        self.size, self.grid = pair(config["img_size"]), self._mask(self.model, 0).grid
+        self.classes = classes or self._extra.get("classes") or [str(i) for i in range(config["num_classes"])]
+        self.mean = mean or self._extra.get("mean") or [0.5] * config["in_chans"]
+        self.std = std or self._extra.get("std") or [0.5] * config["in_chans"]
+        if len(self.classes) != config["num_classes"] or len(self.mean) != config["in_chans"]:
+            raise InputError("classes, mean and std must have one entry per output and per input channel of the model.")
+        plain = GMMViT(**{**config, "mask": "none", "class_token": False})
+        plain.load_state_dict({k: v for k, v in self.model.state_dict().items() if ".mask." not in k})
+        self.plain = plain.to(self.device, self.dtype).eval()
+
+    def load(self, model: str | os.PathLike[str]) -> nn.Module:
+        """The model behind a bundled name or a folder."""
+        if Path(model).expanduser().is_dir():
+            return GMMViT.from_pretrained(model)
+        self._extra = weight_entry(str(model)).extra
+        return load_weights(str(model))
+
+    @staticmethod
+    def _mask(model: nn.Module, layer: int) -> GaussianMixtureMask:
+        return model.blocks[layer].attn.mask  # type: ignore[index,union-attr,return-value]
+
+    def __call__(
+        self,
+        image: ImageLike,
+        layer: int = 0,
+        head: int = 0,
+        patch: tuple[int, int] | None = None,
+        *,
+        alpha_scale: float = 1.0,
+        sigma_scale: float = 1.0,
+        scope: str = "head",
+    ) -> MaskView:
+        """Look at one head, and at what scaling its mask would change.
+
+        Args:
+            image: a picture; it is resized to the model's input.
+            layer, head: which attention head, from 0.
+            patch: (row, column) on the patch grid; `None` is the middle.
+            alpha_scale: factor on the heights of the Gaussians, -8..8; 0 removes the head's logits, negative flips
+            them. sigma_scale: factor on their widths, above 0 up to 100.
+            scope: what the edit reaches: "head", "layer" or "model".
+
+        Raises:
+            InputError: unreadable picture, no such layer, head or patch, or factors out of range.
+        """
+        patch = (self.grid[0] // 2, self.grid[1] // 2) if patch is None else patch
+        self._check(layer, head, patch, alpha_scale, sigma_scale, scope)
+        edited = copy.deepcopy(self.model)
+        for index in range(len(edited.blocks)) if scope == "model" else [layer]:  # type: ignore[arg-type]
+            mask, heads = self._mask(edited, index), [head] if scope == "head" else slice(None)
+            mask.alpha.data[:, heads] *= alpha_scale
+            mask.sigma.data[:, heads] *= sigma_scale
+        picture = load_image(image).resize(self.size[::-1], Image.Resampling.BICUBIC)
+        pixels = self._pixels(picture)
+        caught: list[Tensor] = []
+        mask = self._mask(edited, layer)
+        mask.register_forward_hook(lambda module, args, output: caught.extend((args[0], output)))
+        index = patch[0] * self.grid[1] + patch[1]
+        with torch.no_grad():
+            logits = {"trained": self.model(pixels), "edited": edited(pixels), "no mask": self.plain(pixels)}
+            rows = [m.matrix()[head, index] for m in (mask, self._mask(self.model, layer))]
+            rows += [caught[1][0, head, index].float().softmax(-1), caught[0][0, head, index].float().softmax(-1)]
+            distances, profile = mask.profile()
+            trained_profile = self._mask(self.model, layer).profile()[1]
+        grids: Any = [row.float().reshape(self.grid).cpu().numpy() for row in rows]
+        return MaskView(
+            picture,
+            patch,
+            *grids,  # type: ignore[call-arg]
+            distances.cpu().numpy(),
+            profile[head].float().cpu().numpy(),
+            trained_profile[head].float().cpu().numpy(),
+            {k: dict(zip(self.classes, v[0].float().softmax(-1).tolist(), strict=True)) for k, v in logits.items()},
+        )
+
+    def _pixels(self, picture: Image.Image) -> Tensor:
+        channels = len(self.mean)
+        array: Any = np.asarray(picture if channels == 3 else picture.convert("L"), np.float32).reshape(
+            *self.size, channels
+        )
+        array = (array / 255 - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
+        return torch.from_numpy(array).permute(2, 0, 1)[None].to(self.device, self.dtype)
+
+    def _check(
+        self, layer: int, head: int, patch: tuple[int, int], alpha_scale: float, sigma_scale: float, scope: str
+    ) -> None:
+        depth, heads = len(self.model.blocks), self._mask(self.model, 0).num_heads  # type: ignore[arg-type]
+        if not 0 <= layer < depth or not 0 <= head < heads:
+            raise InputError(
+                f"The model has layers 0..{depth - 1} with heads 0..{heads - 1}, not layer {layer}, head {head}."
+            )
+        if len(patch) != 2 or not all(0 <= p < n for p, n in zip(patch, self.grid, strict=True)):
+            raise InputError(f"patch must lie on the {self.grid[0]} x {self.grid[1]} grid, not {tuple(patch)}.")
+        if not -8 <= alpha_scale <= 8 or not 0 < sigma_scale <= 100:
+            raise InputError(
+                f"alpha_scale {alpha_scale} must lie in -8..8 and sigma_scale {sigma_scale} in 0..100 (above 0)."
+            )
+        if scope not in SCOPES:
+            raise InputError(f"scope must be one of {SCOPES}, not {scope!r}.")

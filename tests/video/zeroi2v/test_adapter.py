@@ -374,7 +374,7 @@ def test_bad_settings_are_refused() -> None:
 
 
 def test_official_files_ask_for_what_they_do_not_hold() -> None:
-    case = Path(__file__).parents[1] / "golden" / "zeroi2v" / "clip_tiny_div4"
+    case = Path(__file__).parents[2] / "golden" / "zeroi2v" / "clip_tiny_div4"
     with pytest.raises(CheckpointError, match="scale"):
         zeroi2v_from_official(case / "weights.safetensors", head_offsets=BOTH, num_heads=4)
     with pytest.raises(CheckpointError, match="offsets"):

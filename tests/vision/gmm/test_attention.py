@@ -424,7 +424,7 @@ def test_half_precision_and_compiled_models():
 @pytest.mark.slow
 def test_digits_from_scratch_learn_faster_with_the_mask():
     """Four hundred digits, 20 epochs: with the mask the small ViT has learnt, without it it has hardly begun (one seed)."""
-    path = Path(__file__).parents[2] / "benchmarks" / "gmm_small_data.py"
+    path = Path(__file__).parents[3] / "benchmarks" / "gmm_small_data.py"
     spec = importlib.util.spec_from_file_location("gmm_small_data", path)
     benchmark = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(benchmark)

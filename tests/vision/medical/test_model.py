@@ -169,7 +169,7 @@ def test_bidirectional_sees_the_rest_of_the_image_and_keeps_the_parameters() -> 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_and_half_models_stay_close(dtype: torch.dtype) -> None:
     # weights of the golden case: LayerNorm after ReLU is ill-conditioned for weights drawn carelessly
-    case = Path(__file__).parent.parent / "golden" / "lightm_unet" / "net2d"
+    case = Path(__file__).parents[2] / "golden" / "lightm_unet" / "net2d"
     model = LightMUNet(**json.loads((case / "meta.json").read_text())["config"])
     load_official_checkpoint(model, case / "weights.safetensors")
     x = load_file(case / "inputs.safetensors")["x"]

@@ -36,8 +36,8 @@ The bundled model is tiny and was trained on drawn clips: it tells where **one b
 
 @functools.cache
 def _load(merged: bool) -> Any:
+    from mmkit.backbones import load_weights
     from mmkit.pipelines import pipeline
-    from mmkit.weights import load_weights
 
     model: Any = load_weights(MODEL)
     return pipeline("video-classification", model.merge() if merged else model)

@@ -23,7 +23,7 @@ _LAZY = {
     "backbone_info": "mmkit.backbones",
     "list_models": "mmkit.backbones.model",
     "create_model": "mmkit.backbones.model",
-    "load_weights": "mmkit.weights",
+    "load_weights": "mmkit.backbones",
     "list_weights": "mmkit.weights",
     "fit": "mmkit.training",
     "FitConfig": "mmkit.training",
@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     )
     from mmkit.backbones import backbone_info as backbone_info
     from mmkit.backbones import create_backbone as create_backbone
+    from mmkit.backbones import load_weights as load_weights
     from mmkit.backbones import save_backbone as save_backbone
     from mmkit.backbones.model import create_model as create_model
     from mmkit.backbones.model import list_models as list_models
@@ -64,7 +65,6 @@ if TYPE_CHECKING:
     from mmkit.training import FitConfig as FitConfig
     from mmkit.training import fit as fit
     from mmkit.weights import list_weights as list_weights
-    from mmkit.weights import load_weights as load_weights
 
 
 def __getattr__(name: str) -> Any:

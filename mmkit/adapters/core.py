@@ -78,6 +78,10 @@ class AdapterStack:
         self.adapters: dict[str, Adapter] = {}
         self.trainable: dict[str, bool] | None = None
 
+    def live(self) -> list[str]:
+        """Names of the adapters that act through hooks: attached and not merged."""
+        return [name for name, adapter in self.adapters.items() if adapter.attached]
+
     @staticmethod
     def of(model: nn.Module) -> AdapterStack:
         """The stack of `model`, created at first use (a plain attribute: it is not part of the state dict)."""

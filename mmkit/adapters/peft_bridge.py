@@ -60,13 +60,13 @@ def lora_config(config: PeftAdapterConfig, model: nn.Module) -> Any:
     """The `peft.LoraConfig` of our settings for `model`."""
     from peft import LoraConfig
 
-    from mmkit.backbones import head_name
+    from mmkit.backbones import head_name, head_scopes
 
     plain = {p: m for p, m in hooks.named_plain_modules(model) if p}
-    head = head_name(model, required=False)
+    heads = tuple(f"{path}." for path in head_scopes(model))
     layers = {
         p: m for p, m in plain.items()
-        if isinstance(m, (nn.Linear, nn.Conv2d)) and getattr(m, "groups", 1) == 1 and not (head and f"{p}.".startswith(f"{head}."))
+        if isinstance(m, (nn.Linear, nn.Conv2d)) and getattr(m, "groups", 1) == 1 and not f"{p}.".startswith(heads)
     }  # fmt: skip
     fused = [p for p, m in plain.items() if isinstance(m, nn.MultiheadAttention)]
     inside = tuple(f"{p}." for p in fused)

@@ -24,10 +24,10 @@ class SiteAdapter(Adapter):
 
     def default_sites(self, model: nn.Module, candidates: dict[str, nn.Module]) -> list[str]:
         """The sites used when `targets` is `None`: all candidates outside the head, unless overridden."""
-        from mmkit.backbones import head_name
+        from mmkit.backbones import head_scopes
 
-        head = head_name(model, required=False)
-        return [p for p in candidates if not head or not f"{p}.".startswith(f"{head}.")]
+        heads = tuple(f"{path}." for path in head_scopes(model))
+        return [p for p in candidates if not f"{p}.".startswith(heads)]
 
     def make_site(self, path: str, module: nn.Module) -> nn.Module:
         """The parameters for one site, on the CPU in float32."""

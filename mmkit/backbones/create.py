@@ -8,10 +8,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from mmkit.backbones.info import BackboneInfo, backbone_info, describe
+from mmkit.backbones.info import BackboneInfo, ImageBackboneInfo, backbone_info, describe, image_info
+from mmkit.backbones.model import create_model
 from mmkit.errors import CheckpointError, InputError, nearest
 from mmkit.storage import load_state, read_json, read_tensors, write_json, write_safetensors
 from mmkit.weights import list_weights, load_tensors, weight_entry
@@ -123,7 +123,7 @@ def _build_open_clip(
     model: nn.Module = tower
     if num_classes:
         model = ClassifierOnTower(tower, tower.output_dim, num_classes)
-        facts.update(head="head", num_classes=num_classes)
+        facts.update(num_classes=num_classes)
     kwargs = overrides if num_classes is None else {**overrides, "num_classes": num_classes}
     return _attach_info(model, describe(model, f"open_clip:{name}", kwargs, **facts))
 
@@ -163,9 +163,7 @@ def _build_diffusers(name: str, pretrained: bool, num_classes: int | None, overr
         model = cls(**overrides)
     except (TypeError, ValueError) as error:
         raise InputError(f"diffusers:{name}: {error}") from error
-    return _attach_info(
-        model, describe(model, f"diffusers:{name}", overrides, mean=(0.5,) * 3, std=(0.5,) * 3, head="")
-    )
+    return _attach_info(model, describe(model, f"diffusers:{name}", overrides))
 
 
 def _build_bundled(name: str, pretrained: bool, num_classes: int | None, overrides: dict[str, Any]) -> nn.Module:
@@ -175,13 +173,28 @@ def _build_bundled(name: str, pretrained: bool, num_classes: int | None, overrid
     known = {
         k: tuple(v) if isinstance(v, list) else v
         for k, v in entry.extra.items()
-        if k in BackboneInfo.__dataclass_fields__
+        if k in ImageBackboneInfo.__dataclass_fields__
     }
     load_backbone_state(model, load_tensors(name), f"bundled weights {name!r}", new_head=num_classes is not None)
-    info = dataclasses.replace(backbone_info(model), name=f"mmkit:{name}", **known)
+    info = dataclasses.replace(image_info(model), name=f"mmkit:{name}", **known)
     if info.class_names and len(info.class_names) != info.num_classes:
         info = dataclasses.replace(info, class_names=())
     return _attach_info(model, info)
+
+
+def load_weights(name: str) -> nn.Module:
+    """Build the bundled model `name` (see `mmkit.list_weights`) with its trained weights, in eval mode on the CPU.
+
+    Raises:
+        InputError: unknown name.
+        CheckpointError: the file is missing or damaged.
+    """
+    entry = weight_entry(name)
+    if ":" in entry.model:
+        return create_backbone(f"mmkit:{name}").eval()
+    model = create_model(entry.model, **entry.config)
+    load_state(model, load_tensors(name), source=str(entry.path))
+    return model.eval()
 
 
 _BUILDERS: dict[str, Any] = {
@@ -200,9 +213,10 @@ def load_backbone_state(model: nn.Module, state: dict[str, Tensor], source: str,
     info = backbone_info(model)
     own = model.state_dict()
     state = dict(state)
-    if new_head and info.head:
-        ours = {k: v for k, v in own.items() if k.startswith(f"{info.head}.")}
-        theirs = {k: v for k, v in state.items() if k.startswith(f"{info.head}.")}
+    heads = tuple(f"{head}." for head in info.heads)
+    if new_head and heads:
+        ours = {k: v for k, v in own.items() if k.startswith(heads)}
+        theirs = {k: v for k, v in state.items() if k.startswith(heads)}
         if {k: v.shape for k, v in ours.items()} != {k: v.shape for k, v in theirs.items()}:
             logger.warning("%s: the classifier has other classes; it starts untrained", source)
             state = {k: v for k, v in state.items() if k not in theirs} | ours
@@ -216,7 +230,7 @@ def load_backbone_state(model: nn.Module, state: dict[str, Tensor], source: str,
     load_state(model, state, source=source, ignore=tuple(buffers))
 
 
-def _resize_pos_embed(theirs: Tensor, ours: Tensor, info: BackboneInfo, key: str, source: str) -> Tensor:
+def _resize_pos_embed(theirs: Tensor, ours: Tensor, info: ImageBackboneInfo, key: str, source: str) -> Tensor:
     prefix = info.num_prefix_tokens if theirs.dim() == 3 else 0
     patches = theirs.shape[1] - prefix if theirs.dim() == 3 else 0
     if info.grid is None or theirs.shape[-1] != ours.shape[-1] or patches < 1 or int(patches**0.5) ** 2 != patches:
@@ -233,13 +247,11 @@ def save_backbone(model: nn.Module, folder: str | os.PathLike[str], *, class_nam
     `create_backbone(folder)` restores the model with its preprocessing; for timm models `timm.create_model("local-dir:FOLDER")`
     reads the same folder. Attached adapters are not saved here: merge them first, or use `save_adapter`.
     """
-    from mmkit.adapters import attached_adapters
-
     folder = Path(folder).expanduser()
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file; give a folder to save the model in.")
-    live = [n for n, a in attached_adapters(model).items() if a.attached]
-    if live:
+    adapters = model.__dict__.get("_mmkit_adapters")
+    if adapters and (live := adapters.live()):
         raise InputError(
             f"Adapters {live} are attached and would be lost; call adapter.merge() or adapter.detach() first."
         )
@@ -275,7 +287,8 @@ def _from_folder(folder: Path, num_classes: int | None, overrides: dict[str, Any
     config = read_json(folder / "config.json")
     if "mmkit" in config:
         try:
-            saved = BackboneInfo(**{k: tuple(v) if isinstance(v, list) else v for k, v in config["mmkit"].items()})
+            values = {k: tuple(v) if isinstance(v, list) else v for k, v in config["mmkit"].items() if k != "head"}
+            saved = ImageBackboneInfo(**values)
         except TypeError as error:
             raise CheckpointError(f"{folder}/config.json is not one that save_backbone writes: {error}") from error
         source, name = split_name(saved.name)
@@ -320,9 +333,3 @@ def _offline(name: str, error: Exception) -> CheckpointError:
         f"The weights of {name} could not be fetched ({type(error).__name__}). mmkit works offline: download them on a machine with a "
         "network and pass checkpoint_path=FILE, or use pretrained=False."
     )
-
-
-def example_input(model: nn.Module, batch_size: int = 1) -> Tensor:
-    """Zeros of the shape the backbone takes, (B, C, H, W): for checks and tracing."""
-    p = next(model.parameters())
-    return torch.zeros(batch_size, *backbone_info(model).input_size, device=p.device, dtype=p.dtype)

@@ -1,54 +1,71 @@
-"""What a backbone says about itself: its preprocessing, patch grid, prefix tokens, blocks and head."""
+"""What a backbone says about itself: blocks, classifiers, and for image backbones its preprocessing and patch grid."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
+from mmkit.backbones.heads import find_heads
 from mmkit.errors import InputError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_PREPROCESSING = ("mean", "std", "input_size", "interpolation", "crop_pct", "crop_mode")
 
 
 @dataclass(frozen=True)
 class BackboneInfo:
-    """Facts about a backbone, attached to it as `model.backbone_info`.
+    """Facts about any backbone, attached to it as `model.backbone_info`.
 
     Attributes:
         name: what `create_backbone` was given, with its library ("timm:vit_tiny_patch16_224").
         overrides: the keywords it was built with.
-        mean, std: per-channel normalisation of images in 0..1.
-        input_size: (C, H, W) it was made for.
-        interpolation: "bilinear", "bicubic", ...
-        crop_pct: share of the resized picture that the centre crop keeps at evaluation.
-        grid: patch grid (rows, columns), or `None`.
-        num_prefix_tokens: class and register tokens before the patches.
         blocks: module paths of the residual blocks, in order.
-        head: module path of the classifier, "" when there is none.
-        num_classes: outputs of the head, 0 when there is none.
-        class_names: labels of the outputs, when known.
+        heads: module paths of the classifiers: none, one, or several (distilled models have two).
+        num_features: width of the vector a classifier reads, 0 when not known.
+        trained: whether weights were loaded (`False`: all random; `None`: not known).
     """
 
     name: str
     overrides: dict[str, Any] = field(default_factory=dict)
+    blocks: tuple[str, ...] = ()
+    heads: tuple[str, ...] = ()
+    num_features: int = 0
+    trained: bool | None = None
+
+
+@dataclass(frozen=True)
+class ImageBackboneInfo(BackboneInfo):
+    """Facts about a backbone that takes pictures.
+
+    Attributes:
+        mean, std: per-channel normalisation of images in 0..1.
+        input_size: (C, H, W) it was made for.
+        interpolation: "bilinear", "bicubic", ...
+        crop_pct: share of the resized picture that the crop keeps at evaluation.
+        crop_mode: "center", "squash" or "border", as in timm.
+        grid: patch grid (rows, columns), or `None`.
+        num_prefix_tokens: class and register tokens before the patches.
+        num_classes: outputs of the classifiers, 0 when there are none.
+        class_names: labels of the outputs, when known.
+    """
+
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
     input_size: tuple[int, int, int] = (3, 224, 224)
     interpolation: str = "bicubic"
     crop_pct: float = 1.0
+    crop_mode: str = "center"
     grid: tuple[int, int] | None = None
     num_prefix_tokens: int = 0
-    blocks: tuple[str, ...] = ()
-    head: str = ""
     num_classes: int = 0
     class_names: tuple[str, ...] = ()
 
     def preprocessing(self) -> dict[str, Any]:
-        """mean, std, input_size, interpolation and crop_pct as keywords."""
-        keys = ("mean", "std", "input_size", "interpolation", "crop_pct")
-        return {k: getattr(self, k) for k in keys}
+        """mean, std, input_size, interpolation, crop_pct and crop_mode as keywords."""
+        return {k: getattr(self, k) for k in _PREPROCESSING}
 
 
 def backbone_info(model: nn.Module) -> BackboneInfo:
@@ -57,51 +74,90 @@ def backbone_info(model: nn.Module) -> BackboneInfo:
     return attached if isinstance(attached, BackboneInfo) else describe(model, type(model).__name__)
 
 
+def image_info(model: nn.Module) -> ImageBackboneInfo:
+    """`backbone_info` of a model that takes pictures. Raises `InputError` when it does not say how they are prepared."""
+    info = backbone_info(model)
+    if not isinstance(info, ImageBackboneInfo):
+        raise InputError(
+            f"{info.name} does not say how pictures are prepared for it. Build it with create_backbone, or set "
+            "model.backbone_info = ImageBackboneInfo(name, input_size=(C, H, W), mean=..., std=...)."
+        )
+    return info
+
+
 def describe(model: nn.Module, name: str, overrides: dict[str, Any] | None = None, **known: Any) -> BackboneInfo:
-    """Read the facts off a model; `known` values win."""
-    cfg = getattr(model, "pretrained_cfg", None) or {}
-    facts: dict[str, Any] = {
-        k: tuple(cfg[k]) if isinstance(cfg[k], (list, tuple)) else cfg[k]
-        for k in ("mean", "std", "input_size", "interpolation", "crop_pct")
-        if cfg.get(k) is not None
+    """Read the facts off a model; `known` values win. It is an image backbone when it or `known` says its preprocessing."""
+    common: dict[str, Any] = {
+        "name": name,
+        "overrides": dict(overrides or {}),
+        "blocks": _block_paths(model),
+        "heads": find_heads(model),
+        "num_features": int(getattr(model, "num_features", 0) or 0),
     }
+    cfg = getattr(model, "pretrained_cfg", None)
+    if not isinstance(cfg, dict) and "mean" not in known:
+        return BackboneInfo(**{**common, **known})
+    facts: dict[str, Any] = {k: _tuple(cfg[k]) for k in _PREPROCESSING if (cfg or {}).get(k) is not None}
     patch = getattr(model, "patch_embed", None)
     if getattr(patch, "grid_size", None):
         facts["grid"] = tuple(patch.grid_size)
     if getattr(patch, "img_size", None):
         facts["input_size"] = (patch.proj.weight.shape[1], *patch.img_size)
     facts["num_prefix_tokens"] = int(getattr(model, "num_prefix_tokens", 0))
-    facts["blocks"] = _block_paths(model)
-    facts["head"] = _find_head(model)
-    facts["num_classes"] = int(getattr(model, "num_classes", 0) or 0) if facts["head"] else 0
-    return BackboneInfo(name=name, overrides=dict(overrides or {}), **{**facts, **known})
+    facts["num_classes"] = int(getattr(model, "num_classes", 0) or 0) if common["heads"] else 0
+    return ImageBackboneInfo(**{**common, **facts, **known})
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, (list, tuple)) else value
+
+
+def head_names(model: nn.Module) -> tuple[str, ...]:
+    """Module paths of all classifiers, as in the plain model; empty when there are none."""
+    attached = getattr(model, "backbone_info", None)
+    return attached.heads if isinstance(attached, BackboneInfo) else find_heads(model)
+
+
+def head_scopes(model: nn.Module) -> tuple[str, ...]:
+    """The heads with what belongs to them alone: "head" where the classifier is "head.fc" beside its own norm and pooling.
+
+    Methods that adapt the trunk leave these out.
+    """
+    heads, blocks = head_names(model), backbone_info(model).blocks
+    return tuple(dict.fromkeys(_scope(head, blocks) for head in heads))
+
+
+def _scope(head: str, blocks: tuple[str, ...]) -> str:
+    """The outermost module around `head` that holds none of the blocks; `head` itself where no blocks are known."""
+    parts = head.split(".")
+    outer = [".".join(parts[:n]) for n in range(1, len(parts))] if blocks else []
+    return next((path for path in outer if not any(b.startswith(f"{path}.") for b in blocks)), head)
 
 
 def head_name(model: nn.Module, *, required: bool = True) -> str:
-    """Module path of the classifier; "" when there is none and `required` is `False`.
+    """The first of `head_names`; "" when there is none and `required` is `False`.
 
     Raises `InputError` when a head is required and cannot be found.
     """
-    attached = getattr(model, "backbone_info", None)
-    head = attached.head if isinstance(attached, BackboneInfo) else _find_head(model)
-    if not head and required:
+    heads = head_names(model)
+    if not heads and required:
         raise InputError(
             f"{type(model).__name__} has no classifier that could be found. Build it with num_classes=N, "
             "or name the module in modules_to_save."
         )
-    return head
+    return next(iter(heads), "")
 
 
-def _find_head(model: nn.Module) -> str:
-    """timm knows its classifier; elsewhere the usual names."""
-    classifier = (getattr(model, "pretrained_cfg", None) or {}).get("classifier")
-    names = [classifier] if isinstance(classifier, str) else []
-    for name in [*names, "head", "fc", "classifier", "heads"]:
-        top = name.partition(".")[0]  # "head.fc": the whole head is trained, its norm included
-        module = getattr(model, top, None)
-        if isinstance(module, nn.Module) and any(True for _ in module.parameters()):
-            return top
-    return ""
+def example_input(model: nn.Module, batch_size: int = 1) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Arguments for `model(*args, **kwargs)` that make it run, for checks and tracing; `None` when they are not known.
+
+    For image backbones: zeros of the shape they were made for, (B, C, H, W), on the device and in the dtype of the parameters.
+    """
+    info = backbone_info(model)
+    parameter = next(model.parameters(), None)
+    if not isinstance(info, ImageBackboneInfo) or parameter is None:
+        return None
+    return (torch.zeros(batch_size, *info.input_size, device=parameter.device, dtype=parameter.dtype),), {}
 
 
 def _block_paths(model: nn.Module) -> tuple[str, ...]:

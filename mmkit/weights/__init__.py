@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmkit.errors import CheckpointError, InputError, nearest
-from mmkit.storage import load_state, read_json, read_tensors, write_json, write_safetensors
+from mmkit.storage import read_json, read_tensors, write_json, write_safetensors
 
 FOLDER = Path(__file__).parent
 MANIFEST = FOLDER / "manifest.json"
@@ -28,7 +28,7 @@ class WeightEntry:
     """One bundled file and its provenance.
 
     Attributes:
-        name: what `load_weights` takes.
+        name: what `mmkit.load_weights` takes.
         model: how the module is built: a name of `list_models()`, or a `create_backbone` name such as "timm:vit_...".
         config: keyword arguments for it.
         summary: what the weights can and cannot do, in one or two sentences.
@@ -84,25 +84,6 @@ def load_tensors(name: str) -> dict[str, Tensor]:
     if found != entry.sha256:
         raise CheckpointError(f"{entry.path} is damaged: sha256 {found[:12]}, manifest says {entry.sha256[:12]}.")
     return {k: v.float() if v.dtype == torch.float16 else v for k, v in read_tensors(entry.path).items()}
-
-
-def load_weights(name: str) -> nn.Module:
-    """Build the bundled model `name` with its trained weights, in eval mode on the CPU.
-
-    Raises:
-        InputError: unknown name.
-        CheckpointError: the file is missing or damaged.
-    """
-    entry = weight_entry(name)
-    if ":" in entry.model:
-        from mmkit.backbones import create_backbone
-
-        return create_backbone(f"mmkit:{name}").eval()
-    from mmkit.backbones.model import create_model
-
-    model = create_model(entry.model, **entry.config)
-    load_state(model, load_tensors(name), source=str(entry.path))
-    return model.eval()
 
 
 def bundle(entry: WeightEntry, state: dict[str, Tensor], *, half: bool = True) -> WeightEntry:

@@ -24,7 +24,7 @@ def test_a_vit_tells_its_parts() -> None:
     info = vit(num_classes=5).backbone_info
     assert (info.grid, info.num_prefix_tokens, info.input_size) == ((4, 4), 1, (3, 32, 32))
     assert info.blocks == ("blocks.0", "blocks.1")
-    assert (info.head, info.num_classes) == ("head", 5)
+    assert (info.heads, info.num_classes) == (("head",), 5)
     assert info.mean == (0.5, 0.5, 0.5)
 
 

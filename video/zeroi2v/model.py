@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mmkit.adapters import apply_adapter
-from mmkit.backbones import backbone_info, create_backbone
+from mmkit.backbones import create_backbone, image_info
 from mmkit.backbones.model import Model
 from mmkit.errors import CheckpointError, InputError
 from mmkit.storage import load_state, read_tensors
@@ -80,7 +80,7 @@ class VideoClassifier(Model):
         for path in added_biases:
             layer: Any = self.backbone.get_submodule(path)
             layer.register_parameter("bias", nn.Parameter(torch.zeros(layer.out_features), requires_grad=False))
-        info = backbone_info(self.backbone)
+        info = image_info(self.backbone)
         self.head = nn.Linear(_feature_dim(self.backbone), num_classes)
         nn.init.normal_(self.head.weight, std=0.01)
         nn.init.zeros_(self.head.bias)
@@ -104,7 +104,7 @@ class VideoClassifier(Model):
     @classmethod
     def from_backbone(cls, backbone: nn.Module, num_classes: int, **options: Any) -> Self:
         """A classifier on a copy of `backbone` (from `create_backbone`) with its weights; `options` as in the constructor."""
-        info = backbone_info(backbone)
+        info = image_info(backbone)
         source, _, name = info.name.partition(":")
         overrides = {k: v for k, v in info.overrides.items() if k != "num_classes"}
         architecture = info.name
@@ -116,8 +116,8 @@ class VideoClassifier(Model):
             raise InputError(f"The backbone must come from create_backbone (timm or open_clip), not {info.name!r}.")
         options = {"mean": info.mean, "std": info.std, **options}
         model = cls(architecture, num_classes, backbone_args=overrides, **options)
-        head = f"{info.head}." if info.head else None
-        state = {k: v for k, v in backbone.state_dict().items() if k != "proj" and not (head and k.startswith(head))}
+        heads = tuple(f"{head}." for head in info.heads)
+        state = {k: v for k, v in backbone.state_dict().items() if k != "proj" and not k.startswith(heads)}
         load_state(model.backbone, state, source=info.name)
         if model.adapter is not None and model.adapter.config.train_norm:  # the trained copy of the norm starts equal
             for path in model.adapter.saved_norms:
@@ -138,7 +138,7 @@ class VideoClassifier(Model):
             self.adapter.frames = frames
         features = self.backbone(video.flatten(0, 1))
         if not isinstance(features, Tensor) or features.dim() != 2:
-            raise InputError(f"{backbone_info(self.backbone).name} does not give one feature vector per picture.")
+            raise InputError(f"{image_info(self.backbone).name} does not give one feature vector per picture.")
         return features.unflatten(0, (-1, frames))
 
     def forward(self, video: Tensor) -> Tensor:

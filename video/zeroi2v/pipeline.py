@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from mmkit.backbones import load_weights
 from mmkit.errors import InputError
 from mmkit.pipelines import Pipeline
 from mmkit.storage import write_json
@@ -22,7 +23,7 @@ from mmkit.video.io import Clip, VideoReader
 from mmkit.video.samplers import DenseSampler, UniformSampler, window_starts
 from mmkit.video.transforms import ClipTransform
 from mmkit.video.zeroi2v.model import VideoClassifier
-from mmkit.weights import list_weights, load_weights, weight_entry
+from mmkit.weights import list_weights, weight_entry
 
 
 @dataclass(frozen=True)

@@ -73,12 +73,12 @@ class ImageClassificationPipeline(Pipeline):
     def __init__(self, model: Any = None, *, device: Any = "auto", dtype: Any = "auto"):
         super().__init__(model, device=device, dtype=dtype)
         from mmkit.adapters import attached_adapters
-        from mmkit.backbones import backbone_info
+        from mmkit.backbones import image_info
         from mmkit.data import ImageTransform
 
         for adapter in attached_adapters(self.model).values():
             adapter.to(self.device)
-        self.info = backbone_info(self.model)
+        self.info = image_info(self.model)
         self.transform = ImageTransform.of(self.info.preprocessing())
 
     def load(self, model: str | os.PathLike[str]) -> nn.Module:

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from mmkit.adapters import Adapter, apply_adapter, load_adapter, save_adapter
 from mmkit.adapters.files import CONFIG_NAME, read_adapter_config
-from mmkit.backbones import backbone_info, create_backbone, save_backbone
-from mmkit.backbones.create import example_input
+from mmkit.backbones import create_backbone, example_input, image_info, save_backbone
 from mmkit.data import ImageDataset, ImageTransform, open_dataset, split_dataset
 from mmkit.errors import CheckpointError, InputError, nearest
 from mmkit.registry import ADAPTERS
@@ -141,8 +140,8 @@ def prepare(
     model = create_backbone(
         backbone, checkpoint_path, pretrained=pretrained, num_classes=len(dataset.classes), **(overrides or {})
     )
-    info = dataclasses.replace(backbone_info(model), class_names=tuple(dataset.classes))
-    if not info.head:
+    info = dataclasses.replace(image_info(model), class_names=tuple(dataset.classes))
+    if not info.heads:
         raise InputError(
             f"{backbone!r} has no classifier that could be trained; choose an image classification backbone."
         )
@@ -150,8 +149,9 @@ def prepare(
     attached = None
     if adapter != "full":
         name = "peft" if adapter == "lora" else adapter
-        attached = apply_adapter(model, name, **{"modules_to_save": (info.head,), **(settings or {})})
-        attached.check(example_input(model))
+        attached = apply_adapter(model, name, **{"modules_to_save": info.heads, **(settings or {})})
+        args, kwargs = example_input(model)
+        attached.check(*args, **kwargs)
     plain = info.preprocessing()
     return Prepared(
         model=model,
@@ -299,7 +299,7 @@ def load_finetuned(folder: str | os.PathLike[str], *, backbone: str | os.PathLik
         name = spec["name"]
         backbone = folder / name if (folder / str(name)).is_dir() else name
     model = create_backbone(backbone, num_classes=len(classes) or None, **spec.get("overrides", {}))
-    info = dataclasses.replace(backbone_info(model), class_names=tuple(classes))
+    info = dataclasses.replace(image_info(model), class_names=tuple(classes))
     model.__dict__["backbone_info"] = info
     load_adapter(model, folder)
     return model.eval()

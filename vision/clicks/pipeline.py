@@ -238,7 +238,7 @@ class InteractiveSegmenter(Pipeline):
 
     def load(self, model: str | os.PathLike[str]) -> nn.Module:
         """Bundled weights by name, or a folder: of `SqueezeSAM.save_pretrained`, or of a transformers SAM or SAM 2."""
-        from mmkit.weights import load_weights
+        from mmkit.backbones import load_weights
 
         folder = Path(model).expanduser()
         if not folder.is_dir():

@@ -13,13 +13,14 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
+from mmkit.backbones import load_weights
 from mmkit.data.images import ImageLike, load_image
 from mmkit.errors import InputError
 from mmkit.pipelines import Pipeline
 from mmkit.storage import atomic_write, write_json
 from mmkit.vision.gmm.attention import GaussianMixtureMask
 from mmkit.vision.gmm.model import GMMViT, pair
-from mmkit.weights import load_weights, weight_entry
+from mmkit.weights import weight_entry
 
 SCOPES = ("head", "layer", "model")
 """How much of the model an edit reaches: one head, all heads of the layer, or every layer."""

@@ -422,8 +422,9 @@ class MedicalSegmentationPipeline(Pipeline):
 
     def load(self, model: str | os.PathLike[str]) -> nn.Module:
         """A folder written by `save_pretrained`, or bundled weights with their class names and window."""
+        from mmkit.backbones import load_weights
         from mmkit.vision.medical.model import LightMUNet
-        from mmkit.weights import load_weights, weight_entry
+        from mmkit.weights import weight_entry
 
         if Path(model).expanduser().is_dir():
             return LightMUNet.from_pretrained(model)

@@ -15,14 +15,9 @@ from PIL import Image
 from mmkit.apps.frame import App, Sessions, output_folder, readable
 from mmkit.errors import InputError
 from mmkit.storage import write_json
-from mmkit.vision.medical.pipeline import (
-    COLOURS,
-    MedicalSegmentationPipeline,
-    SegmentationResult,
-    Volume,
-    is_volume,
-    load_labels,
-)
+from mmkit.vision.medical.pipeline import MedicalSegmentationPipeline
+from mmkit.vision.medical.result import COLOURS, SegmentationResult
+from mmkit.vision.medical.volumes import Volume, is_volume, load_labels
 
 MODELS_VARIABLE = "MMKIT_MEDICAL_MODELS"
 """Environment variable: folders of further models (written by `save_pretrained`), separated as in PATH."""
@@ -187,7 +182,7 @@ def on_file(file: str | None, truth: str | None, model: str, opacity: float, pro
 @readable
 def on_sample(volume: bool, opacity: float, progress: Any = _PROGRESS) -> list[Any]:
     """A drawn sample with its truth; the file boxes are emptied."""
-    from mmkit.vision.medical.training import sample_picture, sample_volume
+    from mmkit.data.drawn.scans import sample_picture, sample_volume
 
     progress(0, desc="Drawing")
     if volume:

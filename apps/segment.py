@@ -15,7 +15,8 @@ from PIL import Image, ImageDraw
 
 from mmkit.apps.frame import App, Sessions, output_folder, readable
 from mmkit.errors import InputError
-from mmkit.vision.clicks.pipeline import RANDOM_WALKER, InteractiveSegmenter, Mask
+from mmkit.vision.clicks.pipeline import RANDOM_WALKER, InteractiveSegmenter
+from mmkit.vision.clicks.result import Mask
 
 MODELS_VARIABLE = "MMKIT_SEGMENT_MODELS"
 """Environment variable: folders of further models (SqueezeSAM, SAM, SAM 2), separated as in PATH."""
@@ -73,7 +74,7 @@ def load_engine(name: str) -> Any:
     """The engine of one of `model_choices()`, loaded once."""
     if name not in model_choices():
         raise InputError("No model of that name is offered here.")
-    return InteractiveSegmenter(name).engine
+    return InteractiveSegmenter(name).predictor.engine
 
 
 def draw(segmenter: InteractiveSegmenter, opacity: float, corner: tuple[int, int] | None = None) -> Image.Image:

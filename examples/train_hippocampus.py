@@ -4,7 +4,7 @@
     python examples/train_hippocampus.py --drawn --bundle
 
 The MRI crops are Task04 of the Medical Segmentation Decathlon (CC-BY-SA 4.0) with `splits.json`, `images/` and `labels/`;
-weights trained on them are not bundled. The drawn volumes come from `mmkit.vision.medical.training.sample_volume`.
+weights trained on them are not bundled. The drawn volumes come from `mmkit.data.drawn.scans.sample_volume`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from pathlib import Path
 import torch
 
 from mmkit import FitConfig, create_model, fit
-from mmkit.vision.medical.training import Patches, dice_per_class, drawn_cases, hippocampus_cases, segmentation_loss
+from mmkit.vision.medical.datasets import drawn_cases, hippocampus_cases
+from mmkit.vision.medical.metrics import dice_per_class
+from mmkit.vision.medical.training import Patches, segmentation_loss
 from mmkit.weights import WeightEntry, bundle
 
 CONFIG = {"in_channels": 1, "out_channels": 3, "init_filters": 8, "pad": True}
@@ -77,7 +79,7 @@ def main() -> None:
             licence="Apache-2.0",
             command=f"python examples/train_hippocampus.py --drawn --steps {args.steps} --batch-size {args.batch_size} "
             f"--patch {' '.join(map(str, args.patch))} --lr {args.lr} --seed {args.seed} --bundle",
-            data="drawn by mmkit.vision.medical.training.sample_volume: 60 training and 10 test volumes",
+            data="drawn by mmkit.data.drawn.scans.sample_volume: 60 training and 10 test volumes",
             seed=args.seed,
             score={"dice_bright": round(scores[0], 4), "dice_dark": round(scores[1], 4)},
             extra={"classes": ["background", "bright blob", "dark blob"], "window": list(args.patch)},

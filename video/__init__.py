@@ -27,7 +27,7 @@ _LAZY = {
     "ZeroI2VConfig": "mmkit.video.zeroi2v.adapter",
     "backends": "mmkit.video.io",
     "check_videos": "mmkit.video.datasets",
-    "clip_vit": "mmkit.video.zeroi2v.model",
+    "clip_vit": "mmkit.video.zeroi2v.official",
     "default_head_offsets": "mmkit.video.zeroi2v.adapter",
     "head_offsets_from_div": "mmkit.video.zeroi2v.adapter",
     "read_frames": "mmkit.video.io",
@@ -59,8 +59,8 @@ if TYPE_CHECKING:
     from mmkit.video.zeroi2v.adapter import head_offsets_from_div as head_offsets_from_div
     from mmkit.video.zeroi2v.adapter import shift_heads as shift_heads
     from mmkit.video.zeroi2v.model import VideoClassifier as VideoClassifier
-    from mmkit.video.zeroi2v.model import clip_vit as clip_vit
     from mmkit.video.zeroi2v.model import zeroi2v_from_official as zeroi2v_from_official
+    from mmkit.video.zeroi2v.official import clip_vit as clip_vit
     from mmkit.video.zeroi2v.pipeline import VideoClassification as VideoClassification
     from mmkit.video.zeroi2v.pipeline import VideoClassificationPipeline as VideoClassificationPipeline
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from mmkit.apps.medical import model_choices
-from mmkit.vision.medical.training import sample_picture
+from mmkit.data.drawn.scans import sample_picture
 
 pytestmark = [
     pytest.mark.browser,

@@ -12,9 +12,9 @@ from PIL import Image
 pytest.importorskip("gradio")
 
 from mmkit.apps import medical
+from mmkit.data.drawn.scans import sample_picture, sample_volume
 from mmkit.errors import InputError
-from mmkit.vision.medical.pipeline import SegmentationResult
-from mmkit.vision.medical.training import sample_picture, sample_volume
+from mmkit.vision.medical.result import SegmentationResult
 
 pytestmark = pytest.mark.skipif(len(medical.model_choices()) < 2, reason="the bundled models are not installed")
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from mmkit.apps.segment import SESSIONS
 from mmkit.vision.clicks.metrics import iou
-from mmkit.vision.clicks.pipeline import rle_to_mask
+from mmkit.vision.clicks.result import rle_to_mask
 
 pytestmark = pytest.mark.browser
 

@@ -10,9 +10,12 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from mmkit.backbones.model import load_official_checkpoint
-from mmkit.vision.gmm.attention import GaussianMixtureMask
-from mmkit.vision.gmm.model import GMMT2T, GMMCaiT, GMMViT
-from mmkit.vision.gmm.pyramids import GMMPiT, GMMSwin
+from mmkit.vision.gmm.masks import GaussianMixtureMask
+from mmkit.vision.gmm.models.cait import GMMCaiT
+from mmkit.vision.gmm.models.pit import GMMPiT
+from mmkit.vision.gmm.models.swin import GMMSwin
+from mmkit.vision.gmm.models.t2t import GMMT2T
+from mmkit.vision.gmm.models.vit import GMMViT
 
 CLASSES = {
     "ViT": GMMViT,

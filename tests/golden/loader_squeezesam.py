@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from mmkit.backbones.model import load_official_checkpoint
-from mmkit.vision.clicks.model import SqueezeSAM, config_from_official
+from mmkit.vision.clicks.model import SqueezeSAM
+from mmkit.vision.clicks.official import config_from_official
 
 
 def run(case: Path, meta: dict[str, Any]) -> None:

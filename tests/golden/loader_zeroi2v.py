@@ -13,7 +13,8 @@ from timm.layers import Attention
 
 from mmkit.backbones.model import load_official_checkpoint
 from mmkit.video.zeroi2v.adapter import head_offsets_from_div, shift_heads
-from mmkit.video.zeroi2v.model import VideoClassifier, clip_vit, own_key, zeroi2v_from_official
+from mmkit.video.zeroi2v.model import VideoClassifier, zeroi2v_from_official
+from mmkit.video.zeroi2v.official import clip_vit, own_key
 
 
 def run(case: Path, meta: dict[str, Any]) -> None:

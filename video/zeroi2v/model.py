@@ -27,9 +27,9 @@ from mmkit.video.zeroi2v.adapter import (
     ZeroI2V,
     ZeroI2VConfig,
     head_offsets_from_div,
-    resample_frames,
     warn_other_length,
 )
+from mmkit.video.zeroi2v.official import clip_vit, own_state, read_sizes, with_backbone_prefix
 from mmkit.weights import weight_entry
 
 
@@ -186,83 +186,9 @@ class VideoClassifier(Model):
             raise InputError("This classifier averages frames; it was built without `zeroi2v`.")
         return self.adapter
 
-    # -- official files
-
     def official_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Keys of the authors' files (`backbone.transformer.resblocks...`, `cls_head.fc_cls...`) to this model's own.
-
-        A file without a classifier keeps the head this model has; a temporal embedding for another clip length is interpolated.
-        """
-        state = with_backbone_prefix(state)
-        if not self.merged and not any("D_fc" in k for k in state):
-            raise CheckpointError(
-                "The file is a merged checkpoint (no adapter keys) and this model has adapters: build it with "
-                "zeroi2v_from_official, or with zeroi2v={'bottleneck_ratio': 0, 'train_norm': False, ...}."
-            )
-        timm = hasattr(self.backbone, "cls_token")
-        table = state.get(_TEMPORAL)
-        if table is not None and self.adapter is not None and table.shape[1] != self.adapter.config.num_frames:
-            warn_other_length(table.shape[1], self.adapter.config.num_frames)
-            state[_TEMPORAL] = resample_frames(table, self.adapter.config.num_frames)
-        out = {own_key(key, timm): value for key, value in state.items()}
-        for key in ("backbone.cls_token", "backbone.pos_embed"):
-            if key in out:
-                out[key] = out[key].reshape(1, -1, out[key].shape[-1])
-        if not any(k.startswith("cls_head.") for k in state):
-            out |= {f"head.{k}": v.detach() for k, v in self.head.state_dict().items()}
-        for path in self.adapter.saved_norms if self.adapter is not None else ():
-            out |= {
-                f"zeroi2v.{path}.{k}": out[f"backbone.{path}.{k}"]
-                for k in ("weight", "bias")
-                if f"backbone.{path}.{k}" in out
-            }
-        return out
-
-
-_TEMPORAL = "backbone.temporal_embedding"
-_ADAPTERS = {
-    "T_Adapter_in": ("attn.qkv", "attn.in_proj"),
-    "S_Adapter": ("attn.proj", "attn.out_proj"),
-    "MLP_Adapter": ("mlp.fc1", "mlp.c_fc"),
-    "MLP_Adapter_out": ("mlp.fc2", "mlp.c_proj"),
-}
-_TIMM_NAMES = {
-    "class_embedding": "cls_token",
-    "positional_embedding": "pos_embed",
-    "conv1": "patch_embed.proj",
-    "ln_pre": "norm_pre",
-    "ln_post": "norm",
-    "attn.in_proj_": "attn.qkv.",
-    "attn.out_proj": "attn.proj",
-    "mlp.c_fc": "mlp.fc1",
-    "mlp.c_proj": "mlp.fc2",
-    "ln_1": "norm1",
-    "ln_2": "norm2",
-    "transformer.resblocks": "blocks",
-}
-
-
-def with_backbone_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A copy of an official state dict whose network keys start with `backbone.`, also where a wrapper's name or nothing precedes them."""
-    anchor = next((k for k in state if k.endswith("class_embedding")), "")
-    prefix = anchor.removesuffix("class_embedding").removesuffix("backbone.")
-    keys = ((k.removeprefix(prefix), v) for k, v in state.items())
-    return {k if k.startswith(("backbone.", "cls_head.")) else f"backbone.{k}": v for k, v in keys}
-
-
-def own_key(key: str, timm: bool) -> str:
-    """One official key as this model writes it."""
-    if key == _TEMPORAL:
-        return f"zeroi2v.{'norm_pre' if timm else 'ln_pre'}.temporal_embedding"
-    block = "blocks" if timm else "transformer/resblocks"
-    match = re.fullmatch(r"backbone\.transformer\.resblocks\.(\d+)\.(\w+)\.D_fc([12])\.(weight|bias)", key)
-    if match and match[2] in _ADAPTERS:
-        place = _ADAPTERS[match[2]][0 if timm else 1].replace(".", "/")
-        return f"zeroi2v.{block}/{match[1]}/{place}.{'down' if match[3] == '1' else 'up'}.{match[4]}"
-    key = key.replace("cls_head.fc_cls.", "head.")
-    for theirs, ours in _TIMM_NAMES.items() if timm else ():
-        key = key.replace(theirs, ours)
-    return key
+        """See `mmkit.video.zeroi2v.official.own_state`."""
+        return own_state(self, state)
 
 
 def zeroi2v_from_official(
@@ -292,65 +218,37 @@ def zeroi2v_from_official(
         InputError: `head_offsets` or `num_heads` does not fit the file.
     """
     state = with_backbone_prefix(read_tensors(path))
-    try:
-        frames = state[_TEMPORAL].shape[1]
-        width, _, patch, _ = state["backbone.conv1.weight"].shape
-        tokens = state["backbone.positional_embedding"].shape[0] - 1
-        mlp = state["backbone.transformer.resblocks.0.mlp.c_fc.weight"].shape[0] / width
-    except (KeyError, ValueError, IndexError) as error:
-        raise CheckpointError(f"{path} is not a ZeroI2V checkpoint: {error} is missing or misshapen.") from error
-    side = round(tokens**0.5) * patch
-    depth = 1 + max(int(m[1]) for k in state if (m := re.search(r"resblocks\.(\d+)\.", k)))
-    down = next((v for k, v in state.items() if k.endswith("D_fc1.weight")), None)
-    heads = width // 64 if num_heads is None else num_heads
-    if heads < 1 or width % heads:
-        raise InputError(f"{path} has tokens of width {width}, which {heads} heads cannot divide; pass num_heads=.")
-    if head_offsets is None or (scale is None and down is not None):
+    sizes = read_sizes(state, path, num_heads)
+    if head_offsets is None or (scale is None and not sizes.merged):
         raise CheckpointError(
             f"{path} holds neither the head offsets nor the adapter scale, and wrong ones lose accuracy silently: pass "
             "head_offsets= (head_offsets_from_div gives them) and scale= (0.5 for Kinetics, UCF101 and HMDB51, 1.0 for "
             "Something-Something), or use a named variant of create_model."
         )
-    out = "MLP_Adapter_out" in " ".join(state)
-    ratio = 0.0 if down is None else (down.shape[0] + 0.5) / width
     zeroi2v = {
         "head_offsets": tuple(head_offsets),
         "scale": 1.0 if scale is None else scale,
-        "bottleneck_ratio": ratio,
-        "placement": PLACES if out else PLACES[:3],
-        "train_norm": down is not None,
+        "bottleneck_ratio": sizes.bottleneck_ratio,
+        "placement": PLACES if sizes.mlp_out else PLACES[:3],
+        "train_norm": not sizes.merged,
     }
-    head = state.get("cls_head.fc_cls.weight")
-    backbone, args = clip_vit(library, side, patch, width, depth, heads, mlp, quick_gelu)
-    defaults = {"num_frames": frames, "num_classes": 400 if head is None else head.shape[0]}
+    backbone, args = clip_vit(
+        library,
+        sizes.img_size,
+        sizes.patch_size,
+        sizes.width,
+        sizes.depth,
+        sizes.num_heads,
+        sizes.mlp_ratio,
+        quick_gelu,
+    )
+    defaults = {"num_frames": sizes.num_frames, "num_classes": sizes.num_classes or 400}
     options = {**defaults, "mean": CLIP_MEAN, "std": CLIP_STD, **options}
     model = VideoClassifier(backbone, backbone_args=args, zeroi2v=zeroi2v, **options)
-    if head is not None and model.head.out_features != head.shape[0]:
+    if sizes.num_classes not in (0, model.head.out_features):
         state = {k: v for k, v in state.items() if not k.startswith("cls_head.")}
     load_state(model, model.official_state(state), source=str(path))
     return model.eval()
-
-
-def clip_vit(
-    library: str,
-    image_size: int,
-    patch: int,
-    width: int,
-    depth: int,
-    heads: int,
-    mlp_ratio: float = 4.0,
-    quick_gelu: bool = True,
-) -> tuple[str, dict[str, Any]]:
-    """`create_backbone` name and keywords of a CLIP image tower with these sizes, from "timm" or "open_clip"."""
-    if library == "timm":
-        name = "vit_base_patch16_clip_quickgelu_224" if quick_gelu else "vit_base_patch16_clip_224"
-        sizes = {"img_size": image_size, "patch_size": patch, "embed_dim": width, "depth": depth, "num_heads": heads}
-        return f"timm:{name}", {**sizes, "mlp_ratio": mlp_ratio}
-    if library != "open_clip":
-        raise InputError(f"library must be 'timm' or 'open_clip', not {library!r}.")
-    vision = {"image_size": image_size, "patch_size": patch, "width": width, "layers": depth, "mlp_ratio": mlp_ratio}
-    name = "ViT-B-16-quickgelu" if quick_gelu else "ViT-B-16"
-    return f"open_clip:{name}", {"vision_cfg": {**vision, "head_width": width // heads}}
 
 
 def _feature_dim(backbone: Any) -> int:

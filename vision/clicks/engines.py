@@ -13,10 +13,9 @@ from PIL import Image
 from torch import Tensor
 
 from mmkit.errors import InputError
-from mmkit.vision.clicks.model import BOX_A, BOX_B, MEAN, NEGATIVE, PADDING, STD, SqueezeSAM
-
-THRESHOLD = 0.0
-"""Logits above this are inside."""
+from mmkit.vision.clicks.model import MEAN, STD, SqueezeSAM
+from mmkit.vision.clicks.prompts import BOX_A, BOX_B, NEGATIVE, PADDING
+from mmkit.vision.clicks.result import THRESHOLD
 
 
 class Engine(Protocol):

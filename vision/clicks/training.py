@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmkit.errors import InputError
-from mmkit.vision.clicks.model import BOX_A, BOX_B, NEGATIVE, PADDING, POSITIVE
+from mmkit.vision.clicks.prompts import BOX_A, BOX_B, NEGATIVE, PADDING, POSITIVE
 
 HELD_CLASSES = (
     "backpack", "umbrella", "handbag", "tie", "suitcase", "frisbee", "skis", "snowboard", "sports ball", "kite",

@@ -18,8 +18,9 @@ from mmkit.data.images import ImageLike, load_image
 from mmkit.errors import InputError
 from mmkit.pipelines import Pipeline
 from mmkit.storage import atomic_write, write_json
-from mmkit.vision.gmm.attention import GaussianMixtureMask
-from mmkit.vision.gmm.model import GMMViT, pair
+from mmkit.vision.gmm.masks import GaussianMixtureMask
+from mmkit.vision.gmm.models.layers import pair
+from mmkit.vision.gmm.models.vit import GMMViT
 from mmkit.weights import weight_entry
 
 SCOPES = ("head", "layer", "model")

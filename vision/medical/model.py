@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmkit.backbones.model import Model
-from mmkit.errors import CheckpointError, InputError
+from mmkit.errors import InputError
 from mmkit.ops.mamba import Mamba
+from mmkit.vision.medical.official import own_state
 
 _CONV = {2: nn.Conv2d, 3: nn.Conv3d}
 _POOL = {2: nn.MaxPool2d, 3: nn.MaxPool3d}
@@ -208,19 +209,8 @@ class LightMUNet(Model):
         return list(x.shape[2:])
 
     def official_state(self, state: dict[str, Any]) -> dict[str, Any]:
-        """Keys of nnU-Net's and plain checkpoints; the layout of the first release is refused.
-
-        Raises `CheckpointError` for files written by the code before 2024-03-29, a different network.
-        """
-        for prefix in ("module.", "_orig_mod.", "module."):
-            if all(k.startswith(prefix) for k in state):
-                state = {k.removeprefix(prefix): v for k, v in state.items()}
-        if "convInit.conv.weight" in state:
-            raise CheckpointError(
-                "This checkpoint comes from LightM-UNet's first release (before 2024-03-29), whose decoder used plain 3x3 "
-                "convolutions: another network. Retrain with the current code, or use the old one."
-            )
-        return state
+        """See `mmkit.vision.medical.official.own_state`."""
+        return own_state(state)
 
     def no_weight_decay(self) -> set[str]:
         """Parameters that weight decay should leave alone: every `A_log` and `D` of the Mamba blocks."""

@@ -10,13 +10,8 @@ import mmkit
 from mmkit.backbones.model import load_official_checkpoint
 from mmkit.errors import BackendUnavailableError, CheckpointError, InputError
 from mmkit.vision.clicks.export import export_onnx, export_program, load_int8, save_int8
-from mmkit.vision.clicks.model import (
-    SqueezeSAM,
-    config_from_official,
-    squeeze_sam_base,
-    squeeze_sam_small,
-    squeeze_sam_tiny,
-)
+from mmkit.vision.clicks.model import SqueezeSAM, squeeze_sam_base, squeeze_sam_small, squeeze_sam_tiny
+from mmkit.vision.clicks.official import config_from_official
 
 MINI = {"image_size": 32, "patch_embed_dim": 8, "dims": (8, 12, 16), "mlp_dim": 16, "num_heads": 2}
 

@@ -13,7 +13,8 @@ from mmkit.errors import InputError
 from mmkit.vision.clicks.engines import SqueezeSAMEngine
 from mmkit.vision.clicks.metrics import Click, iou, miou_at_k, next_click, noc, simulate_clicks
 from mmkit.vision.clicks.model import SqueezeSAM
-from mmkit.vision.clicks.pipeline import InteractiveSegmenter, Mask, mask_to_rle, rle_to_mask
+from mmkit.vision.clicks.pipeline import InteractiveSegmenter
+from mmkit.vision.clicks.result import Mask, mask_to_rle, rle_to_mask
 from mmkit.vision.clicks.saliency import initial_prompt, saliency_map
 from mmkit.vision.clicks.training import (
     _right_clicks,
@@ -570,7 +571,7 @@ def test_a_first_click_looks_twice_and_later_ones_once_near_the_object():
     assert seen[0][:, 6].sum() == 0 < seen[1][:, 6].sum()  # the previous mask
     segmenter.add_click(62, 60, positive=False)
     assert len(seen) == 3
-    segmenter.engine.zoom = False
+    segmenter.predictor.engine.zoom = False
     segmenter.reset()
     segmenter.add_click(60, 60)
     assert len(seen) == 4

@@ -17,13 +17,10 @@ from mmkit.backbones.model import create_model, list_models, load_official_check
 from mmkit.errors import BackendUnavailableError, CheckpointError, InputError, NotMergeableError
 from mmkit.storage import write_safetensors
 from mmkit.vision.gmm import attention as gmm_attention
-from mmkit.vision.gmm.attention import (
-    ElementwiseLearnableMask,
-    GaussianMixtureMask,
-    GMMConfig,
-    masked_attention,
-)
-from mmkit.vision.gmm.model import GMMViT
+from mmkit.vision.gmm.adapter import GMMConfig
+from mmkit.vision.gmm.attention import masked_attention
+from mmkit.vision.gmm.masks import ElementwiseLearnableMask, GaussianMixtureMask
+from mmkit.vision.gmm.models.vit import GMMViT
 
 
 def direct_mask(mask: GaussianMixtureMask) -> torch.Tensor:

@@ -13,17 +13,12 @@ from torch import nn
 
 import mmkit
 from mmkit.errors import InputError
+from mmkit.vision.medical.metrics import dice, dice_per_class
 from mmkit.vision.medical.model import LightMUNet
-from mmkit.vision.medical.pipeline import (
-    SegmentationResult,
-    Volume,
-    dice,
-    load_labels,
-    load_volume,
-    normalise,
-    sliding_window,
-)
-from mmkit.vision.medical.training import Patches, dice_ce_loss, dice_per_class
+from mmkit.vision.medical.result import SegmentationResult
+from mmkit.vision.medical.training import Patches, dice_ce_loss
+from mmkit.vision.medical.volumes import Volume, load_labels, load_volume, normalise
+from mmkit.vision.medical.windows import sliding_window
 
 
 class Threshold(nn.Module):
@@ -232,7 +227,7 @@ def test_the_bundled_default_finds_nuclei() -> None:
 
 @pytest.mark.slow
 def test_the_bundled_default_on_real_test_pictures(data_dir) -> None:
-    from mmkit.vision.medical.training import nuclei_cases
+    from mmkit.vision.medical.datasets import nuclei_cases
 
     cases = nuclei_cases(data_dir / "med_nuclei", "test")[::4]
     (score,) = dice_per_class(mmkit.load_weights("lightm_unet_nuclei"), cases, (256, 256), 2)

@@ -1,0 +1,71 @@
+"""Cases for training and tests: nuclei, hippocampus and drawn volumes as (image, labels) pairs."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmkit.data.drawn.scans import sample_volume
+from mmkit.data.images import load_image
+from mmkit.errors import InputError
+from mmkit.vision.medical.volumes import load_labels, load_volume, normalise
+
+Case = tuple[Tensor, Tensor]
+"""One image (C, ...), normalised float32, and its labels (...), int64."""
+
+
+def nuclei_cases(folder: str | os.PathLike[str], split: str) -> list[Case]:
+    """Pictures of the 2018 Data Science Bowl (BBBC038, CC0) and their masks, from a folder with `index.csv`.
+
+    The columns `id`, `kind` and `split` ("train" or "test") are read; pictures are RGB, labels 1 inside nuclei. Raises `InputError`
+    when the folder or split is missing.
+    """
+    folder = Path(folder)
+    try:
+        with open(folder / "index.csv", newline="", encoding="utf-8") as f:
+            rows = [row for row in csv.DictReader(f) if row["split"] == split]
+    except FileNotFoundError:
+        raise InputError(f"{folder} has no index.csv.") from None
+    if not rows:
+        raise InputError(f"{folder}/index.csv has no rows of split {split!r}.")
+    cases = []
+    for row in rows:
+        picture = np.array(load_image(folder / "images" / f"{row['id']}.png"))
+        labels = load_labels(folder / "labels" / f"{row['id']}.png", 2)
+        image = normalise(torch.from_numpy(picture).float().permute(2, 0, 1))
+        cases.append((image, torch.from_numpy(labels.astype(np.int64))))
+    return cases
+
+
+def hippocampus_cases(folder: str | os.PathLike[str], split: str) -> list[Case]:
+    """MRI crops of the Medical Segmentation Decathlon's Task04 and their labels (1 anterior, 2 posterior).
+
+    `folder` holds `images/`, `labels/` and `splits.json` with lists of file names per split. Raises `InputError` when something is
+    missing.
+    """
+    folder = Path(folder)
+    try:
+        names: list[Any] = json.loads((folder / "splits.json").read_text(encoding="utf-8"))[split]
+    except (FileNotFoundError, KeyError) as error:
+        raise InputError(f"{folder}/splits.json with a split {split!r} is needed: {error}") from error
+    cases = []
+    for name in names:
+        file = str(name) if str(name).endswith(".nii.gz") else f"{name}.nii.gz"
+        volume = load_volume(folder / "images" / file)
+        labels = load_labels(folder / "labels" / file, 3)
+        cases.append((normalise(torch.from_numpy(volume.data)[None]), torch.from_numpy(labels.astype(np.int64))))
+    return cases
+
+
+def drawn_cases(seeds: Sequence[int]) -> list[Case]:
+    """`sample_volume` for each seed, normalised."""
+    drawn = (sample_volume(seed) for seed in seeds)
+    return [(normalise(torch.from_numpy(x)[None]), torch.from_numpy(y.astype(np.int64))) for x, y in drawn]

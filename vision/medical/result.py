@@ -1,0 +1,160 @@
+"""The result of a segmentation: measured, drawn, saved."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from mmkit.errors import InputError
+from mmkit.storage import atomic_write, write_json
+from mmkit.vision.medical.metrics import dice
+from mmkit.vision.medical.volumes import VOLUME_SUFFIXES
+
+COLOURS = (
+    (0, 0, 0),
+    (230, 75, 53),
+    (0, 160, 135),
+    (243, 155, 22),
+    (60, 84, 180),
+    (145, 91, 178),
+    (126, 97, 72),
+    (77, 187, 213),
+)
+"""Colour of each class, background first; further classes start again after the background."""
+
+
+@dataclass
+class SegmentationResult:
+    """What the pipeline found.
+
+    Attributes:
+        mask: uint8 class per pixel, (H, W) or (X, Y, Z).
+        probability: float32 probability of the chosen class, same shape.
+        image: the input as shown: uint8 (H, W, 3) or float32 (X, Y, Z).
+        classes: class names, background first.
+        spacing: pixel size per axis: mm for volumes, ones for pictures.
+        affine: voxel-to-world matrix of a volume, else None.
+        seconds: time of the prediction.
+    """
+
+    mask: np.ndarray
+    probability: np.ndarray
+    image: np.ndarray
+    classes: tuple[str, ...]
+    spacing: tuple[float, ...]
+    affine: np.ndarray | None
+    seconds: float
+
+    def measures(self, truth: np.ndarray | None = None) -> list[dict[str, Any]]:
+        """Per class but the background: pixels, share of the image, size (px or mm3), separate objects, mean probability.
+
+        With `truth` (a label map of the mask's shape) also the Dice overlap. Raises `InputError` when shapes differ.
+        """
+        from scipy.ndimage import label
+
+        size_name = "volume_mm3" if self.mask.ndim == 3 else "area_px"
+        rows = []
+        for number, name in enumerate(self.classes[1:], 1):
+            where = self.mask == number
+            count = int(where.sum())
+            row: dict[str, Any] = {"class": name, "pixels": count, "percent": round(100 * count / where.size, 3)}
+            row[size_name] = round(count * float(np.prod(self.spacing)), 2)
+            row["objects"] = int(label(where)[1])
+            row["mean_probability"] = round(float(self.probability[where].mean()), 4) if count else None
+            if truth is not None:
+                row["dice"] = round(dice(self.mask, truth, number), 4)
+            rows.append(row)
+        return rows
+
+    def best_slice(self, axis: int = 2) -> int:
+        """The slice of a volume with the largest segmented area along `axis`; the middle one when nothing was found."""
+        area = (self.mask > 0).sum(tuple(a for a in range(self.mask.ndim) if a != axis))
+        return int(area.argmax()) if area.any() else self.mask.shape[axis] // 2
+
+    def overlay(
+        self, opacity: float = 0.5, index: int | None = None, axis: int = 2, labels: np.ndarray | None = None
+    ) -> Image.Image:
+        """The picture, or one slice of the volume, with the classes in colour.
+
+        Args:
+            opacity: of the colour, 0..1.
+            index, axis: which slice of a volume; default: the one with the largest area. Slices are shown with the first
+                remaining axis to the right and the second upwards.
+            labels: another label map of the same shape to paint instead (the truth).
+
+        Raises:
+            InputError: an axis the volume does not have.
+        """
+        if axis not in (0, 1, 2):
+            raise InputError(f"axis must be 0, 1 or 2, not {axis!r}.")
+        labels = self.mask if labels is None else labels
+        if self.mask.ndim == 2:
+            base = self.image.astype(np.float32)
+        else:
+            index = self.best_slice(axis) if index is None else min(max(int(index), 0), self.mask.shape[axis] - 1)
+            low, high = np.percentile(self.image, (0.5, 99.5))
+            grey = np.clip((_slice(self.image, index, axis) - low) / max(high - low, 1e-6), 0, 1) * 255
+            base, labels = np.repeat(grey[..., None], 3, -1), _slice(labels, index, axis)
+        colours = np.array([color_of(i) for i in range(len(self.classes))], np.float32)[labels]
+        alpha = np.where(labels[..., None] > 0, float(opacity), 0.0)
+        return Image.fromarray((base * (1 - alpha) + colours * alpha + 0.5).astype(np.uint8))
+
+    def plot(self) -> Image.Image:
+        """The overlay at half opacity."""
+        return self.overlay()
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the result and return its path.
+
+        `.png`: class numbers as a coloured palette picture (2D only); `.nii` or `.nii.gz`: the mask with spacing and affine;
+        anything else: a folder with the mask, `overlay.png` and `measures.json`. Raises `InputError` for a suffix that
+        does not fit.
+        """
+        path = Path(path).expanduser()
+        name = path.name.lower()
+        if name.endswith(VOLUME_SUFFIXES):
+            self._save_nifti(path, ".nii.gz" if name.endswith(".gz") else ".nii")
+        elif name.endswith(".png"):
+            if self.mask.ndim != 2:
+                raise InputError("A volume's mask cannot be a PNG; save it as .nii.gz or into a folder.")
+            picture = Image.fromarray(self.mask)
+            picture.putpalette([v for i in range(len(self.classes)) for v in color_of(i)])
+            with atomic_write(path) as temporary:
+                picture.save(temporary, format="PNG")
+        elif path.suffix:
+            raise InputError(
+                f"Cannot save to {path.name!r}: use .png, .nii, .nii.gz or a folder name without a suffix."
+            )
+        else:
+            self.save(path / ("mask.png" if self.mask.ndim == 2 else "mask.nii.gz"))
+            with atomic_write(path / "overlay.png") as temporary:
+                self.overlay().save(temporary, format="PNG")
+            write_json(path / "measures.json", {"spacing": list(self.spacing), "classes": self.measures()})
+        return path
+
+    def _save_nifti(self, path: Path, suffix: str) -> None:
+        import nibabel
+
+        flat = self.mask.ndim == 2
+        data = self.mask.T[:, ::-1, None] if flat else self.mask
+        affine = np.eye(4) if self.affine is None else self.affine
+        with atomic_write(path) as temporary:
+            named = temporary.with_name(temporary.name + suffix)  # nibabel chooses the format by the suffix
+            try:
+                nibabel.save(nibabel.Nifti1Image(data, affine), named)
+                os.replace(named, temporary)
+            finally:
+                named.unlink(missing_ok=True)
+
+
+def color_of(label: int) -> tuple[int, int, int]:
+    return COLOURS[0] if label == 0 else COLOURS[1 + (label - 1) % (len(COLOURS) - 1)]
+
+
+def _slice(data: np.ndarray, index: int, axis: int) -> np.ndarray:
+    return np.take(data, index, axis).T[::-1]

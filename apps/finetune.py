@@ -205,7 +205,7 @@ def examples_with_predictions(prepared: Prepared) -> list[tuple[Image.Image, str
     found = ImageClassificationPipeline(prepared.model)([p for p, _ in pictures], top_k=1)
     shown = []
     for (picture, label), result in zip(pictures, found, strict=True):
-        mark = "✓" if result.label == prepared.classes[label] else "✗"
+        mark = "✓" if result.label == prepared.class_names[label] else "✗"
         shown.append((enlarge(picture), f"{mark} {result.label} {100 * result.scores[0]:.0f} %"))
     return shown
 
@@ -229,12 +229,12 @@ def show_plan(
         prepared = build_model(data, backbone, method)
     except MMKitError as error:
         return (f"⚠️ {html.escape(str(error))}", *blank)
-    firsts = [data.labels.index(i) for i in range(min(len(data.classes), 10))]
+    firsts = [data.labels.index(i) for i in range(min(len(data.class_names), 10))]
     raw = data.with_transform(None)
-    examples = view.strip([(raw[i][0], data.classes[data.labels[i]]) for i in firsts])
+    examples = view.strip([(raw[i][0], data.class_names[data.labels[i]]) for i in firsts])
     skipped = f" {len(data.skipped)} unreadable files are left out." if data.skipped else ""
     summary = (
-        f"**{len(data.classes)} classes**: {len(prepared.train):,} pictures to train on, {len(prepared.val):,} held back "
+        f"**{len(data.class_names)} classes**: {len(prepared.train):,} pictures to train on, {len(prepared.val):,} held back "
         f"to measure.{skipped}"
     )
     return (
@@ -388,7 +388,7 @@ def merge(request: gr.Request) -> tuple[str, Any]:
     before = [r.label for r in ImageClassificationPipeline(prepared.model)(pictures, top_k=1)]
     prepared.adapter.merge()
     try:
-        save_backbone(prepared.model, folder, class_names=tuple(prepared.classes))
+        save_backbone(prepared.model, folder, class_names=tuple(prepared.class_names))
     finally:
         prepared.adapter.unmerge()
     after = [r.label for r in ImageClassificationPipeline(folder)(pictures, top_k=1)]

@@ -108,7 +108,7 @@ def runs_table(runs: list[dict[str, Any]]) -> list[list[str]]:
     ]  # fmt: skip
 
 
-COLOURS = ("#0d9488", "#d97706", "#7c3aed", "#db2777", "#2563eb", "#65a30d")
+COLORS = ("#0d9488", "#d97706", "#7c3aed", "#db2777", "#2563eb", "#65a30d")
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 380, 196, 40, 14, 8, 36
 
 
@@ -124,7 +124,7 @@ def loss_curve(losses: list[tuple[int, float]], total: int = 0, points: int = 15
 
 
 def accuracy_curve(runs: list[tuple[str, list[tuple[float, float]]]], epochs: float = 1) -> str:
-    """Share of held-back pictures that are right, over the epochs, for `(run, [(epoch, accuracy)])`; runs have their own colours."""
+    """Share of held-back pictures that are right, over the epochs, for `(run, [(epoch, accuracy)])`; runs have their own colors."""
     shown = [(name, points) for name, points in runs if points]
     right = max([epochs, 2, *(points[-1][0] for _, points in shown)])
     last = percent(runs[-1][1][-1][1]) if runs and runs[-1][1] else ""
@@ -140,7 +140,7 @@ def _chart(
     number: str,
     last: str,
 ) -> str:
-    """Lines as inline SVG in the page's colours, with the newest value in the title and a legend for named series."""
+    """Lines as inline SVG in the page's colors, with the newest value in the title and a legend for named series."""
 
     def x(v: float) -> float:
         return LEFT + (v - x_range[0]) / (x_range[1] - x_range[0]) * (WIDTH - LEFT - RIGHT)
@@ -155,14 +155,14 @@ def _chart(
         v = y_range[0] + i / 4 * (y_range[1] - y_range[0])
         parts.append(f'<path class="grid" d="M{LEFT} {y(v):.1f}H{WIDTH - RIGHT}"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{y(v) + 4:.1f}" text-anchor="end">{number.format(v)}</text>')
-    first = max(0, len(series) - len(COLOURS))
+    first = max(0, len(series) - len(COLORS))
     for i, (_, points) in enumerate(series[first:]):
         path = "L".join(f"{x(a):.1f} {y(min(max(b, y_range[0]), y_range[1])):.1f}" for a, b in points)
         end = path.rpartition("L")[2].split(" ") if path else None
-        parts.append(f'<path d="M{path}" fill="none" stroke="{COLOURS[i]}" stroke-width="2"/>' if path else "")
-        parts.append(f'<circle cx="{end[0]}" cy="{end[1]}" r="3" fill="{COLOURS[i]}"/>' if end else "")
+        parts.append(f'<path d="M{path}" fill="none" stroke="{COLORS[i]}" stroke-width="2"/>' if path else "")
+        parts.append(f'<circle cx="{end[0]}" cy="{end[1]}" r="3" fill="{COLORS[i]}"/>' if end else "")
     legend = "".join(
-        f'<span><i style="background:{COLOURS[i]}"></i>{html.escape(name)}</span>'
+        f'<span><i style="background:{COLORS[i]}"></i>{html.escape(name)}</span>'
         for i, (name, _) in enumerate(series[first:])
         if name
     )

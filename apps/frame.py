@@ -296,7 +296,7 @@ def _about() -> None:
     from mmkit.weights import list_weights, weight_entry
 
     gr.Markdown(
-        f"# About\n**mmkit {__version__}**, licence Apache-2.0. "
+        f"# About\n**mmkit {__version__}**, license Apache-2.0. "
         "The models below come with the package: small, trained by a script in the repository, and measured by it. "
         "They let every page work at once; for demanding work load larger weights (`checkpoint_path=`, `weights=`).",
         elem_id="about-header",
@@ -309,7 +309,7 @@ def _about() -> None:
             for label, text in (
                 ("Measured", ", ".join(f"{k} {v:.4g}" for k, v in e.score.items())),
                 ("Trained on", e.data),
-                ("Licence", e.licence),
+                ("License", e.license),
                 ("Made by", e.command),
             )
         )

@@ -16,7 +16,7 @@ from mmkit.apps.frame import App, Sessions, output_folder, readable
 from mmkit.errors import InputError
 from mmkit.storage import write_json
 from mmkit.vision.medical.pipeline import MedicalSegmentationPipeline
-from mmkit.vision.medical.result import COLOURS, SegmentationResult
+from mmkit.vision.medical.result import COLORS, SegmentationResult
 from mmkit.vision.medical.volumes import Volume, is_volume, load_labels
 
 MODELS_VARIABLE = "MMKIT_MEDICAL_MODELS"
@@ -88,7 +88,7 @@ def _predict(source: Any, model: str | None, truth: Any, progress: Any) -> tuple
             progress(done / total, desc=f"Window {done} of {total}")
 
     result = pipeline(source, progress=False, on_progress=report)
-    labels = None if truth is None else load_labels(truth, len(result.classes))
+    labels = None if truth is None else load_labels(truth, len(result.class_names))
     if labels is not None and labels.shape != result.mask.shape:
         raise InputError(
             f"The ground truth has shape {labels.shape}, the image {result.mask.shape}; they must be equal."
@@ -115,10 +115,10 @@ def table(result: SegmentationResult, truth: np.ndarray | None) -> str:
 
 
 def legend(result: SegmentationResult) -> str:
-    """Coloured squares with the class names, as Markdown."""
+    """Colored squares with the class names, as Markdown."""
     squares = [
-        f'<span style="color:rgb{COLOURS[1 + (i - 1) % (len(COLOURS) - 1)]};font-size:1.3em">■</span> {html.escape(name)}'
-        for i, name in enumerate(result.classes)
+        f'<span style="color:rgb{COLORS[1 + (i - 1) % (len(COLORS) - 1)]};font-size:1.3em">■</span> {html.escape(name)}'
+        for i, name in enumerate(result.class_names)
         if i
     ]
     return " &nbsp; ".join(squares)

@@ -65,7 +65,9 @@ def draw_clip(direction: str = ANY) -> str:
     if direction not in DIRECTIONS:
         raise InputError(f"direction must be one of {DIRECTIONS}, not {direction!r}.")
     label = random.randrange(4) if direction == ANY else MOTIONS.index(direction)
-    clips, _ = drawn_motion(1, torch.Generator().manual_seed(random.getrandbits(31)), size=240, frames=24, label=label)
+    clips, _ = drawn_motion(
+        1, torch.Generator().manual_seed(random.getrandbits(31)), size=240, num_frames=24, label=label
+    )
     frames = (clips[0] * 255).byte().permute(0, 2, 3, 1).contiguous()
     return str(write_video(output_folder() / "drawn clip.mp4", frames, fps=12))
 
@@ -133,9 +135,9 @@ def classify(
         raise InputError(str(error).replace(video, Path(video).name)) from error
     label = dict(zip(result.labels, result.scores, strict=True))
     rows = [[f"{s['start']:.1f} - {s['end']:.1f} s", s["label"], f"{s['score']:.0%}"] for s in result.segments()]
-    damage = f" {result.n_replaced} damaged frames were replaced by a neighbour." if result.n_replaced else ""
+    damage = f" {result.num_replaced} damaged frames were replaced by a neighbour." if result.num_replaced else ""
     status = (
-        f"{result.n_frames} frames, {result.duration:.1f} s at {result.fps:.4g} fps, {len(rows)} "
+        f"{result.num_frames} frames, {result.duration:.1f} s at {result.fps:.4g} fps, {len(rows)} "
         f"window{'s' if len(rows) > 1 else ''}, played {direction.lower()}: {result.label} ({result.scores[0]:.0%}).{damage}"
     )
     return label, film_strip(result.strip, result.strip_seconds), timeline(result), rows, status

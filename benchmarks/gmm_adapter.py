@@ -117,9 +117,7 @@ def main() -> None:
     """Run both parts, print them and write `benchmarks/results/gmm_adapter.json`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbone", default="tiny_vit")
-    parser.add_argument(
-        "--image-size", type=int, default=64, help="64: an 8x8 grid for the bundled ViT, as digits have"
-    )
+    parser.add_argument("--img-size", type=int, default=64, help="64: an 8x8 grid for the bundled ViT, as digits have")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--per-class", type=int, default=20)
     parser.add_argument("--epochs", type=int, default=15)
@@ -132,7 +130,7 @@ def main() -> None:
         "setup": {
             "torch": torch.__version__, "timm": timm.__version__, "python": platform.python_version(), "device": "cpu",
             "threads": 1, "cores": os.cpu_count(), "backbone": args.backbone,
-            "image_size": args.image_size,
+            "img_size": args.img_size,
         },
     }  # fmt: skip
     if args.only and args.output.exists():
@@ -144,7 +142,7 @@ def main() -> None:
         report["gain"] = []
         for seed in args.seeds:
             for method in METHODS:
-                report["gain"].append(gain(args.backbone, args.image_size, method, seed, args.per_class, args.epochs))
+                report["gain"].append(gain(args.backbone, args.img_size, method, seed, args.per_class, args.epochs))
                 print(f"{method:20} seed {seed}: {100 * report['gain'][-1]['accuracy']:.1f} %", flush=True)
         for method in METHODS:
             scores = [r["accuracy"] for r in report["gain"] if r["method"] == method]

@@ -34,7 +34,7 @@ TASKS: dict[str, dict[str, Any]] = {
     "nuclei": {
         "folder": "med_nuclei",
         "cases": nuclei_cases,
-        "model": ("lightm_unet_2d_tiny", {"in_channels": 3, "out_channels": 2, "init_filters": 8}),
+        "model": ("lightm_unet_2d_tiny", {"in_chans": 3, "num_classes": 2, "init_filters": 8}),
         "unet": {"in_channels": 3, "out_channels": 2, "channels": (13, 26, 52)},
         "patch": (96, 96),
         "window": (256, 256),
@@ -45,7 +45,7 @@ TASKS: dict[str, dict[str, Any]] = {
     "hippocampus": {
         "folder": "med_hippocampus",
         "cases": hippocampus_cases,
-        "model": ("lightm_unet_3d", {"in_channels": 1, "out_channels": 3, "init_filters": 8}),
+        "model": ("lightm_unet_3d", {"in_chans": 1, "num_classes": 3, "init_filters": 8}),
         "unet": {"in_channels": 1, "out_channels": 3, "channels": (9, 18, 36, 72)},
         "patch": (32, 40, 32),
         "window": (32, 40, 32),  # what it was trained on: whole volumes, padded, change the statistics of every norm
@@ -144,8 +144,8 @@ def official_totals() -> list[dict[str, Any]]:
     """Parameters and FLOPs of the official configurations at the sizes usually quoted."""
     rows = []
     for name, overrides, shape in [
-        ("lightm_unet_2d", {"out_channels": 2}, (1, 256, 256)),
-        ("lightm_unet_3d", {"out_channels": 3}, (1, 64, 64, 64)),
+        ("lightm_unet_2d", {"num_classes": 2}, (1, 256, 256)),
+        ("lightm_unet_3d", {"num_classes": 3}, (1, 64, 64, 64)),
     ]:
         model = create_model(name, **overrides)
         rows.append({"model": name, "parameters": parameters(model), "input": shape, "gflops": gflops(model, shape)})

@@ -42,15 +42,13 @@ def datasets(args: argparse.Namespace, model: VideoClassifier, classes: list[str
     """Training and validation clips with the model's preprocessing."""
 
     def one(split: str, train: bool) -> VideoClassificationDataset:
-        transform = ClipTransform(
-            model.image_size, model.mean, model.std, train=train, flip=0.0 if args.no_flip else 0.5
-        )
+        transform = ClipTransform(model.img_size, model.mean, model.std, train=train, flip=0.0 if args.no_flip else 0.5)
         options: dict[str, Any] = {
             "sampler": UniformSampler(model.num_frames),
             "transform": transform,
             "train": train,
             "on_error": "replace",
-            "short_side": model.image_size if not train else model.image_size * 8 // 7,
+            "short_side": model.img_size if not train else model.img_size * 8 // 7,
         }
         if args.csv:
             return VideoClassificationDataset.from_csv(args.csv, args.clips, split, classes, **options)
@@ -68,7 +66,7 @@ def main() -> None:
     parser.add_argument("--val-split", default="val")
     parser.add_argument("--backbone", default="timm:vit_tiny_patch16_224")
     parser.add_argument("--checkpoint", type=Path, help="weights of the backbone")
-    parser.add_argument("--image-size", type=int)
+    parser.add_argument("--img-size", type=int)
     parser.add_argument("--frames", type=int, default=8)
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--batch-size", type=int, default=8)
@@ -77,7 +75,7 @@ def main() -> None:
     parser.add_argument("--demo", action="store_true", help="drawn clips, tiny backbone")
     parser.add_argument("--out", type=Path, default=Path("video_model"))
     args = parser.parse_args()
-    sizes: dict[str, Any] = {} if args.image_size is None else {"img_size": args.image_size}
+    sizes: dict[str, Any] = {} if args.img_size is None else {"img_size": args.img_size}
     if args.demo:
         args.clips, args.no_flip, args.csv = draw_folder(args.out / "clips"), True, None
         sizes = {"img_size": 48, "patch_size": 8, "embed_dim": 96, "depth": 3, "num_heads": 6}
@@ -89,15 +87,15 @@ def main() -> None:
     backbone = mmkit.create_backbone(args.backbone, args.checkpoint, num_classes=0, **sizes)
     model = VideoClassifier.from_backbone(
         backbone,
-        len(probe.classes),
+        len(probe.class_names),
         zeroi2v={"scale": 1.0},
         num_frames=args.frames,
-        class_names=probe.classes,
+        class_names=probe.class_names,
     )
     if args.checkpoint is None:
         print("No --checkpoint: the backbone has random weights, so all of it is trained.")
         model.requires_grad_(True)
-    train, val = datasets(args, model, probe.classes)
+    train, val = datasets(args, model, probe.class_names)
     config = FitConfig(epochs=args.epochs, batch_size=args.batch_size, lr=args.lr, warmup_epochs=0.5, weight_decay=0.05)
     result = fit(model, train, val, config=config)
     print({k: round(v, 4) for k, v in result.best_metrics.items()})

@@ -36,7 +36,7 @@ class Drawn(Dataset[tuple[Tensor, int]]):
         with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
             chunks = pool.starmap(_draw, [(length, seed, r) for r in np.array_split(np.arange(length), 64) if len(r)])
         self.images = torch.from_numpy(np.concatenate(chunks)).permute(0, 3, 1, 2).contiguous()
-        self.labels = [i % len(source.classes) for i in range(length)]
+        self.labels = [i % len(source.class_names) for i in range(length)]
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -84,7 +84,7 @@ def main() -> None:
             config={**ARCHITECTURE, "num_classes": len(names)},
             summary="A 1.0 M parameter ViT for 32x32 pictures that knows drawn shapes, textures and glyphs, nothing else. A small "
             "starting point for adapters and tests; for photographs load real pre-trained weights.",
-            licence="Apache-2.0",
+            license="Apache-2.0",
             command=f"python examples/pretrain_tiny_vit.py --pictures {args.pictures} --epochs {args.epochs} --seed {args.seed}",
             data=f"{args.pictures} pictures drawn by mmkit.data.drawn.pictures",
             seed=args.seed,

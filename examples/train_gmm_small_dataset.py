@@ -58,7 +58,7 @@ def join_views(batch: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
 
 
 def drawn_pictures(per_class: int, size: int, seed: int) -> Any:
-    """Shapes and textures drawn by a program; no licence, no download."""
+    """Shapes and textures drawn by a program; no license, no download."""
     names = [n for n in class_names() if not n.startswith("glyph_")]
     images = [
         np.asarray(draw(n, np.random.default_rng((seed, k, i)), size))
@@ -77,15 +77,15 @@ def read_data(name: str, size: int, seed: int) -> tuple[Any, Any]:
 
 def transforms(size: int, flip: bool, light: bool) -> tuple[Any, Any]:
     """(training, evaluation) transforms."""
-    normalise = [T.ToTensor(), T.Normalize(MEAN, STD)]
+    normalize = [T.ToTensor(), T.Normalize(MEAN, STD)]
     resize = T.Resize((size, size), antialias=True)
     train: list[Any] = [resize, *([T.RandomHorizontalFlip()] if flip else []), T.RandomCrop(size, padding=size // 8)]
     if not light:
         train += [T.AutoAugment(T.AutoAugmentPolicy.CIFAR10)]
-    train += normalise
+    train += normalize
     if not light:
         train += [RandomErasing(0.25, mode="const", min_area=0.02, max_area=0.4, device="cpu")]
-    return T.Compose(train), T.Compose([resize, *normalise])
+    return T.Compose(train), T.Compose([resize, *normalize])
 
 
 def mixed_loss(mixup: Mixup | None, smoothing: float, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -116,7 +116,7 @@ def main() -> None:
     args = parser.parse_args()
 
     train, val = read_data(args.data, args.img_size, args.seed)
-    classes = train.classes
+    classes = train.class_names
     overrides: dict[str, Any] = dict(SMALL) if args.small else {}
     overrides |= {"img_size": args.img_size, "num_classes": len(classes), "mask": args.mask}
     overrides["drop_path_rate"] = 0.0 if args.light else 0.1
@@ -169,13 +169,13 @@ def store(model: Any, args: argparse.Namespace, classes: list[str], val: Views) 
         model=args.model,
         config={k: v for k, v in model.config.items() if k != "drop_path_rate"},
         summary="A small ViT with Gaussian mixture masks that tells drawn shapes and textures apart; to look at masks, not for photos.",
-        licence="Apache-2.0",
+        license="Apache-2.0",
         command=f"python examples/train_gmm_small_dataset.py --data {args.data} --model {args.model}{small}{light} --img-size "
         f"{args.img_size} --epochs {args.epochs} --lr {args.lr} --batch-size {args.batch_size} --bundle {args.bundle}",
         data=f"pictures drawn by mmkit.data.drawn.pictures: {len(classes)} shapes and textures, 150 training and 25 validation each",
         seed=args.seed,
         score={"validation accuracy": right / len(val)},
-        extra={"classes": classes, "mean": list(MEAN), "std": list(STD)},
+        extra={"class_names": classes, "mean": list(MEAN), "std": list(STD)},
     )
     print(f"bundled {bundle(entry, state).name}: {100 * entry.score['validation accuracy']:.1f} %")
 

@@ -20,7 +20,7 @@ from mmkit.vision.medical.metrics import dice_per_class
 from mmkit.vision.medical.training import Patches, segmentation_loss
 from mmkit.weights import WeightEntry, bundle
 
-CONFIG = {"in_channels": 1, "out_channels": 3, "init_filters": 8, "pad": True}
+CONFIG = {"in_chans": 1, "num_classes": 3, "init_filters": 8, "pad": True}
 NAME = "lightm_unet_blobs"
 
 
@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--bundle", action="store_true", help="write into mmkit/weights (with --drawn)")
     args = parser.parse_args()
     if args.bundle and not args.drawn:
-        parser.error("--bundle needs --drawn: the MRI's licence does not allow shipping weights under ours")
+        parser.error("--bundle needs --drawn: the MRI's license does not allow shipping weights under ours")
 
     if args.drawn:
         train, test = drawn_cases(range(1000, 1060)), drawn_cases(range(10))
@@ -76,13 +76,13 @@ def main() -> None:
             config=CONFIG,
             summary="Bright and dark blobs in drawn, noisy volumes: shows what the 3D pipeline does. It knows nothing of anatomy; "
             "train your own with examples/train_hippocampus.py. Not a medical device.",
-            licence="Apache-2.0",
+            license="Apache-2.0",
             command=f"python examples/train_hippocampus.py --drawn --steps {args.steps} --batch-size {args.batch_size} "
             f"--patch {' '.join(map(str, args.patch))} --lr {args.lr} --seed {args.seed} --bundle",
             data="drawn by mmkit.data.drawn.scans.sample_volume: 60 training and 10 test volumes",
             seed=args.seed,
             score={"dice_bright": round(scores[0], 4), "dice_dark": round(scores[1], 4)},
-            extra={"classes": ["background", "bright blob", "dark blob"], "window": list(args.patch)},
+            extra={"class_names": ["background", "bright blob", "dark blob"], "window": list(args.patch)},
         )
         print(f"bundled as {bundle(entry, rounded).file}")
 

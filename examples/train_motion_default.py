@@ -39,13 +39,13 @@ CONFIG = {
     "class_names": list(MOTIONS),
     "mean": [0.5, 0.5, 0.5],
     "std": [0.25, 0.25, 0.25],
-    "image_size": SIZE,
+    "img_size": SIZE,
 }
 
 
 def make_clips(batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Normalised clips `(batch, FRAMES, 3, SIZE, SIZE)` and their classes."""
-    clips, label = drawn_motion(batch, generator, size=SIZE, frames=FRAMES)
+    clips, label = drawn_motion(batch, generator, size=SIZE, num_frames=FRAMES)
     return (clips - 0.5) / 0.25, label
 
 
@@ -111,7 +111,7 @@ def main() -> None:
             config=CONFIG,
             summary="Where the one clear object in a clip is going, at 32 px and 8 frames. Made from drawn clips: it knows "
             "steady motion of a bright object over a darker still background, not actions, and is easily fooled by a moving camera.",
-            licence="Apache-2.0",
+            license="Apache-2.0",
             command=f"python examples/train_motion_default.py --steps {step + 1} --seed {args.seed} --bundle",
             data="procedural: one ellipse or box moving over a smooth random background",
             seed=args.seed,

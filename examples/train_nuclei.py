@@ -19,7 +19,7 @@ from mmkit.vision.medical.metrics import dice_per_class
 from mmkit.vision.medical.training import Patches, segmentation_loss
 from mmkit.weights import WeightEntry, bundle
 
-CONFIG = {"in_channels": 3, "out_channels": 2, "init_filters": 8, "pad": True}
+CONFIG = {"in_chans": 3, "num_classes": 2, "init_filters": 8, "pad": True}
 NAME = "lightm_unet_nuclei"
 
 
@@ -65,13 +65,13 @@ def main() -> None:
             config=CONFIG,
             summary="Nuclei in fluorescence and stained brightfield microscopy, about 20 px wide, against background. Touching "
             "nuclei are not separated; other kinds of images are out of its reach. Not a medical device.",
-            licence="Apache-2.0",
+            license="Apache-2.0",
             command=f"python examples/train_nuclei.py --data data/med_nuclei --steps {args.steps} "
             f"--batch-size {args.batch_size} --patch {args.patch} --lr {args.lr} --seed {args.seed} --bundle",
             data="BBBC038v1 (2018 Data Science Bowl, CC0): 66 training and 20 test pictures",
             seed=args.seed,
             score={"dice": round(score, 4)},
-            extra={"classes": ["background", "nucleus"]},
+            extra={"class_names": ["background", "nucleus"]},
         )
         print(f"bundled as {bundle(entry, rounded).file}")
 

@@ -6,7 +6,7 @@
 
 Data, all below `--data`: `seg_pets` (Oxford-IIIT Pet, CC-BY-SA-4.0), the CC-BY-2.0, CC-BY-SA-2.0 and unrestricted pictures
 of `seg_coco`, `pc_mosd` (BSD-3), and without masks `fewshot_dreambooth` (CC-BY-4.0) and `cls_clothing` (CC0). Regions of
-similar colour, found in all of these without supervision (Felzenszwalb and Huttenlocher 2004), are further objects: they
+similar color, found in all of these without supervision (Felzenszwalb and Huttenlocher 2004), are further objects: they
 teach the network to follow edges and clicks where nothing is a pet. Everything lies in memory; pictures are cropped,
 composited, painted over with procedural objects and clicked there. A checkpoint is written every minute; the same command
 resumes it.
@@ -37,9 +37,9 @@ from mmkit.vision.clicks.model import MEAN, SqueezeSAM, squeeze_sam_photo
 from mmkit.vision.clicks.training import distance_transform, iterative_loss, mask_iou, merge_held_objects, shown_mask
 
 FREE = ("CC-BY-2.0", "CC-BY-SA-2.0", "no-known-copyright-restrictions")
-"""Licences of the COCO pictures that are trained on."""
+"""Licenses of the COCO pictures that are trained on."""
 OTHER = ("CC-BY-NC-2.0", "CC-BY-NC-SA-2.0")
-"""Licences of the COCO pictures that only measure progress."""
+"""Licenses of the COCO pictures that only measure progress."""
 SUMMARY = (
     "Click segmentation at 128 pixels, trained for less than two hours on one CPU core, mostly on cats and dogs. The first click "
     "gets large objects that stand out; most others take a few corrections, and fine outlines stay soft. Load SAM or SAM 2 for "
@@ -83,11 +83,11 @@ def read_pets(folder: Path, split: str) -> list[tuple[Image.Image, np.ndarray, l
     return found
 
 
-def read_coco(folder: Path, licences: tuple[str, ...]) -> list[tuple[Image.Image, np.ndarray, list[dict]]]:
+def read_coco(folder: Path, licenses: tuple[str, ...]) -> list[tuple[Image.Image, np.ndarray, list[dict]]]:
     """Things, persons merged with what they hold, and (rarely) stuff."""
     found = []
     for record in json.loads((folder / "annotations.json").read_text()):
-        if record["license"] not in licences:
+        if record["license"] not in licenses:
             continue
         segments = np.array(Image.open(folder / record["mask"]))
         things = [s for s in record["segments"] if s["isthing"] and not s["iscrowd"]]
@@ -107,7 +107,7 @@ def read_coco(folder: Path, licences: tuple[str, ...]) -> list[tuple[Image.Image
 
 
 def read_tabletop(folder: Path) -> list[tuple[Image.Image, np.ndarray, list[dict]]]:
-    """Coloured point clouds of table tops: each object surface is an object; invalid points are unknown."""
+    """Colored point clouds of table tops: each object surface is an object; invalid points are unknown."""
     found = []
     for path in sorted(folder.glob("*.npz")):
         scene = np.load(path)
@@ -134,7 +134,7 @@ def read_backgrounds(data: Path, limit: int) -> list[tuple[Image.Image, np.ndarr
 def find_regions(
     rows: list[tuple[Image.Image, np.ndarray, list[dict]]], side: int, scales: tuple[int, ...] = (400, 1000)
 ) -> list[tuple[Image.Image, np.ndarray, list[dict]]]:
-    """Regions of similar colour as objects, each picture once per scale; parts of the known objects `rows` are left out."""
+    """Regions of similar color as objects, each picture once per scale; parts of the known objects `rows` are left out."""
     found = []
     for picture, segments, objects in rows:
         image = picture.convert("RGB")
@@ -275,7 +275,7 @@ class SceneSampler:
         return ((scale * radius.clamp(min=0.2) - reach) * self.side / 1.5 + 0.5).clamp(0, 1)
 
     def paint(self, n: int) -> Tensor:
-        """Surfaces for procedural objects: photo texture, or a colour with a gradient and stripes: `(N, 3, S, S)`."""
+        """Surfaces for procedural objects: photo texture, or a color with a gradient and stripes: `(N, 3, S, S)`."""
         photo = self.backgrounds(n)
         axis = torch.linspace(-1, 1, self.side, device=self.device)
         wave = axis.view(1, 1, 1, -1) * self.uniform(n, 3, 1, 1, low=-1) + axis.view(1, 1, -1, 1) * self.uniform(
@@ -288,7 +288,7 @@ class SceneSampler:
         return torch.where(kind < 0.4, photo, torch.where(kind < 0.7, tint, flat)).clamp(0, 1)
 
     def procedural(self, n: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Layered objects, half of them made of parts in different colours (the target is the whole)."""
+        """Layered objects, half of them made of parts in different colors (the target is the whole)."""
         images = self.backgrounds(n)
         ids = torch.zeros(n, self.side, self.side, dtype=torch.long, device=self.device)
         layers = int(torch.randint(3, 8, ()))
@@ -321,7 +321,7 @@ class SceneSampler:
                 torch.cat(pair) for pair in zip((images, target, known, inside), more, strict=True)
             )
         images, target, known = self.occlude(images, target, known, inside, distractor)
-        images = self.recolour(images)
+        images = self.recolor(images)
         images = torch.where(inside[:, None], images, self.mean)
         valid = known & inside & (target.flatten(1).sum(1) >= 64)[:, None, None]
         return {"image": images, "target": target & valid, "valid": valid}
@@ -346,7 +346,7 @@ class SceneSampler:
         front = alpha[:, 0] > 0.5
         return images, target & ~front, known | front
 
-    def recolour(self, images: Tensor) -> Tensor:
+    def recolor(self, images: Tensor) -> Tensor:
         """Brightness, contrast, saturation, channel shift, gamma, blur and noise, each on some samples."""
         n = len(images)
         grey = images.mean(dim=1, keepdim=True)
@@ -457,10 +457,10 @@ def train(args: argparse.Namespace) -> None:
     torch.backends.cudnn.benchmark = True
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     data, limit = Path(args.data), 40 if args.smoke else None
-    model = squeeze_sam_photo(**({"image_size": args.size} if args.size else {})).to(
+    model = squeeze_sam_photo(**({"img_size": args.size} if args.size else {})).to(
         device, memory_format=torch.channels_last
     )
-    side = model.image_size
+    side = model.img_size
     canvas = 2 * side
     pets, photos = read_pets(data / "seg_pets", "train")[:limit], read_coco(data / "seg_coco/train", FREE)
     free = read_backgrounds(data, limit or 10_000)
@@ -552,7 +552,7 @@ def bundle_file(path: Path, command: str, seed: int) -> None:
             model="squeeze_sam_photo",
             config={},
             summary=SUMMARY,
-            licence="CC-BY-SA-4.0 (trained on CC-BY-SA-4.0, CC-BY-SA-2.0, CC-BY-2.0, CC-BY-4.0, BSD-3 and CC0 pictures)",
+            license="CC-BY-SA-4.0 (trained on CC-BY-SA-4.0, CC-BY-SA-2.0, CC-BY-2.0, CC-BY-4.0, BSD-3 and CC0 pictures)",
             command=command,
             data="Oxford-IIIT Pet excerpt (CC-BY-SA-4.0, 543 photos), COCO excerpt (26 photos, CC-BY-2.0, CC-BY-SA-2.0 or unrestricted), "
             "mOSD table tops (BSD-3, 8 scenes), backgrounds from DreamBooth subjects (CC-BY-4.0) and a clothing set (CC0), procedural",

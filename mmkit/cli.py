@@ -81,7 +81,7 @@ def finetune(
     )  # fmt: skip
     about = prepared.describe()
     print(
-        f"{about['train_images']} training and {about['val_images']} validation images of {len(about['classes'])} classes."
+        f"{about['train_images']} training and {about['val_images']} validation images of {len(about['class_names'])} classes."
     )
     trained = f"{about['trainable_parameters']:,} of {about['total_parameters']:,} parameters"
     print(f"{adapter} trains {trained} at {len(about['sites'])} places.")

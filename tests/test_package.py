@@ -121,6 +121,6 @@ def test_bundled_weights_are_small_and_match_their_manifest() -> None:
     for name in list_weights():
         entry = weight_entry(name)
         assert load_tensors(name)
-        assert all((entry.summary, entry.licence, entry.command, entry.data, entry.score))
+        assert all((entry.summary, entry.license, entry.command, entry.data, entry.score))
         script = entry.command.split("python ", 1)[1].split()[0]
         assert (ROOT / script).is_file(), entry.command

@@ -47,7 +47,7 @@ class VideoClassificationDataset(Dataset[Any]):
 
     Args:
         samples: what there is; the `from_*` constructors make them.
-        classes: class names in label order.
+        class_names: in label order.
         sampler: which frames; default `UniformSampler(8)`.
         transform: frames to model input; default `ClipTransform(224)`.
         train: random sampling and, with the default transform, augmentation.
@@ -63,7 +63,7 @@ class VideoClassificationDataset(Dataset[Any]):
     def __init__(
         self,
         samples: Sequence[VideoSample],
-        classes: Sequence[str],
+        class_names: Sequence[str],
         *,
         sampler: Sampler | None = None,
         transform: Callable[..., tuple[Tensor, int]] | None = None,
@@ -78,10 +78,10 @@ class VideoClassificationDataset(Dataset[Any]):
             raise InputError("The video data set is empty.")
         if on_error not in ("raise", "replace"):
             raise InputError(f"on_error must be 'raise' or 'replace', not {on_error!r}.")
-        outside = [s for s in samples if not 0 <= s.label < len(classes)]
+        outside = [s for s in samples if not 0 <= s.label < len(class_names)]
         if outside:
-            raise InputError(f"{outside[0].path}: label {outside[0].label} is outside the {len(classes)} classes.")
-        self.samples, self.classes = list(samples), list(classes)
+            raise InputError(f"{outside[0].path}: label {outside[0].label} is outside the {len(class_names)} classes.")
+        self.samples, self.class_names = list(samples), list(class_names)
         self.sampler = sampler if sampler is not None else UniformSampler(8)
         self.transform = transform if transform is not None else ClipTransform(224, train=train)
         self.train, self.seed, self.on_error, self.epoch = train, seed, on_error, 0
@@ -132,14 +132,14 @@ class VideoClassificationDataset(Dataset[Any]):
 
     @classmethod
     def from_samples(
-        cls, rows: Iterable[tuple[Any, ...]], classes: Sequence[str] | None = None, **options: Any
+        cls, rows: Iterable[tuple[Any, ...]], class_names: Sequence[str] | None = None, **options: Any
     ) -> VideoClassificationDataset:
         """From `(path, label)` or `(path, label, start, end)` rows; labels are integers or class names.
 
         Files that do not exist are left out with one warning and listed in `.missing`; none at all is an error.
         """
         rows = list(rows)
-        names = list(classes) if classes is not None else _class_names([r[1] for r in rows])
+        names = list(class_names) if class_names is not None else _class_names([r[1] for r in rows])
         lookup = {name: i for i, name in enumerate(names)}
         found: list[VideoSample] = []
         missing: list[VideoSample] = []
@@ -169,10 +169,10 @@ class VideoClassificationDataset(Dataset[Any]):
         folder = Path(root).expanduser() / (split or "")
         if not folder.is_dir():
             raise InputError(f"{folder} is not a folder.")
-        classes = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+        class_names = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
         rows = [
             (path, label)
-            for label in classes
+            for label in class_names
             for path in sorted((folder / label).rglob("*"))
             if path.suffix.lower() in VIDEO_SUFFIXES
         ]
@@ -180,14 +180,14 @@ class VideoClassificationDataset(Dataset[Any]):
             raise InputError(
                 f"{folder} must hold one folder per class with videos in it ({', '.join(VIDEO_SUFFIXES)})."
             )
-        return cls.from_samples(rows, classes, **options)
+        return cls.from_samples(rows, class_names, **options)
 
     @classmethod
     def from_list(
         cls,
         file: str | os.PathLike[str],
         root: str | os.PathLike[str] = "",
-        classes: Sequence[str] | None = None,
+        class_names: Sequence[str] | None = None,
         **options: Any,
     ) -> VideoClassificationDataset:
         """From lines `path label` or `path,label` (mmaction2, SlowFast, VideoMAE), or `folder total_frames label`.
@@ -202,7 +202,7 @@ class VideoClassificationDataset(Dataset[Any]):
             rows.append((Path(root) / match[1].strip(), int(match[2])))
         if not rows:
             raise InputError(f"{file} lists no videos.")
-        names = classes if classes is not None else [str(i) for i in range(max(r[1] for r in rows) + 1)]
+        names = class_names if class_names is not None else [str(i) for i in range(max(r[1] for r in rows) + 1)]
         return cls.from_samples(rows, names, **options)
 
     @classmethod
@@ -211,7 +211,7 @@ class VideoClassificationDataset(Dataset[Any]):
         file: str | os.PathLike[str],
         root: str | os.PathLike[str] = "",
         split: str | None = None,
-        classes: Sequence[str] | None = None,
+        class_names: Sequence[str] | None = None,
         **options: Any,
     ) -> VideoClassificationDataset:
         """From a CSV file with the columns `path,label` and, if wanted, `start,end` (seconds) and `split`."""
@@ -222,14 +222,14 @@ class VideoClassificationDataset(Dataset[Any]):
                 rows.append((Path(root) / row["path"], row["label"], start, end))
         if not rows:
             raise InputError(f"{file} has no rows{f' with split={split!r}' if split else ''}.")
-        return cls.from_samples(rows, classes, **options)
+        return cls.from_samples(rows, class_names, **options)
 
     @classmethod
     def from_kinetics_csv(
         cls,
         file: str | os.PathLike[str],
         root: str | os.PathLike[str],
-        classes: Sequence[str] | None = None,
+        class_names: Sequence[str] | None = None,
         **options: Any,
     ) -> VideoClassificationDataset:
         """From the official Kinetics CSV (`label,youtube_id,time_start,time_end,split`).
@@ -243,7 +243,7 @@ class VideoClassificationDataset(Dataset[Any]):
             rows.append((nested if nested.exists() else Path(root) / name, row["label"]))
         if not rows:
             raise InputError(f"{file} has no rows.")
-        return cls.from_samples(rows, classes, **options)
+        return cls.from_samples(rows, class_names, **options)
 
     @classmethod
     def from_ssv2_json(
@@ -257,7 +257,7 @@ class VideoClassificationDataset(Dataset[Any]):
         table, items = _json(labels), _json(file)
         if not isinstance(table, dict) or not isinstance(items, list):
             raise InputError(f"{labels} must hold an object and {file} a list.")
-        classes = [name for name, _ in sorted(table.items(), key=lambda kv: int(kv[1]))]
+        class_names = [name for name, _ in sorted(table.items(), key=lambda kv: int(kv[1]))]
         rows = []
         for item in items:
             template = str(item.get("template", "")).replace("[", "").replace("]", "")
@@ -266,7 +266,7 @@ class VideoClassificationDataset(Dataset[Any]):
                     f"{file}: video {item.get('id')!r} has template {template!r}, which is not in {labels}."
                 )
             rows.append((Path(root) / f"{item['id']}.webm", template))
-        return cls.from_samples(rows, classes, **options)
+        return cls.from_samples(rows, class_names, **options)
 
 
 def check_videos(paths: Iterable[str | os.PathLike[str]], *, tolerance: float = 0.5) -> dict[str, str]:

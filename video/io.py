@@ -48,8 +48,8 @@ class Clip:
         frames: uint8 `(T, H, W, 3)`, RGB.
         indices: frame number of each, `(T,)`.
         seconds: presentation time of each, `(T,)`, from the start of the video.
-        n_frames, fps, duration: of the whole video (average rate; seconds).
-        n_replaced: frames that could not be decoded and show their nearest decoded neighbour in time.
+        num_frames, fps, duration: of the whole video (average rate; seconds).
+        num_replaced: frames that could not be decoded and show their nearest decoded neighbour in time.
         n_corrupt: data packets the decoder refused, plus shown frames it marked as damaged.
         path, backend: where they came from.
     """
@@ -57,10 +57,10 @@ class Clip:
     frames: np.ndarray[Any, Any]
     indices: np.ndarray[Any, Any]
     seconds: np.ndarray[Any, Any]
-    n_frames: int
+    num_frames: int
     fps: float
     duration: float
-    n_replaced: int = 0
+    num_replaced: int = 0
     n_corrupt: int = 0
     path: str = ""
     backend: str = "pyav"
@@ -136,7 +136,7 @@ class VideoReader:
             raise InputError(f"A video must be a path, not {type(path).__name__}.")
         self.path = Path(path).expanduser()
         self.tolerance = tolerance
-        self.n_corrupt = self.n_replaced = 0
+        self.n_corrupt = self.num_replaced = 0
         self._threads = threads or (1 if torch.utils.data.get_worker_info() else 0)
         self._container: Any = None
         self._pictures: list[Path] = []
@@ -311,10 +311,10 @@ class VideoReader:
             frames=frames,
             indices=wanted,
             seconds=self.seconds[wanted],
-            n_frames=len(self),
+            num_frames=len(self),
             fps=self.fps,
             duration=self.duration,
-            n_replaced=replaced,
+            num_replaced=replaced,
             n_corrupt=self.n_corrupt + corrupt,
             path=str(self.path),
             backend=self.backend,
@@ -354,7 +354,7 @@ class VideoReader:
         return wanted.astype(np.int64)
 
     def _judge(self, replaced: int, corrupt: int, wanted: int) -> None:
-        self.n_replaced += replaced
+        self.num_replaced += replaced
         damaged = replaced / wanted
         if damaged > self.tolerance or (self.tolerance == 0 and (corrupt or self.n_corrupt)):
             raise VideoDecodeError(

@@ -1,7 +1,7 @@
 """Which frames of a video a model sees: the sampling rules of the published recipes, with their exact arithmetic.
 
-Every sampler answers `sample(n_frames, train=, rng=, fps=)` with integer indices `(clips, frames)` in `[0, n_frames)`.
-With `train=True` it draws from `rng` (a numpy `Generator`); without, the indices depend on `n_frames` alone. Rounding
+Every sampler answers `sample(length, train=, rng=, fps=)` with integer indices `(clips, num_frames)` in `[0, length)`.
+With `train=True` it draws from `rng` (a numpy `Generator`); without, the indices depend on `length` alone. Rounding
 is half to even.
 """
 
@@ -20,20 +20,20 @@ Indices = np.ndarray[Any, Any]
 class Sampler(Protocol):
     """What a data set, pipeline or `read_frames` takes as a sampler."""
 
-    frames: int
+    num_frames: int
     clips: int
 
     def sample(
-        self, n_frames: int, *, train: bool = False, rng: np.random.Generator | None = None, fps: float | None = None
+        self, length: int, *, train: bool = False, rng: np.random.Generator | None = None, fps: float | None = None
     ) -> Indices:
-        """Indices `(clips, frames)`, int64."""
+        """Indices `(clips, num_frames)`, int64."""
         ...
 
 
-def _check(sampler: Any, n_frames: int) -> None:
-    if n_frames < 1:
-        raise InputError(f"A video must have at least one frame to sample from, not {n_frames}.")
-    for name in ("frames", "clips", "stride"):
+def _check(sampler: Any, length: int) -> None:
+    if length < 1:
+        raise InputError(f"A video must have at least one frame to sample from, not {length}.")
+    for name in ("num_frames", "clips", "stride"):
         if getattr(sampler, name, 1) < 1:
             raise InputError(f"{type(sampler).__name__}: {name} must be at least 1, not {getattr(sampler, name)}.")
 
@@ -44,24 +44,24 @@ def _generator(rng: np.random.Generator | None) -> np.random.Generator:
 
 @dataclass(frozen=True)
 class UniformSampler:
-    """One frame from each of `frames` equal parts of the video (the Something-Something recipe of mmaction2).
+    """One frame from each of `num_frames` equal parts of the video (the Something-Something recipe of mmaction2).
 
-    With g = (n-1)/frames: in training, frame i is drawn from `[round(g*i), round(g*(i+1))]`, both ends included; else
+    With g = (n-1)/num_frames: in training, frame i is drawn from `[round(g*i), round(g*(i+1))]`, both ends included; else
     it is `round(g*i) + int(g/(clips+1) * (j+1))` for clip j. Short videos repeat frames.
     """
 
-    frames: int = 8
+    num_frames: int = 8
     clips: int = 1
 
     def sample(
-        self, n_frames: int, *, train: bool = False, rng: np.random.Generator | None = None, fps: float | None = None
+        self, length: int, *, train: bool = False, rng: np.random.Generator | None = None, fps: float | None = None
     ) -> Indices:
-        """Indices `(clips, frames)`; see the class."""
-        _check(self, n_frames)
-        g = (n_frames - 1) / self.frames
-        edges = np.round(g * np.arange(self.frames + 1)).astype(np.int64)
+        """Indices `(clips, num_frames)`; see the class."""
+        _check(self, length)
+        g = (length - 1) / self.num_frames
+        edges = np.round(g * np.arange(self.num_frames + 1)).astype(np.int64)
         if train:
-            return _generator(rng).integers(edges[:-1], edges[1:] + 1, size=(self.clips, self.frames))
+            return _generator(rng).integers(edges[:-1], edges[1:] + 1, size=(self.clips, self.num_frames))
         steps = np.array([int(g / (self.clips + 1) * (j + 1)) for j in range(self.clips)], dtype=np.int64)
         return edges[None, :-1] + steps[:, None]
 
@@ -70,22 +70,24 @@ class UniformSampler:
 class SegmentSampler:
     """Temporal segments of TSN (arXiv 1608.00859): middle, or in training a random frame, of each segment.
 
-    Frame i is `floor(n*(i+0.5)/frames)`; in training drawn from `[floor(n*i/frames), floor(n*(i+1)/frames))`.
+    Frame i is `floor(n*(i+0.5)/num_frames)`; in training drawn from `[floor(n*i/num_frames), floor(n*(i+1)/num_frames))`.
     """
 
-    frames: int = 8
+    num_frames: int = 8
     clips: int = 1
 
     def sample(
-        self, n_frames: int, *, train: bool = False, rng: np.random.Generator | None = None, fps: float | None = None
+        self, length: int, *, train: bool = False, rng: np.random.Generator | None = None, fps: float | None = None
     ) -> Indices:
-        """Indices `(clips, frames)`; without training all clips are equal."""
-        _check(self, n_frames)
-        edges = n_frames * np.arange(self.frames + 1) // self.frames
+        """Indices `(clips, num_frames)`; without training all clips are equal."""
+        _check(self, length)
+        edges = length * np.arange(self.num_frames + 1) // self.num_frames
         if train:
             high = np.maximum(edges[1:], edges[:-1] + 1)
-            return np.minimum(_generator(rng).integers(edges[:-1], high, size=(self.clips, self.frames)), n_frames - 1)
-        middle = np.floor(n_frames * (np.arange(self.frames) + 0.5) / self.frames).astype(np.int64)
+            return np.minimum(
+                _generator(rng).integers(edges[:-1], high, size=(self.clips, self.num_frames)), length - 1
+            )
+        middle = np.floor(length * (np.arange(self.num_frames) + 0.5) / self.num_frames).astype(np.int64)
         return np.repeat(middle[None], self.clips, 0)
 
 
@@ -98,32 +100,32 @@ class DenseSampler:
     frame (`pad="repeat_last"`).
 
     Attributes:
-        frames, stride, clips: length of a clip, distance of its frames, number of clips.
+        num_frames, stride, clips: length of a clip, distance of its frames, number of clips.
         pad: "loop" or "repeat_last".
         target_fps: take frames as if the video had this rate: the span is scaled by fps/target_fps.
     """
 
-    frames: int = 8
+    num_frames: int = 8
     stride: int = 16
     clips: int = 1
     pad: str = "loop"
     target_fps: float | None = None
 
     def sample(
-        self, n_frames: int, *, train: bool = False, rng: np.random.Generator | None = None, fps: float | None = None
+        self, length: int, *, train: bool = False, rng: np.random.Generator | None = None, fps: float | None = None
     ) -> Indices:
-        """Indices `(clips, frames)`; `fps` is needed with `target_fps`."""
-        _check(self, n_frames)
+        """Indices `(clips, num_frames)`; `fps` is needed with `target_fps`."""
+        _check(self, length)
         if self.pad not in ("loop", "repeat_last"):
             raise InputError(f"pad must be 'loop' or 'repeat_last', not {self.pad!r}.")
         ratio = self._ratio(fps)
-        span = self.frames * self.stride * ratio if train else ((self.frames - 1) * self.stride + 1) * ratio
-        offsets = self._train_offsets(n_frames, span, _generator(rng)) if train else self._offsets(n_frames, span)
-        steps = np.arange(self.frames) * self.stride
+        span = self.num_frames * self.stride * ratio if train else ((self.num_frames - 1) * self.stride + 1) * ratio
+        offsets = self._train_offsets(length, span, _generator(rng)) if train else self._offsets(length, span)
+        steps = np.arange(self.num_frames) * self.stride
         if self.target_fps is not None:
-            steps = np.linspace(0, max(span - 1, 0), self.frames).astype(np.int64)
+            steps = np.linspace(0, max(span - 1, 0), self.num_frames).astype(np.int64)
         indices = offsets[:, None] + steps[None]
-        return indices % n_frames if self.pad == "loop" else np.minimum(indices, n_frames - 1)
+        return indices % length if self.pad == "loop" else np.minimum(indices, length - 1)
 
     def _ratio(self, fps: float | None) -> float:
         if self.target_fps is None:

@@ -58,7 +58,7 @@ class ClipTransform:
         mean, std: per channel, for values in 0..1.
         train: random resized crop, mirroring and, with `rand_augment`, RandAugment; the same draw for all frames.
         short_side: short side before cropping when not training; default `size`.
-        n_crops: views per clip when not training: 1 (centre) or 3.
+        num_crops: views per clip when not training: 1 (centre) or 3.
         flip: probability of mirroring.
         flip_label_map: label -> label of the mirrored clip, for example `SSV2_FLIP_MAP`.
         scale: area range of the random crop.
@@ -74,7 +74,7 @@ class ClipTransform:
         *,
         train: bool = False,
         short_side: int | None = None,
-        n_crops: int = 1,
+        num_crops: int = 1,
         flip: float = 0.5,
         flip_label_map: Mapping[int, int] | None = None,
         scale: tuple[float, float] = (0.5, 1.0),
@@ -83,7 +83,7 @@ class ClipTransform:
     ):
         if size < 1 or not 0 <= flip <= 1:
             raise InputError(f"ClipTransform: size must be positive and flip in 0..1, not {size} and {flip}.")
-        self.size, self.train, self.n_crops, self.flip = size, train, n_crops, flip
+        self.size, self.train, self.num_crops, self.flip = size, train, num_crops, flip
         self.short_side = short_side or size
         self.flip_label_map = dict(flip_label_map or {})
         self.normalize = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(mean), list(std))])
@@ -92,11 +92,11 @@ class ClipTransform:
         self.erase = v2.RandomErasing(random_erasing) if random_erasing else None
 
     def __call__(self, clip: Tensor, label: int = -1) -> tuple[Tensor, int]:
-        """`(T, C, H, W)` -> `(T, C, size, size)`, with `n_crops=3` `(3, T, C, size, size)`, and the label."""
+        """`(T, C, H, W)` -> `(T, C, size, size)`, with `num_crops=3` `(3, T, C, size, size)`, and the label."""
         if not self.train:
-            views = crops(resize_short(clip, self.short_side), self.size, self.n_crops)
+            views = crops(resize_short(clip, self.short_side), self.size, self.num_crops)
             views = self.normalize(views)
-            return (views[0] if self.n_crops == 1 else views), label
+            return (views[0] if self.num_crops == 1 else views), label
         if self.augment is not None:
             clip = self.augment(clip)
         clip = self.crop(clip)

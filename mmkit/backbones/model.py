@@ -106,7 +106,7 @@ def list_models(pattern: str = "") -> list[str]:
 
 
 def create_model(name: str, **overrides: Any) -> nn.Module:
-    """Build a named variant with random weights, for example `create_model("lightm_unet_2d", out_channels=2)`.
+    """Build a named variant with random weights, for example `create_model("lightm_unet_2d", num_classes=2)`.
 
     Raises `InputError` with the nearest names when `name` is unknown.
     """

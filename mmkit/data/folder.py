@@ -44,7 +44,7 @@ class ImageDataset(Dataset[Any]):
     Attributes:
         paths: the files.
         labels: class index of each file.
-        classes: class names.
+        class_names: one per label.
         transform: applied to the upright RGB PIL image; None returns the PIL image itself.
         splits: "train", "val" or "test" for each file when the source says so, else None.
         skipped: `(path, reason)` of the files left out by `on_error="skip"`.
@@ -53,7 +53,7 @@ class ImageDataset(Dataset[Any]):
 
     paths: list[Path]
     labels: list[int]
-    classes: list[str]
+    class_names: list[str]
     transform: Callable[[Any], Any] | None = None
     splits: list[str] | None = None
     skipped: list[tuple[Path, str]] = field(default_factory=list)
@@ -95,8 +95,8 @@ class ImageDataset(Dataset[Any]):
 
     def class_counts(self) -> dict[str, int]:
         """Number of examples by class name."""
-        counts = torch.bincount(torch.tensor(self.labels, dtype=torch.long), minlength=len(self.classes)).tolist()
-        return dict(zip(self.classes, counts, strict=True))
+        counts = torch.bincount(torch.tensor(self.labels, dtype=torch.long), minlength=len(self.class_names)).tolist()
+        return dict(zip(self.class_names, counts, strict=True))
 
 
 D = TypeVar("D", bound=ImageDataset)
@@ -220,7 +220,7 @@ def split_dataset(dataset: D, val: float = 0.2, seed: int = 0) -> tuple[D, D]:
     first, second = stratified_split(dataset.labels, val, seed)
     if not first or not second:
         raise InputError(
-            f"{len(dataset)} pictures in {len(dataset.classes)} classes are too few to split off {val:.0%}."
+            f"{len(dataset)} pictures in {len(dataset.class_names)} classes are too few to split off {val:.0%}."
         )
     return dataset.subset(first), dataset.subset(second)
 

@@ -33,17 +33,19 @@ class ArrayDataset(ImageDataset):
 
 
 def array_dataset(
-    images: np.ndarray[Any, Any], labels: Sequence[int], classes: Sequence[str], *, name: str = "image"
+    images: np.ndarray[Any, Any], labels: Sequence[int], class_names: Sequence[str], *, name: str = "image"
 ) -> ArrayDataset:
     """Wrap uint8 arrays (N, H, W) or (N, H, W, 3) with class indices; raises `InputError` when they do not fit."""
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] != 3):
         raise InputError(f"images must be uint8 (N, H, W) or (N, H, W, 3), not {images.dtype} {images.shape}.")
-    if len(images) != len(labels) or (len(labels) and not 0 <= min(labels) <= max(labels) < len(classes)):
-        raise InputError(f"{len(images)} images, {len(labels)} labels and {len(classes)} classes do not fit together.")
+    if len(images) != len(labels) or (len(labels) and not 0 <= min(labels) <= max(labels) < len(class_names)):
+        raise InputError(
+            f"{len(images)} images, {len(labels)} labels and {len(class_names)} classes do not fit together."
+        )
     if images.ndim == 3:
         images = np.repeat(images[..., None], 3, axis=3)
     names = [Path(f"{name}/{i:05d}") for i in range(len(images))]
-    return ArrayDataset(names, [int(v) for v in labels], list(classes), images=np.ascontiguousarray(images))
+    return ArrayDataset(names, [int(v) for v in labels], list(class_names), images=np.ascontiguousarray(images))
 
 
 def load_digits(digits: Sequence[int] = tuple(range(10)), *, size: int = 32) -> ArrayDataset:

@@ -1,6 +1,6 @@
 """Bundled weights: small models trained by scripts in this repository, listed with how they were made.
 
-`manifest.json` holds one entry per file: what it is, its sha256, licence, and the command, data, seed and measured score
+`manifest.json` holds one entry per file: what it is, its sha256, license, and the command, data, seed and measured score
 that produced it. All files together stay under 40 MB.
 """
 
@@ -32,7 +32,7 @@ class WeightEntry:
         model: how the module is built: a name of `list_models()`, or a `create_backbone` name such as "timm:vit_...".
         config: keyword arguments for it.
         summary: what the weights can and cannot do, in one or two sentences.
-        licence: licence of the weights.
+        license: license of the weights.
         command, data, seed: what made them.
         score: measured figures, by name.
         file, sha256: the tensor file beside the manifest.
@@ -43,7 +43,7 @@ class WeightEntry:
     model: str
     config: dict[str, Any]
     summary: str
-    licence: str
+    license: str
     command: str
     data: str
     seed: int

@@ -204,7 +204,7 @@ def test_endpoints_need_no_session(launch, pictures, tmp_path):
     assert plan["trainable_parameters"] < plan["total_parameters"] / 10
     report, adapter = client.predict(handle_file(pictures), "tiny_vit", "ssf", 2, 0, api_name="/finetune_train")
     assert report["stopped"] == "finished"
-    assert report["classes"] == ["dark <b>", "light"]
+    assert report["class_names"] == ["dark <b>", "light"]
     assert "adapter_model.safetensors" in zipfile.ZipFile(adapter).namelist()
     with pytest.raises(Exception, match="Unknown adapter"):
         client.predict(backbone="tiny_vit", adapter="bitfitt", api_name="/finetune_plan")

@@ -39,7 +39,7 @@ def test_folder_per_class(folder):
     (folder / ".hidden").mkdir()
     (folder / "cat" / "notes.txt").write_text("no picture")
     data = open_dataset(folder)
-    assert data.classes == ["2", "10", "cat"]
+    assert data.class_names == ["2", "10", "cat"]
     assert data.class_counts() == {"2": 7, "10": 5, "cat": 3}
     image, label = data[7]
     assert (image.size, image.mode, label) == ((4, 4), "RGB", 1)
@@ -56,7 +56,7 @@ def test_split_folders_are_honoured(folder, tmp_path):
             for i in range(n):
                 picture(root / part / name / f"{i}.png")
     data = open_dataset(root)
-    assert data.classes == ["a", "b"]
+    assert data.class_names == ["a", "b"]
     train, val = split_dataset(data)
     assert (len(train), len(val), len(data.split("test"))) == (6, 4, 2)
     with pytest.raises(InputError, match="no 'train' examples"):
@@ -75,7 +75,7 @@ def test_split_folders_are_honoured(folder, tmp_path):
 def test_csv_dialects(folder, text):
     (folder / "list.csv").write_text(text, encoding="utf-8")
     data = open_dataset(folder / "list.csv")
-    assert (data.classes, data.labels, data.splits) == (["x", "y"], [0, 1], None)
+    assert (data.class_names, data.labels, data.splits) == (["x", "y"], [0, 1], None)
 
 
 def test_csv_with_splits_as_index_of_a_folder(folder):
@@ -138,7 +138,7 @@ def test_empty_single_class_and_loose_pictures(tmp_path):
     picture(tmp_path / "only" / "a.png")
     with pytest.raises(InputError, match="only the class 'only'"):
         open_dataset(tmp_path)
-    assert open_dataset(tmp_path, min_classes=1).classes == ["only"]
+    assert open_dataset(tmp_path, min_classes=1).class_names == ["only"]
     with pytest.raises(InputError, match="neither a folder nor"):
         open_dataset(tmp_path / "loose.png")
 
@@ -246,6 +246,6 @@ def test_stratified_split_is_deterministic(folder):
 
 def test_real_clothing(data_dir):
     data = open_dataset(data_dir / "cls_clothing")
-    assert len(data.classes) == 10
+    assert len(data.class_names) == 10
     assert [len(part) for part in split_dataset(data)] == [400, 120]
     assert len(data.split("test")) == 120

@@ -12,11 +12,11 @@ from mmkit.errors import InputError
 
 def test_digits():
     digits = load_digits()
-    assert (len(digits), digits.classes) == (1797, [str(d) for d in range(10)])
+    assert (len(digits), digits.class_names) == (1797, [str(d) for d in range(10)])
     image, label = digits[0]
     assert (image.size, image.mode, label) == ((32, 32), "RGB", 0)
     high = load_digits((9, 5), size=16)
-    assert high.classes == ["9", "5"]
+    assert high.class_names == ["9", "5"]
     assert len(high) == 180 + 182
     assert set(high.labels) == {0, 1}
     train, val = split_dataset(digits.with_transform(ImageTransform(32)))

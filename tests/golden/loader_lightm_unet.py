@@ -14,6 +14,7 @@ from mmkit.backbones.model import load_official_checkpoint
 from mmkit.ops import Mamba, selective_scan
 from mmkit.storage import load_state, read_tensors
 from mmkit.vision.medical.model import LightMUNet
+from mmkit.vision.medical.official import config_from_official
 
 BACKENDS = ("cpu", "torch", "reference")
 
@@ -66,7 +67,9 @@ def _mamba(case, config, tolerance, inputs, expected, backend) -> None:
 
 
 def _network(case, config, tolerance, inputs, expected, backend) -> None:
-    model = load_official_checkpoint(LightMUNet(**config, backend=backend), case / "weights.safetensors")
+    model = load_official_checkpoint(
+        LightMUNet(**config_from_official(config), backend=backend), case / "weights.safetensors"
+    )
     got: dict[str, Tensor] = {}
     modules = {"bottleneck": model.down_layers[-1], **dict(model.named_modules())}
     for name in expected:

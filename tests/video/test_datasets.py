@@ -30,7 +30,7 @@ def folder(tmp_path: Path, clips: Any) -> Path:
 
 def test_folder_per_class(folder: Path) -> None:
     data = VideoClassificationDataset.from_folder(folder, "train", **OPTIONS)
-    assert data.classes == ["jump", "run"]
+    assert data.class_names == ["jump", "run"]
     assert len(data) == 6
     clip, label = data[0]
     assert clip.shape == (4, 3, 32, 32)
@@ -57,7 +57,7 @@ def test_lists_and_tables(folder: Path, tmp_path: Path) -> None:
         VideoClassificationDataset.from_list(file, folder)
     table = tmp_path / "table.csv"
     table.write_text("path,label,start,end,split\ntrain/run/run 0.mp4,run,0.1,0.3,a\ntrain/jump/jump 0.mp4,jump,,,b\n")
-    data = VideoClassificationDataset.from_csv(table, folder, classes=["run", "jump"], **OPTIONS)
+    data = VideoClassificationDataset.from_csv(table, folder, class_names=["run", "jump"], **OPTIONS)
     assert [s.label for s in data.samples] == [0, 1]
     assert (data.samples[0].start, data.samples[0].end, data.samples[1].end) == (0.1, 0.3, None)
     assert data[0][0].shape == (4, 3, 32, 32)
@@ -75,14 +75,14 @@ def test_kinetics_and_something_something(tmp_path: Path, clips: Any) -> None:
     )
     with pytest.warns(UserWarning, match="missing"):
         kinetics = VideoClassificationDataset.from_kinetics_csv(tmp_path / "k.csv", tmp_path, **OPTIONS)
-    assert kinetics.classes == ["riding a bike", "surfing"]
+    assert kinetics.class_names == ["riding a bike", "surfing"]
     assert len(kinetics) == 1
     clips.make(tmp_path / "7.webm", 6, codec="libvpx", options={"b": "500k"})
     labels = {"Pushing something": "1", "Moving something up": "0"}
     (tmp_path / "labels.json").write_text(json.dumps(labels))
     (tmp_path / "a.json").write_text(json.dumps([{"id": "7", "template": "Pushing [something]"}]))
     ssv2 = VideoClassificationDataset.from_ssv2_json(tmp_path / "a.json", tmp_path / "labels.json", tmp_path, **OPTIONS)
-    assert ssv2.classes == ["Moving something up", "Pushing something"]
+    assert ssv2.class_names == ["Moving something up", "Pushing something"]
     assert ssv2[0][1] == 1
 
 
@@ -109,7 +109,7 @@ def test_items_do_not_depend_on_spawned_workers(folder: Path) -> None:
 def test_views_come_clip_major(folder: Path) -> None:
     sampler = UniformSampler(4, clips=2)
     data = VideoClassificationDataset.from_folder(
-        folder, "val", sampler=sampler, transform=ClipTransform(32, n_crops=3), short_side=None
+        folder, "val", sampler=sampler, transform=ClipTransform(32, num_crops=3), short_side=None
     )
     views, _ = data[0]
     assert views.shape == (6, 4, 3, 32, 32)

@@ -36,7 +36,7 @@ def test_every_index_gives_its_own_frame(tmp_path: Path, clips: Any, name: str, 
         for indices in ([0, 59, 30, 30, 1], [199, 170, 100], list(range(0, 200, 7)), [150], [63, 64, 127, 128]):
             clip = reader.read(indices)
             assert clips.numbers(clip.frames) == indices
-            assert clip.n_replaced == 0
+            assert clip.num_replaced == 0
             assert clip.seconds == pytest.approx(np.array(indices) / 25, abs=0.0011)
 
 

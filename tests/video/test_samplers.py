@@ -103,4 +103,4 @@ def test_transform_shapes_values_and_equal_draws_for_all_frames() -> None:
     torch.manual_seed(3)
     out = ClipTransform(32, train=True, rand_augment=(2, 7))(clip)[0]
     assert torch.equal(out, out[:1].expand_as(out))
-    assert ClipTransform(32, n_crops=3)(clip)[0].shape == (3, 5, 3, 32, 32)
+    assert ClipTransform(32, num_crops=3)(clip)[0].shape == (3, 5, 3, 32, 32)

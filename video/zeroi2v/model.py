@@ -44,7 +44,7 @@ class VideoClassifier(Model):
         dropout: before the classifier, in training (0.5 in the official models).
         num_frames, stride: the clip a pipeline samples: `stride` 0 spreads the frames over the whole window.
         class_names: labels of the outputs.
-        mean, std, image_size: preprocessing; `None` takes the backbone's.
+        mean, std, img_size: preprocessing; `None` takes the backbone's.
         added_biases: layers of the backbone that got a bias by merging; `merge` writes it into the configuration.
 
     Attributes:
@@ -66,7 +66,7 @@ class VideoClassifier(Model):
         class_names: Sequence[str] = (),
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
-        image_size: int | None = None,
+        img_size: int | None = None,
         added_biases: Sequence[str] = (),
     ):
         super().__init__()
@@ -88,7 +88,7 @@ class VideoClassifier(Model):
         self.num_frames, self.stride = num_frames, stride
         self.class_names = tuple(class_names) or tuple(str(i) for i in range(num_classes))
         self.mean, self.std = tuple(mean or info.mean), tuple(std or info.std)
-        self.image_size = image_size or info.input_size[-1]
+        self.img_size = img_size or info.input_size[-1]
         self.__dict__["adapter"] = None
         self.__dict__["_warned"] = False
         if zeroi2v is not None:

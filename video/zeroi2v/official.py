@@ -143,7 +143,7 @@ def read_sizes(state: dict[str, Tensor], path: Any, num_heads: int | None = None
 
 def clip_vit(
     library: str,
-    image_size: int,
+    img_size: int,
     patch: int,
     width: int,
     depth: int,
@@ -154,10 +154,10 @@ def clip_vit(
     """`create_backbone` name and keywords of a CLIP image tower with these sizes, from "timm" or "open_clip"."""
     if library == "timm":
         name = "vit_base_patch16_clip_quickgelu_224" if quick_gelu else "vit_base_patch16_clip_224"
-        sizes = {"img_size": image_size, "patch_size": patch, "embed_dim": width, "depth": depth, "num_heads": heads}
+        sizes = {"img_size": img_size, "patch_size": patch, "embed_dim": width, "depth": depth, "num_heads": heads}
         return f"timm:{name}", {**sizes, "mlp_ratio": mlp_ratio}
     if library != "open_clip":
         raise InputError(f"library must be 'timm' or 'open_clip', not {library!r}.")
-    vision = {"image_size": image_size, "patch_size": patch, "width": width, "layers": depth, "mlp_ratio": mlp_ratio}
+    vision = {"image_size": img_size, "patch_size": patch, "width": width, "layers": depth, "mlp_ratio": mlp_ratio}
     name = "ViT-B-16-quickgelu" if quick_gelu else "ViT-B-16"
     return f"open_clip:{name}", {"vision_cfg": {**vision, "head_width": width // heads}}

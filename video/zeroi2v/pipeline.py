@@ -44,7 +44,7 @@ class VideoClassification:
         windows: per window, in time order.
         class_names: all classes.
         strip: the frames the first window's clip is made of, uint8 `(T, H, W, 3)`, and `strip_seconds` their times.
-        path, duration, n_frames, fps, n_replaced: of the video.
+        path, duration, num_frames, fps, num_replaced: of the video.
     """
 
     labels: tuple[str, ...]
@@ -55,9 +55,9 @@ class VideoClassification:
     strip_seconds: np.ndarray[Any, Any]
     path: str
     duration: float
-    n_frames: int
+    num_frames: int
     fps: float
-    n_replaced: int = 0
+    num_replaced: int = 0
 
     @property
     def label(self) -> str:
@@ -76,8 +76,8 @@ class VideoClassification:
         """Write labels, scores and windows as JSON; returns the path."""
         path = Path(path)
         top = [{"label": a, "score": b} for a, b in zip(self.labels, self.scores, strict=True)]
-        facts = {"path": self.path, "duration": self.duration, "n_frames": self.n_frames, "fps": self.fps}
-        write_json(path, {**facts, "n_replaced": self.n_replaced, "top": top, "windows": self.segments()})
+        facts = {"path": self.path, "duration": self.duration, "num_frames": self.num_frames, "fps": self.fps}
+        write_json(path, {**facts, "num_replaced": self.num_replaced, "top": top, "windows": self.segments()})
         return path
 
     def plot(self) -> Any:
@@ -126,7 +126,7 @@ class VideoClassificationPipeline(Pipeline):
         top_k: int = 5,
         window: float | None = None,
         hop: float | None = None,
-        n_crops: int = 1,
+        num_crops: int = 1,
         backwards: bool = False,
         tolerance: float = 0.5,
         backend: str = "auto",
@@ -139,7 +139,7 @@ class VideoClassificationPipeline(Pipeline):
             top_k: number of labels to return.
             window: length in seconds of the stretches that get their own answer; `None` takes the whole video as one.
             hop: seconds from one window to the next; default `window`.
-            n_crops: 1 (centre) or 3 views of each frame, averaged.
+            num_crops: 1 (centre) or 3 views of each frame, averaged.
             backwards: show every window to the model in reverse.
             tolerance, backend: see `VideoReader`.
             progress: show a bar for long videos.
@@ -156,7 +156,7 @@ class VideoClassificationPipeline(Pipeline):
         sampler: Any = UniformSampler(model.num_frames)
         if model.stride:
             sampler = DenseSampler(model.num_frames, model.stride)
-        prepare = ClipTransform(model.image_size, model.mean, model.std, n_crops=n_crops)
+        prepare = ClipTransform(model.img_size, model.mean, model.std, num_crops=num_crops)
         with VideoReader(video, tolerance=tolerance, backend=backend) as reader:
             spans = _spans(reader, window, hop)
             chosen = [first + sampler.sample(last - first + 1, fps=reader.fps)[0] for first, last in spans]
@@ -164,7 +164,7 @@ class VideoClassificationPipeline(Pipeline):
             strip = np.zeros((0, 1, 1, 3), np.uint8)
             bar = tqdm(total=len(spans), desc="windows", unit="window", disable=not progress or len(spans) < 8)
             with bar:
-                for (first, last), clip in zip(spans, _clips(reader, chosen, model.image_size), strict=True):
+                for (first, last), clip in zip(spans, _clips(reader, chosen, model.img_size), strict=True):
                     frames = clip.frames[::-1] if backwards else clip.frames
                     strip = frames if not windows else strip
                     views = prepare(torch.from_numpy(frames.copy()).permute(0, 3, 1, 2))[0]
@@ -183,17 +183,17 @@ class VideoClassificationPipeline(Pipeline):
                 strip_seconds=reader.seconds[chosen[0]][:: -1 if backwards else 1],
                 path=str(reader.path),
                 duration=reader.duration,
-                n_frames=len(reader),
+                num_frames=len(reader),
                 fps=reader.fps,
-                n_replaced=reader.n_replaced,
+                num_replaced=reader.num_replaced,
             )
 
     @torch.no_grad()
-    def compare_merged(self, *, frames: int | None = None, rounds: int = 5, seed: int = 0) -> dict[str, Any]:
+    def compare_merged(self, *, num_frames: int | None = None, rounds: int = 5, seed: int = 0) -> dict[str, Any]:
         """What merging changes: the largest difference of the scores, and the cost of either form.
 
         Args:
-            frames: clip length, default the model's.
+            num_frames: clip length, default the model's.
             rounds: timed calls of each form, in turns.
             seed: of the random clip.
 
@@ -209,7 +209,7 @@ class VideoClassificationPipeline(Pipeline):
             raise InputError("This model is merged already, or has no linear adapters: there is nothing to compare.")
         forms = {"unmerged": model, "merged": copy.deepcopy(model).merge()}
         generator = torch.Generator().manual_seed(seed)
-        shape = (1, frames or model.num_frames, 3, model.image_size, model.image_size)
+        shape = (1, num_frames or model.num_frames, 3, model.img_size, model.img_size)
         clip = torch.randn(shape, generator=generator).to(self.device, self.dtype)
         logits = {k: m(clip).float() for k, m in forms.items()}
         times: dict[str, list[float]] = {k: [] for k in forms}
@@ -273,7 +273,7 @@ def _clips(reader: VideoReader, chosen: list[np.ndarray[Any, Any]], size: int) -
             frames=np.stack([frames[int(i)] for i in indices]),
             indices=indices,
             seconds=reader.seconds[indices],
-            n_frames=len(reader),
+            num_frames=len(reader),
             fps=reader.fps,
             duration=reader.duration,
             path=str(reader.path),

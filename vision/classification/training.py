@@ -37,7 +37,7 @@ class Prepared:
     """A model with its adapter attached and its data split, before training; `describe()` says what will be trained.
 
     Attributes:
-        model: the backbone with a classifier for `classes`.
+        model: the backbone with a classifier for `class_names`.
         adapter: attached, or `None` for full fine-tuning.
         train, val: data sets of (image tensor, label).
         method: as given. backbone: how to build the backbone again.
@@ -48,7 +48,7 @@ class Prepared:
     adapter: Adapter | None
     train: ImageDataset
     val: ImageDataset
-    classes: list[str]
+    class_names: list[str]
     method: str
     backbone: dict[str, Any]
     keep_backbone: bool
@@ -67,7 +67,7 @@ class Prepared:
             "trainable_parameters": self.trainable_parameters,
             "total_parameters": sum(p.numel() for p in self.model.parameters()),
             "sites": self.adapter.site_paths if self.adapter is not None else ["(all weights)"],
-            "classes": self.classes,
+            "class_names": self.class_names,
             "train_images": len(self.train),
             "val_images": len(self.val),
         }
@@ -128,8 +128,8 @@ def prepare(
     if adapter not in finetune_methods() and adapter != "peft":
         raise InputError(f"Unknown adapter {adapter!r}. {nearest(adapter, finetune_methods())}")
     dataset = data if isinstance(data, ImageDataset) else open_dataset(data, on_error=on_error)
-    if len(dataset.classes) < 2:
-        raise InputError(f"Training needs at least two classes; found {dataset.classes}.")
+    if len(dataset.class_names) < 2:
+        raise InputError(f"Training needs at least two classes; found {dataset.class_names}.")
     train, held = split_dataset(dataset, val, seed)
     torch.manual_seed(seed)
     is_folder = Path(backbone).expanduser().is_dir()
@@ -138,9 +138,9 @@ def prepare(
         "overrides": overrides or {},
     }
     model = create_backbone(
-        backbone, checkpoint_path, pretrained=pretrained, num_classes=len(dataset.classes), **(overrides or {})
+        backbone, checkpoint_path, pretrained=pretrained, num_classes=len(dataset.class_names), **(overrides or {})
     )
-    info = dataclasses.replace(image_info(model), class_names=tuple(dataset.classes))
+    info = dataclasses.replace(image_info(model), class_names=tuple(dataset.class_names))
     if not info.heads:
         raise InputError(
             f"{backbone!r} has no classifier that could be trained; choose an image classification backbone."
@@ -158,7 +158,7 @@ def prepare(
         adapter=attached,
         train=train.with_transform(ImageTransform.of(plain, train=augment)),
         val=held.with_transform(ImageTransform.of(plain)),
-        classes=list(dataset.classes),
+        class_names=list(dataset.class_names),
         method=adapter,
         backbone=spec,
         keep_backbone=bool(checkpoint_path) or not (is_folder or info.name.startswith("mmkit:")),
@@ -260,7 +260,7 @@ def _save(prepared: Prepared, folder: Path) -> int:
     """Save what the backbone's name alone does not bring back; returns its size in bytes."""
     backbone = dict(prepared.backbone)
     if prepared.adapter is None:
-        save_backbone(prepared.model, folder, class_names=tuple(prepared.classes))
+        save_backbone(prepared.model, folder, class_names=tuple(prepared.class_names))
         return sum((folder / f).stat().st_size for f in ("config.json", "model.safetensors"))
     if prepared.keep_backbone:  # the adapter is useless without these very weights
         live = prepared.adapter
@@ -270,7 +270,7 @@ def _save(prepared: Prepared, folder: Path) -> int:
         finally:
             live.attach(model)
         backbone = {"name": "backbone", "overrides": {}}
-    save_adapter(prepared.adapter, folder, extra={"backbone": backbone, "class_names": prepared.classes})
+    save_adapter(prepared.adapter, folder, extra={"backbone": backbone, "class_names": prepared.class_names})
     files = (CONFIG_NAME, "adapter_model.safetensors", "mmkit_extra.json")
     return sum((folder / f).stat().st_size for f in files if (folder / f).exists())
 

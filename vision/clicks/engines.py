@@ -72,7 +72,7 @@ class SqueezeSAMEngine:
         reference = next(self.model.parameters())
         pixels = _pixels(image, reference.device)
         size = (image.height, image.width)
-        scale = min(1.0, 4 * self.model.image_size / max(size))
+        scale = min(1.0, 4 * self.model.img_size / max(size))
         small = (max(1, round(size[0] * scale)), max(1, round(size[1] * scale)))
         canvas = pixels if small == size else F.interpolate(pixels, small, mode="bilinear", antialias=True)
         return _View(self.model.preprocess(pixels).to(reference.dtype), canvas, size)
@@ -126,7 +126,7 @@ class SqueezeSAMEngine:
         inside = torch.empty(0, 2) if mask is None else (mask > THRESHOLD).nonzero().flip(1)
         spots = torch.cat([points, inside.to(points)])
         low, high = spots.amin(dim=0), spots.amax(dim=0)
-        side = max(self.margin * float((high - low).max()), self.model.image_size / 2)
+        side = max(self.margin * float((high - low).max()), self.model.img_size / 2)
         window = []
         for a, b, limit in ((low[0], high[0], w), (low[1], high[1], h)):
             start = max(0, min(round(float(a + b) / 2 - side / 2), limit - round(side)))
@@ -137,7 +137,7 @@ class SqueezeSAMEngine:
         """Logits of a crop `(h, w)` in the network's square, as the previous mask `(1, S, S)`."""
         h, w = self.model.scaled_size(*logits.shape)
         scaled = F.interpolate(logits[None, None], (h, w), mode="bilinear", antialias=True)[0]
-        side = self.model.image_size
+        side = self.model.img_size
         return F.pad(scaled, (0, side - w, 0, side - h), value=-10.0)
 
     def _run(
@@ -148,7 +148,7 @@ class SqueezeSAMEngine:
         before = None if previous is None else previous[None]
         token = None
         if model.prompt_token is not None:
-            token = model.prompt_token(model.scale_points(points, *size) / model.image_size, labels)
+            token = model.prompt_token(model.scale_points(points, *size) / model.img_size, labels)
         fused = model.fuse(rgb, points[None], labels[None], size, before)
         low, iou = (x.float() for x in model.forward_fused(fused, token))
         chosen = slice(0, 1) if model.single_mask else slice(1, None)

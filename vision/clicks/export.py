@@ -86,7 +86,7 @@ class FusedNetwork(nn.Module):
 
 def export_program(model: SqueezeSAM, *, dynamic_batch: bool = True) -> torch.export.ExportedProgram:
     """`torch.export` of the network without the prompt painting; the batch axis counts prompts."""
-    example = torch.zeros(2, model.in_chans, model.image_size, model.image_size)
+    example = torch.zeros(2, model.in_chans, model.img_size, model.img_size)
     shapes = ({0: torch.export.Dim("prompts", min=1, max=64)},) if dynamic_batch else None
     return torch.export.export(FusedNetwork(model).eval(), (example,), dynamic_shapes=shapes)
 

@@ -15,7 +15,7 @@ FAR = 1e4
 def geodesic_distance(pixels: Tensor, seeds: Tensor, *, ground: float = 0.2, sweeps: int = 4) -> Tensor:
     """Length of the cheapest path from each pixel to the nearest seed, moving between the four neighbours.
 
-    A step costs the colour difference of its two pixels, in units of the picture's mean difference, plus `ground`.
+    A step costs the color difference of its two pixels, in units of the picture's mean difference, plus `ground`.
 
     Args:
         pixels: `(N, C, H, W)`.

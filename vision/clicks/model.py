@@ -47,7 +47,7 @@ class SqueezeSAM(Model):
     """Promptable segmentation: `(images, points, labels)` to mask logits and predicted IoU.
 
     Args:
-        image_size: side of the square the network sees.
+        img_size: side of the square the network sees.
         patch_size: stride of the patch embedding.
         patch_embed_dim: width of the patch embedding.
         dims: width of each U-Net level.
@@ -73,7 +73,7 @@ class SqueezeSAM(Model):
         InputError: an impossible configuration.
 
     Example:
-        >>> model = SqueezeSAM(image_size=32, dims=(8, 16), patch_embed_dim=8, mlp_dim=16, num_heads=2)
+        >>> model = SqueezeSAM(img_size=32, dims=(8, 16), patch_embed_dim=8, mlp_dim=16, num_heads=2)
         >>> logits, iou = model(torch.rand(1, 3, 20, 30), torch.tensor([[[[5.0, 6.0]]]]), torch.tensor([[[1]]]))
         >>> logits.shape, iou.shape
         (torch.Size([1, 1, 3, 20, 30]), torch.Size([1, 1, 3]))
@@ -84,7 +84,7 @@ class SqueezeSAM(Model):
 
     def __init__(
         self,
-        image_size: int = 512,
+        img_size: int = 512,
         patch_size: int = 2,
         patch_embed_dim: int = 64,
         dims: Sequence[int] = (64, 128, 128, 128, 128, 164, 256, 256),
@@ -110,7 +110,7 @@ class SqueezeSAM(Model):
         super().__init__()
         _check_config(self.config)
         dims = tuple(dims)
-        self.image_size, self.patch_size, self.click_radius = image_size, patch_size, click_radius
+        self.img_size, self.patch_size, self.click_radius = img_size, patch_size, click_radius
         self.negative_clicks, self.previous_mask, self.geodesic = negative_clicks, previous_mask, geodesic
         self.single_mask = single_mask
         self.keep_aspect, self.antialias, self.strict_official_prompts = keep_aspect, antialias, strict_official_prompts
@@ -147,7 +147,7 @@ class SqueezeSAM(Model):
     @property
     def low_res_size(self) -> int:
         """Side of the logits before they are resized to the picture."""
-        return self.image_size // self.patch_size
+        return self.img_size // self.patch_size
 
     def official_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """The published keys are this class's keys; see `mmkit.vision.clicks.official.own_state`."""
@@ -156,8 +156,8 @@ class SqueezeSAM(Model):
     def scaled_size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width the picture takes inside the network's square."""
         if not self.keep_aspect:
-            return self.image_size, self.image_size
-        scale = self.image_size / max(height, width)
+            return self.img_size, self.img_size
+        scale = self.img_size / max(height, width)
         return max(1, round(height * scale)), max(1, round(width * scale))
 
     def preprocess(self, images: Tensor) -> Tensor:
@@ -165,7 +165,7 @@ class SqueezeSAM(Model):
         h, w = self.scaled_size(*images.shape[2:])
         x = F.interpolate(images, (h, w), mode="bilinear", antialias=self.antialias)
         x = (x - self.pixel_mean) / self.pixel_std
-        return F.pad(x, (0, self.image_size - w, 0, self.image_size - h)) if (h, w) != (self.image_size,) * 2 else x
+        return F.pad(x, (0, self.img_size - w, 0, self.img_size - h)) if (h, w) != (self.img_size,) * 2 else x
 
     def scale_points(self, points: Tensor, height: int, width: int) -> Tensor:
         """Points `(..., 2)` in pixels of the picture to network pixels; negative coordinates stay -1."""
@@ -189,7 +189,7 @@ class SqueezeSAM(Model):
             `(B, Q, C, S, S)`, C from 2 to 4.
         """
         points = self.scale_points(points.float(), *size)
-        s = self.image_size
+        s = self.img_size
         rows = torch.arange(s, device=points.device, dtype=points.dtype).view(1, 1, s, 1)
         cols = rows.view(1, 1, 1, s)
         channels = [self._box_channel(points, labels, rows, cols), self._disks(points, labels == POSITIVE, rows, cols)]
@@ -218,7 +218,7 @@ class SqueezeSAM(Model):
 
     def _disks(self, points: Tensor, chosen: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
         """1 within `click_radius` of a chosen point: `(B, Q, S, S)`."""
-        disks = torch.zeros(*points.shape[:2], self.image_size, self.image_size, dtype=torch.bool, device=points.device)
+        disks = torch.zeros(*points.shape[:2], self.img_size, self.img_size, dtype=torch.bool, device=points.device)
         for i in range(points.shape[2]):
             x, y = points[:, :, i, 0, None, None], points[:, :, i, 1, None, None]
             near = (cols - x).square() + (rows - y).square() <= self.click_radius**2
@@ -256,7 +256,7 @@ class SqueezeSAM(Model):
             negative |= small(prompts[:, :, 2]) > 0
         maps = click_maps(small(rgb), positive, negative & ~positive)
         maps = F.interpolate(maps.flatten(0, 1), (h, w), mode="bilinear").unflatten(0, maps.shape[:2])
-        return F.pad(maps, (0, self.image_size - w, 0, self.image_size - h))
+        return F.pad(maps, (0, self.img_size - w, 0, self.img_size - h))
 
     def encode(self, fused: Tensor) -> list[Tensor]:
         """The patch embedding and every U-Net level of a fused input `(N, in_chans, S, S)`, finest first."""
@@ -289,7 +289,7 @@ class SqueezeSAM(Model):
         check_prompts(images, points, labels, previous)
         prompt = None
         if self.prompt_token is not None:
-            scaled = self.scale_points(points.float(), *images.shape[2:]) / self.image_size
+            scaled = self.scale_points(points.float(), *images.shape[2:]) / self.img_size
             prompt = self.prompt_token(scaled.flatten(0, 1), labels.flatten(0, 1))
         low, iou = self.forward_fused(self.early_fusion(images, points, labels, previous), prompt)
         shape = points.shape[:2]
@@ -298,8 +298,8 @@ class SqueezeSAM(Model):
     def upscale(self, low: Tensor, size: tuple[int, int]) -> Tensor:
         """Low-resolution logits `(N, M, s, s)` to the picture's `size` by bicubic resizing (values may overshoot)."""
         h, w = self.scaled_size(*size)
-        if (h, w) != (self.image_size, self.image_size):
-            low = F.interpolate(low, (self.image_size, self.image_size), mode="bilinear")[..., :h, :w]
+        if (h, w) != (self.img_size, self.img_size):
+            low = F.interpolate(low, (self.img_size, self.img_size), mode="bilinear")[..., :h, :w]
         return F.interpolate(low, size, mode="bicubic")
 
     def forward(
@@ -335,14 +335,14 @@ def _check_config(config: Mapping[str, Any]) -> None:
         )
     if not isinstance(dims, list) or not dims:
         raise InputError(f"dims must list the width of each U-Net level, not {dims!r}.")
-    sizes = ("image_size", "patch_size", "patch_embed_dim", "mlp_dim", "num_heads", "num_multimask_outputs")
+    sizes = ("img_size", "patch_size", "patch_embed_dim", "mlp_dim", "num_heads", "num_multimask_outputs")
     least = {**dict.fromkeys((*sizes, "iou_head_hidden_dim"), 1), "depth": 0, "iou_head_depth": 0}
     given = [(name, config[name], low) for name, low in least.items()] + [("each of dims", width, 1) for width in dims]
     for name, value, low in given:
         if not isinstance(value, int) or value < low:
             raise InputError(f"{name} must be a whole number of at least {low}, not {value!r}.")
-    if config["image_size"] // config["patch_size"] < 2 ** (len(dims) - 1):
-        raise InputError(f"{len(dims)} levels need image_size / patch_size >= {2 ** (len(dims) - 1)}.")
+    if config["img_size"] // config["patch_size"] < 2 ** (len(dims) - 1):
+        raise InputError(f"{len(dims)} levels need img_size / patch_size >= {2 ** (len(dims) - 1)}.")
 
 
 def squeeze_sam_base(**overrides: Any) -> SqueezeSAM:
@@ -364,7 +364,7 @@ def squeeze_sam_tiny(**overrides: Any) -> SqueezeSAM:
 def squeeze_sam_photo(**overrides: Any) -> SqueezeSAM:
     """The bundled photo model: every extra channel, aspect kept, 128 pixels: 2.78 M parameters."""
     photo = {
-        "image_size": 128,
+        "img_size": 128,
         "patch_embed_dim": 24,
         "dims": (24, 48, 64, 96, 128, 160),
         "mlp_dim": 256,

@@ -11,7 +11,7 @@ from torch import Tensor
 from mmkit.errors import CheckpointError, InputError
 
 _OFFICIAL_NAMES = {
-    "image_size": "encoder_image_size",
+    "img_size": "encoder_image_size",
     "patch_size": "encoder_patch_size",
     "patch_embed_dim": "encoder_patch_embed_dim",
     "dims": "encoder_unet_conv_dims",

@@ -1,6 +1,6 @@
 """What needs no network: a saliency map, first clicks from any saliency map, and a random walker that follows clicks.
 
-The map is a plain colour-contrast heuristic: pixels that differ from all four borders of the picture, weighted
+The map is a plain color-contrast heuristic: pixels that differ from all four borders of the picture, weighted
 towards the centre. The clicks follow the idea in the abstract of SqueezeSAM (arXiv 2312.06736); the recipe is ours.
 The random walker is Grady's (PAMI 2006), on a coarse grid with the picture's border as a weak background prior.
 """
@@ -118,7 +118,7 @@ def random_walker(
         points, labels: `(P, 2)` x, y and `(P,)`: 1 positive, 0 negative, 2 and 3 box corners. Outside a box is
             background; a box without a positive click gets one at its centre.
         side: longer side of the grid the system is solved on.
-        beta: how much colour edges stop the walker.
+        beta: how much color edges stop the walker.
         prior: pull of the picture's border towards background.
 
     Returns:

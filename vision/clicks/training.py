@@ -329,7 +329,7 @@ def whole_object_parents(masks: Sequence[np.ndarray]) -> list[int]:
 
 
 def merge_held_objects(
-    masks: Sequence[np.ndarray], classes: Sequence[str], *, reach: int = 5, contact: float = 0.02
+    masks: Sequence[np.ndarray], class_names: Sequence[str], *, reach: int = 5, contact: float = 0.02
 ) -> list[tuple[int, ...]]:
     """For each person the indices of the person and of the held objects that touch them.
 
@@ -339,11 +339,11 @@ def merge_held_objects(
     grids = [torch.as_tensor(np.asarray(m, dtype=np.float32))[None, None] for m in masks]
     grown = {
         j: F.max_pool2d(grids[j], 2 * reach + 1, stride=1, padding=reach) > 0
-        for j, name in enumerate(classes)
+        for j, name in enumerate(class_names)
         if name in HELD_CLASSES
     }
     groups = []
-    for i, name in enumerate(classes):
+    for i, name in enumerate(class_names):
         if name == "person":
             outline = (grids[i] > 0) & (F.max_pool2d(1 - grids[i], 3, stride=1, padding=1) > 0)
             touching = [j for j in grown if (grown[j] & outline).sum() >= contact * max(int(outline.sum()), 1)]

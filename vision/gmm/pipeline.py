@@ -92,11 +92,11 @@ class MaskView:
         write_json(folder / "predictions.json", self.predictions)
         return folder
 
-    def _overlay(self, values: np.ndarray[Any, Any], colours: str, size: int) -> Image.Image:
+    def _overlay(self, values: np.ndarray[Any, Any], colors: str, size: int) -> Image.Image:
         from matplotlib import colormaps
 
-        place = values / 2 + 0.5 if colours == "RdBu_r" else values
-        rgb = Image.fromarray((colormaps[colours](place)[..., :3] * 255).astype(np.uint8))
+        place = values / 2 + 0.5 if colors == "RdBu_r" else values
+        rgb = Image.fromarray((colormaps[colors](place)[..., :3] * 255).astype(np.uint8))
         opacity = np.clip(0.1 + 0.6 * np.abs(values), 0, 0.7)
         width, height = self.picture.size
         shape = (size, round(size * height / width))
@@ -124,7 +124,7 @@ class MaskExplorer(Pipeline):
     Args:
         model: a `GMMViT` with `mask="gmm"` and mean pooling, bundled weights of one, or a folder written by
             `save_pretrained`. `None` is the bundled "gmm_vit_drawn", which knows drawn shapes and textures.
-        classes: names of the outputs; `None` takes those of the bundled weights, else numbers.
+        class_names: names of the outputs; `None` takes those of the bundled weights, else numbers.
         mean, std: normalisation of the input; `None` takes those of the bundled weights, else 0.5.
 
     Example:
@@ -140,7 +140,7 @@ class MaskExplorer(Pipeline):
         self,
         model: nn.Module | str | os.PathLike[str] | None = None,
         *,
-        classes: list[str] | None = None,
+        class_names: list[str] | None = None,
         mean: list[float] | None = None,
         std: list[float] | None = None,
         **options: Any,
@@ -153,11 +153,15 @@ class MaskExplorer(Pipeline):
             )
         config = self.model.config
         self.size, self.grid = pair(config["img_size"]), self._mask(self.model, 0).grid
-        self.classes = classes or self._extra.get("classes") or [str(i) for i in range(config["num_classes"])]
+        self.class_names = (
+            class_names or self._extra.get("class_names") or [str(i) for i in range(config["num_classes"])]
+        )
         self.mean = mean or self._extra.get("mean") or [0.5] * config["in_chans"]
         self.std = std or self._extra.get("std") or [0.5] * config["in_chans"]
-        if len(self.classes) != config["num_classes"] or len(self.mean) != config["in_chans"]:
-            raise InputError("classes, mean and std must have one entry per output and per input channel of the model.")
+        if len(self.class_names) != config["num_classes"] or len(self.mean) != config["in_chans"]:
+            raise InputError(
+                "class_names, mean and std must have one entry per output and per input channel of the model."
+            )
         plain = GMMViT(**{**config, "mask": "none", "class_token": False})
         plain.load_state_dict({k: v for k, v in self.model.state_dict().items() if ".mask." not in k})
         self.plain = plain.to(self.device, self.dtype).eval()
@@ -224,7 +228,7 @@ class MaskExplorer(Pipeline):
             distances.cpu().numpy(),
             profile[head].float().cpu().numpy(),
             trained_profile[head].float().cpu().numpy(),
-            {k: dict(zip(self.classes, v[0].float().softmax(-1).tolist(), strict=True)) for k, v in logits.items()},
+            {k: dict(zip(self.class_names, v[0].float().softmax(-1).tolist(), strict=True)) for k, v in logits.items()},
         )
 
     def _pixels(self, picture: Image.Image) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from mmkit.data.drawn.scans import sample_volume
 from mmkit.data.images import load_image
 from mmkit.errors import InputError
-from mmkit.vision.medical.volumes import load_labels, load_volume, normalise
+from mmkit.vision.medical.volumes import load_labels, load_volume, normalize
 
 Case = tuple[Tensor, Tensor]
 """One image (C, ...), normalised float32, and its labels (...), int64."""
@@ -40,7 +40,7 @@ def nuclei_cases(folder: str | os.PathLike[str], split: str) -> list[Case]:
     for row in rows:
         picture = np.array(load_image(folder / "images" / f"{row['id']}.png"))
         labels = load_labels(folder / "labels" / f"{row['id']}.png", 2)
-        image = normalise(torch.from_numpy(picture).float().permute(2, 0, 1))
+        image = normalize(torch.from_numpy(picture).float().permute(2, 0, 1))
         cases.append((image, torch.from_numpy(labels.astype(np.int64))))
     return cases
 
@@ -61,11 +61,11 @@ def hippocampus_cases(folder: str | os.PathLike[str], split: str) -> list[Case]:
         file = str(name) if str(name).endswith(".nii.gz") else f"{name}.nii.gz"
         volume = load_volume(folder / "images" / file)
         labels = load_labels(folder / "labels" / file, 3)
-        cases.append((normalise(torch.from_numpy(volume.data)[None]), torch.from_numpy(labels.astype(np.int64))))
+        cases.append((normalize(torch.from_numpy(volume.data)[None]), torch.from_numpy(labels.astype(np.int64))))
     return cases
 
 
 def drawn_cases(seeds: Sequence[int]) -> list[Case]:
     """`sample_volume` for each seed, normalised."""
     drawn = (sample_volume(seed) for seed in seeds)
-    return [(normalise(torch.from_numpy(x)[None]), torch.from_numpy(y.astype(np.int64))) for x, y in drawn]
+    return [(normalize(torch.from_numpy(x)[None]), torch.from_numpy(y.astype(np.int64))) for x, y in drawn]

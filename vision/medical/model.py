@@ -99,12 +99,12 @@ class ResUpBlock(nn.Module):
 
 
 class LightMUNet(Model):
-    """LightM-UNet (arXiv 2403.05246): image (B, in_channels, H, W[, D]) -> logits (B, out_channels, H, W[, D]).
+    """LightM-UNet (arXiv 2403.05246): image (B, in_chans, H, W[, D]) -> logits (B, num_classes, H, W[, D]).
 
     Args:
         spatial_dims: 2 or 3.
         init_filters: channels at full resolution, doubled per level; divisible by `num_groups`. The official trainer uses 32.
-        in_channels, out_channels: image channels and classes (background included).
+        in_chans: channels of the image. num_classes: channels of the logits, background included.
         dropout_prob: dropout after the first convolution, or None.
         num_groups: groups of every GroupNorm.
         blocks_down: residual Mamba blocks per level; its length is the number of levels.
@@ -121,8 +121,8 @@ class LightMUNet(Model):
         self,
         spatial_dims: int = 3,
         init_filters: int = 8,
-        in_channels: int = 1,
-        out_channels: int = 2,
+        in_chans: int = 1,
+        num_classes: int = 2,
         dropout_prob: float | None = None,
         num_groups: int = 8,
         blocks_down: Sequence[int] = (1, 2, 2, 4),
@@ -134,9 +134,9 @@ class LightMUNet(Model):
         super().__init__()
         if spatial_dims not in _CONV:
             raise InputError(f"spatial_dims must be 2 or 3, not {spatial_dims!r}.")
-        if min(in_channels, out_channels, num_groups) < 1:
+        if min(in_chans, num_classes, num_groups) < 1:
             raise InputError(
-                f"in_channels, out_channels and num_groups must be at least 1: got {in_channels}, {out_channels}, {num_groups}."
+                f"in_chans, num_classes and num_groups must be at least 1: got {in_chans}, {num_classes}, {num_groups}."
             )
         if dropout_prob is not None and not 0 <= dropout_prob <= 1:
             raise InputError(f"dropout_prob must lie in 0..1 or be None, not {dropout_prob}.")
@@ -148,13 +148,13 @@ class LightMUNet(Model):
             )
         if init_filters < 1 or init_filters % num_groups:
             raise InputError(f"init_filters must be a multiple of num_groups={num_groups}, not {init_filters}.")
-        self.spatial_dims, self.in_channels, self.out_channels = spatial_dims, in_channels, out_channels
+        self.spatial_dims, self.in_chans, self.num_classes = spatial_dims, in_chans, num_classes
         self.pad = pad
         self.multiple = 2 ** (len(blocks_down) - 1)
         chans = [init_filters * 2**i for i in range(len(blocks_down))]
         layer: dict[str, Any] = {"bidirectional": bidirectional, "backend": backend}
 
-        self.convInit = _separable(spatial_dims, in_channels, chans[0])
+        self.convInit = _separable(spatial_dims, in_chans, chans[0])
         self.dropout = nn.Dropout(dropout_prob) if dropout_prob else nn.Identity()
         self.down_layers = nn.ModuleList()
         for i, count in enumerate(blocks_down):
@@ -169,7 +169,7 @@ class LightMUNet(Model):
             up = nn.Upsample(scale_factor=2, mode=_LINEAR[spatial_dims], align_corners=False)
             self.up_samples.append(nn.Sequential(_Conv(spatial_dims, high, low, 1), up))
             self.up_layers.append(nn.Sequential(*[ResUpBlock(spatial_dims, low, num_groups) for _ in range(count)]))
-        head = _separable(spatial_dims, chans[0], out_channels, kernel=1, bias=True)
+        head = _separable(spatial_dims, chans[0], num_classes, kernel=1, bias=True)
         self.conv_final = nn.Sequential(nn.GroupNorm(num_groups, chans[0]), nn.ReLU(), head)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -200,8 +200,8 @@ class LightMUNet(Model):
         if x.dim() != self.spatial_dims + 2:
             axes = "(B, C, H, W)" if self.spatial_dims == 2 else "(B, C, H, W, D)"
             raise InputError(f"This {self.spatial_dims}D network takes {axes}; got shape {tuple(x.shape)}.")
-        if x.shape[1] != self.in_channels:
-            raise InputError(f"The network was built for {self.in_channels} input channel(s); got {x.shape[1]}.")
+        if x.shape[1] != self.in_chans:
+            raise InputError(f"The network was built for {self.in_chans} input channel(s); got {x.shape[1]}.")
         if not x.is_floating_point():
             raise InputError(f"The network takes floating-point images; got {x.dtype}. Convert with .float().")
         if 0 in x.shape:

@@ -7,6 +7,12 @@ from typing import Any
 from mmkit.errors import CheckpointError
 
 
+def config_from_official(config: dict[str, Any]) -> dict[str, Any]:
+    """The authors' constructor arguments as keywords of `LightMUNet`."""
+    names = {"in_channels": "in_chans", "out_channels": "num_classes"}
+    return {names.get(key, key): value for key, value in config.items()}
+
+
 def own_state(state: dict[str, Any]) -> dict[str, Any]:
     """An official state dict without the prefixes of wrappers and compilers; its keys are those of `LightMUNet`.
 

@@ -22,7 +22,7 @@ from mmkit.data.images import ImageLike, load_image
 from mmkit.errors import InputError
 from mmkit.pipelines import Pipeline
 from mmkit.vision.medical.result import SegmentationResult
-from mmkit.vision.medical.volumes import Volume, is_volume, load_volume, normalise
+from mmkit.vision.medical.volumes import Volume, is_volume, load_volume, normalize
 from mmkit.vision.medical.windows import sliding_window
 
 _WINDOW = {2: 256, 3: 64}
@@ -32,9 +32,9 @@ class MedicalSegmentationPipeline(Pipeline):
     """Segments pictures with 2D networks and volumes with 3D ones.
 
     Args:
-        model: a `LightMUNet`, any module with `spatial_dims`, `in_channels` and `out_channels`, a folder written by
+        model: a `LightMUNet`, any module with `spatial_dims`, `in_chans` and `num_classes`, a folder written by
             `save_pretrained`, or a bundled name. Default: nuclei in microscopy pictures.
-        classes: class names, background first; default from the bundled weights, else "class 1", ...
+        class_names: background first; default from the bundled weights, else "class 1", ...
         window: window size, one number or one per axis, rounded up to what the network needs. Give the size of the training
             patches: norms over a larger field see other statistics. Default: that of the bundled weights, else 256 (2D) or 64 (3D).
 
@@ -52,22 +52,22 @@ class MedicalSegmentationPipeline(Pipeline):
         *,
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
-        classes: Sequence[str] | None = None,
+        class_names: Sequence[str] | None = None,
         window: int | Sequence[int] | None = None,
     ):
-        self.classes: tuple[str, ...] = tuple(classes or ())
+        self.class_names: tuple[str, ...] = tuple(class_names or ())
         self.window = [] if window is None else [window] if isinstance(window, int) else list(window)
         super().__init__(model, device=device, dtype=dtype)
-        missing = [k for k in ("spatial_dims", "in_channels", "out_channels") if not hasattr(self.model, k)]
+        missing = [k for k in ("spatial_dims", "in_chans", "num_classes") if not hasattr(self.model, k)]
         if missing:
             raise InputError(
                 f"{type(self.model).__name__} lacks the attribute(s) {', '.join(missing)}; set them on it."
             )
-        self.dims, self.channels = int(self.model.spatial_dims), int(self.model.in_channels)  # type: ignore[arg-type]
-        count = int(self.model.out_channels)  # type: ignore[arg-type]
-        self.classes = self.classes or ("background", *(f"class {i}" for i in range(1, count)))
-        if len(self.classes) != count:
-            raise InputError(f"The network has {count} classes, but {len(self.classes)} names were given.")
+        self.dims, self.channels = int(self.model.spatial_dims), int(self.model.in_chans)  # type: ignore[arg-type]
+        count = int(self.model.num_classes)  # type: ignore[arg-type]
+        self.class_names = self.class_names or ("background", *(f"class {i}" for i in range(1, count)))
+        if len(self.class_names) != count:
+            raise InputError(f"The network has {count} classes, but {len(self.class_names)} names were given.")
         sizes = self.window or [_WINDOW[self.dims]]
         sizes = sizes * self.dims if len(sizes) == 1 else sizes
         if len(sizes) != self.dims or min(sizes) < 1:
@@ -84,7 +84,7 @@ class MedicalSegmentationPipeline(Pipeline):
         if Path(model).expanduser().is_dir():
             return LightMUNet.from_pretrained(model)
         entry = weight_entry(str(model))
-        self.classes = self.classes or tuple(entry.extra.get("classes", ()))
+        self.class_names = self.class_names or tuple(entry.extra.get("class_names", ()))
         self.window = self.window or list(entry.extra.get("window", ()))
         return load_weights(str(model))
 
@@ -131,7 +131,7 @@ class MedicalSegmentationPipeline(Pipeline):
             mask.to(torch.uint8).cpu().numpy(),
             probability.cpu().numpy(),
             shown,
-            self.classes,
+            self.class_names,
             tuple(float(s) for s in spacing),
             affine,
             time.perf_counter() - start,
@@ -163,4 +163,4 @@ class MedicalSegmentationPipeline(Pipeline):
         return np.array(picture), self._to_input(tensor), (1.0, 1.0), None
 
     def _to_input(self, x: Tensor) -> Tensor:
-        return normalise(x).to(self.device, self.dtype)
+        return normalize(x).to(self.device, self.dtype)

@@ -15,7 +15,7 @@ from mmkit.storage import atomic_write, write_json
 from mmkit.vision.medical.metrics import dice
 from mmkit.vision.medical.volumes import VOLUME_SUFFIXES
 
-COLOURS = (
+COLORS = (
     (0, 0, 0),
     (230, 75, 53),
     (0, 160, 135),
@@ -25,7 +25,7 @@ COLOURS = (
     (126, 97, 72),
     (77, 187, 213),
 )
-"""Colour of each class, background first; further classes start again after the background."""
+"""Color of each class, background first; further classes start again after the background."""
 
 
 @dataclass
@@ -36,7 +36,7 @@ class SegmentationResult:
         mask: uint8 class per pixel, (H, W) or (X, Y, Z).
         probability: float32 probability of the chosen class, same shape.
         image: the input as shown: uint8 (H, W, 3) or float32 (X, Y, Z).
-        classes: class names, background first.
+        class_names: background first.
         spacing: pixel size per axis: mm for volumes, ones for pictures.
         affine: voxel-to-world matrix of a volume, else None.
         seconds: time of the prediction.
@@ -45,7 +45,7 @@ class SegmentationResult:
     mask: np.ndarray
     probability: np.ndarray
     image: np.ndarray
-    classes: tuple[str, ...]
+    class_names: tuple[str, ...]
     spacing: tuple[float, ...]
     affine: np.ndarray | None
     seconds: float
@@ -59,7 +59,7 @@ class SegmentationResult:
 
         size_name = "volume_mm3" if self.mask.ndim == 3 else "area_px"
         rows = []
-        for number, name in enumerate(self.classes[1:], 1):
+        for number, name in enumerate(self.class_names[1:], 1):
             where = self.mask == number
             count = int(where.sum())
             row: dict[str, Any] = {"class": name, "pixels": count, "percent": round(100 * count / where.size, 3)}
@@ -79,10 +79,10 @@ class SegmentationResult:
     def overlay(
         self, opacity: float = 0.5, index: int | None = None, axis: int = 2, labels: np.ndarray | None = None
     ) -> Image.Image:
-        """The picture, or one slice of the volume, with the classes in colour.
+        """The picture, or one slice of the volume, with the classes in color.
 
         Args:
-            opacity: of the colour, 0..1.
+            opacity: of the color, 0..1.
             index, axis: which slice of a volume; default: the one with the largest area. Slices are shown with the first
                 remaining axis to the right and the second upwards.
             labels: another label map of the same shape to paint instead (the truth).
@@ -100,9 +100,9 @@ class SegmentationResult:
             low, high = np.percentile(self.image, (0.5, 99.5))
             grey = np.clip((_slice(self.image, index, axis) - low) / max(high - low, 1e-6), 0, 1) * 255
             base, labels = np.repeat(grey[..., None], 3, -1), _slice(labels, index, axis)
-        colours = np.array([color_of(i) for i in range(len(self.classes))], np.float32)[labels]
+        colors = np.array([color_of(i) for i in range(len(self.class_names))], np.float32)[labels]
         alpha = np.where(labels[..., None] > 0, float(opacity), 0.0)
-        return Image.fromarray((base * (1 - alpha) + colours * alpha + 0.5).astype(np.uint8))
+        return Image.fromarray((base * (1 - alpha) + colors * alpha + 0.5).astype(np.uint8))
 
     def plot(self) -> Image.Image:
         """The overlay at half opacity."""
@@ -111,7 +111,7 @@ class SegmentationResult:
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the result and return its path.
 
-        `.png`: class numbers as a coloured palette picture (2D only); `.nii` or `.nii.gz`: the mask with spacing and affine;
+        `.png`: class numbers as a colored palette picture (2D only); `.nii` or `.nii.gz`: the mask with spacing and affine;
         anything else: a folder with the mask, `overlay.png` and `measures.json`. Raises `InputError` for a suffix that
         does not fit.
         """
@@ -123,7 +123,7 @@ class SegmentationResult:
             if self.mask.ndim != 2:
                 raise InputError("A volume's mask cannot be a PNG; save it as .nii.gz or into a folder.")
             picture = Image.fromarray(self.mask)
-            picture.putpalette([v for i in range(len(self.classes)) for v in color_of(i)])
+            picture.putpalette([v for i in range(len(self.class_names)) for v in color_of(i)])
             with atomic_write(path) as temporary:
                 picture.save(temporary, format="PNG")
         elif path.suffix:
@@ -153,7 +153,7 @@ class SegmentationResult:
 
 
 def color_of(label: int) -> tuple[int, int, int]:
-    return COLOURS[0] if label == 0 else COLOURS[1 + (label - 1) % (len(COLOURS) - 1)]
+    return COLORS[0] if label == 0 else COLORS[1 + (label - 1) % (len(COLORS) - 1)]
 
 
 def _slice(data: np.ndarray, index: int, axis: int) -> np.ndarray:

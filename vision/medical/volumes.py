@@ -100,7 +100,7 @@ def _read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray]:
         raise InputError(f"{path} cannot be read as a NIfTI volume, or is truncated: {error}") from error
 
 
-def normalise(x: Tensor) -> Tensor:
+def normalize(x: Tensor) -> Tensor:
     """Zero mean and unit standard deviation over all pixels of one image (C, ...); a constant image becomes zeros."""
     return (x - x.mean()) / x.std(correction=0).clamp(min=1e-6)
 

@@ -14,7 +14,12 @@ BACKWARDS = (1, 0, 3, 2, 4)
 
 
 def drawn_motion(
-    batch: int, generator: torch.Generator | None = None, *, size: int = 48, frames: int = 8, label: int | None = None
+    batch: int,
+    generator: torch.Generator | None = None,
+    *,
+    size: int = 48,
+    num_frames: int = 8,
+    label: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Clips `(batch, frames, 3, size, size)` with values in 0..1, and their classes (indices into `MOTIONS`).
 
@@ -24,7 +29,7 @@ def drawn_motion(
     Args:
         batch: number of clips.
         generator: source of every random draw.
-        size, frames: side in pixels and clip length.
+        size, num_frames: side in pixels and clip length.
         label: draw this class only.
     """
 
@@ -34,7 +39,7 @@ def drawn_motion(
     labels = torch.randint(len(MOTIONS), (batch,), generator=generator)
     if label is not None:
         labels = torch.full_like(labels, label)
-    t = torch.linspace(-3.5, 3.5, frames) if frames > 1 else torch.zeros(1)
+    t = torch.linspace(-3.5, 3.5, num_frames) if num_frames > 1 else torch.zeros(1)
     speed = uniform(1.5, 4.0, batch)
     dx = torch.where(labels == 0, -speed, torch.where(labels == 1, speed, uniform(-0.15, 0.15, batch)))
     dy = torch.where(labels == 2, -speed, torch.where(labels == 3, speed, uniform(-0.15, 0.15, batch)))
@@ -49,7 +54,7 @@ def drawn_motion(
     mask = ((1 - distance) * 5).clamp(0, 1).unsqueeze(2)  # soft edge
     ground = F.interpolate(uniform(0, 1, batch, 3, 5, 5), (size, size), mode="bicubic", align_corners=False).clamp(0, 1)
     ground = ground * uniform(0.1, 0.5, batch)[:, None, None, None]
-    colour = uniform(0.6, 1, batch, 3)
-    clips = ground[:, None] * (1 - mask) + colour[:, None, :, None, None] * mask
+    color = uniform(0.6, 1, batch, 3)
+    clips = ground[:, None] * (1 - mask) + color[:, None, :, None, None] * mask
     clips = clips * uniform(0.8, 1.1, batch)[:, None, None, None, None]
     return (clips + 0.02 * torch.randn(clips.shape, generator=generator)).clamp(0, 1), labels

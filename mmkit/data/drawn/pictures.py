@@ -1,7 +1,7 @@
-"""Pictures drawn by a program: an endless, licence-free classification task to pre-train small backbones on.
+"""Pictures drawn by a program: an endless, license-free classification task to pre-train small backbones on.
 
 Three families of classes: filled shapes, textures, and glyphs (a few pen strokes that are fixed for each class and drawn
-with a shaking hand). Colours, background, position, size, rotation, line width, clutter and noise vary in all of them.
+with a shaking hand). Colors, background, position, size, rotation, line width, clutter and noise vary in all of them.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class ProceduralImages(Dataset[Any]):
         if length < 1 or size < 8:
             raise InputError(f"length must be at least 1 and size at least 8, not {length} and {size}.")
         self.length, self.size, self.seed, self.transform = length, size, seed, transform
-        self.classes = class_names()
+        self.class_names = class_names()
 
     def __len__(self) -> int:
         return self.length
@@ -50,13 +50,13 @@ class ProceduralImages(Dataset[Any]):
     def __getitem__(self, index: int) -> tuple[Any, int]:
         if not 0 <= index < self.length:
             raise IndexError(index)  # ends iteration over the data set
-        label = index % len(self.classes)
-        image = draw(self.classes[label], np.random.default_rng((self.seed, index)), self.size)
+        label = index % len(self.class_names)
+        image = draw(self.class_names[label], np.random.default_rng((self.seed, index)), self.size)
         return (image if self.transform is None else self.transform(image)), label
 
     def describe(self, index: int) -> str:
         """What is drawn, for messages."""
-        return f"{self.classes[index % len(self.classes)]} {index}"
+        return f"{self.class_names[index % len(self.class_names)]} {index}"
 
 
 def class_names() -> list[str]:
@@ -70,7 +70,7 @@ def draw(name: str, rng: Rng, size: int = 32) -> Image.Image:
     if name in _TEXTURES:
         image = Image.fromarray(_texture(_TEXTURES[name], rng, side))
     else:
-        back, fore = _two_colours(rng)
+        back, fore = _two_colors(rng)
         image = _background(rng, side, back)
         pen = ImageDraw.Draw(image)
         if name in _SHAPES:
@@ -87,10 +87,10 @@ def draw(name: str, rng: Rng, size: int = 32) -> Image.Image:
     return Image.fromarray(np.clip(np.asarray(image, np.float32) + noise, 0, 255).astype(np.uint8))
 
 
-# --------------------------------------------------------------------------------------------------------- colours
+# --------------------------------------------------------------------------------------------------------- colors
 
 
-def _two_colours(rng: Rng) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _two_colors(rng: Rng) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Background and foreground that differ clearly in brightness; half of them grey."""
     while True:
         pair = rng.uniform(0, 255, (2, 3))
@@ -101,12 +101,12 @@ def _two_colours(rng: Rng) -> tuple[tuple[int, ...], tuple[int, ...]]:
             return tuple(int(v) for v in pair[0]), tuple(int(v) for v in pair[1])
 
 
-def _background(rng: Rng, side: int, colour: tuple[int, ...]) -> Image.Image:
-    """One colour with a weak gradient in a random direction."""
+def _background(rng: Rng, side: int, color: tuple[int, ...]) -> Image.Image:
+    """One color with a weak gradient in a random direction."""
     angle, strength = rng.uniform(0, 2 * math.pi), rng.uniform(0, 25)
     y, x = np.mgrid[-1 : 1 : side * 1j, -1 : 1 : side * 1j]
     shade = (math.cos(angle) * x + math.sin(angle) * y)[..., None] * strength
-    return Image.fromarray(np.clip(shade + colour, 0, 255).astype(np.uint8))
+    return Image.fromarray(np.clip(shade + color, 0, 255).astype(np.uint8))
 
 
 def _clutter(pen: ImageDraw.ImageDraw, rng: Rng, side: int, near: tuple[int, ...]) -> None:
@@ -184,8 +184,8 @@ _SHAPES: dict[str, Callable[[Rng], Points]] = {
 
 
 def _texture(pattern: Callable[[Points, Points, Rng], Points], rng: Rng, side: int) -> np.ndarray[Any, Any]:
-    """Blend two colours by a pattern in 0..1 on rotated, shifted coordinates."""
-    back, fore = _two_colours(rng)
+    """Blend two colors by a pattern in 0..1 on rotated, shifted coordinates."""
+    back, fore = _two_colors(rng)
     y, x = np.mgrid[-1 : 1 : side * 1j, -1 : 1 : side * 1j]
     angle = rng.uniform(0, 2 * math.pi)
     u = math.cos(angle) * x + math.sin(angle) * y + rng.uniform(-1, 1)
@@ -250,7 +250,7 @@ def _glyph(number: int) -> tuple[Points, ...]:
     return tuple((stroke - (low + high) / 2) / ((high - low).max() / 2) for stroke in strokes)
 
 
-def _draw_glyph(pen: ImageDraw.ImageDraw, rng: Rng, side: int, number: int, colour: tuple[int, ...]) -> None:
+def _draw_glyph(pen: ImageDraw.ImageDraw, rng: Rng, side: int, number: int, color: tuple[int, ...]) -> None:
     strokes = _glyph(number)
     centre, radius = rng.uniform(0.44, 0.56, 2) * side, rng.uniform(0.28, 0.4, 2) * side
     angle, shear, width = rng.uniform(-0.25, 0.25), rng.uniform(-0.3, 0.3), round(rng.uniform(0.05, 0.12) * side)
@@ -259,9 +259,9 @@ def _draw_glyph(pen: ImageDraw.ImageDraw, rng: Rng, side: int, number: int, colo
         moved = stroke + rng.normal(0, 0.05, 2) + shake * np.sin(stroke[:, ::-1] * frequency + phase)
         moved = moved + np.stack([shear * moved[:, 1], np.zeros(len(moved))], 1)
         line = _rotate(moved, angle) * radius + centre
-        pen.line([tuple(p) for p in line], fill=colour, width=width, joint="curve")
+        pen.line([tuple(p) for p in line], fill=color, width=width, joint="curve")
         for x, y in (line[0], line[-1]):  # round ends
-            pen.ellipse((x - width / 2, y - width / 2, x + width / 2, y + width / 2), fill=colour)
+            pen.ellipse((x - width / 2, y - width / 2, x + width / 2, y + width / 2), fill=color)
 
 
 def _rotate(points: Points, angle: float) -> Points:

@@ -39,7 +39,7 @@ def test_one_answer_equals_the_model_on_the_sampled_frames(clip: Path, tmp_path:
     assert result.scores[0] == pytest.approx(want.max().item(), abs=1e-6)
     assert result.label == "abc"[int(want.argmax())]
     assert len(result.labels) == 2
-    assert (result.n_frames, result.duration) == (100, pytest.approx(4.0))
+    assert (result.num_frames, result.duration) == (100, pytest.approx(4.0))
     saved = json.loads(result.save(tmp_path / "r.json").read_text())
     assert saved["top"][0]["label"] == result.label
     assert result.plot().axes
@@ -47,7 +47,7 @@ def test_one_answer_equals_the_model_on_the_sampled_frames(clip: Path, tmp_path:
 
 def test_windows_cover_the_video_and_equal_single_reads(clip: Path) -> None:
     pipe = mmkit.pipeline("video-classification", tiny())
-    result = pipe(clip, window=1.0, hop=0.5, n_crops=3)
+    result = pipe(clip, window=1.0, hop=0.5, num_crops=3)
     starts = [s["start"] for s in result.segments()]
     assert starts == pytest.approx([0, 0.5, 1, 1.5, 2, 2.5, 3], abs=0.021)
     assert result.segments()[-1]["end"] == pytest.approx(4.0)
@@ -64,7 +64,7 @@ def test_model_folders_bad_files_and_bad_arguments(clip: Path, tmp_path: Path) -
     (tmp_path / "bad.mp4").write_text("no")
     with pytest.raises(VideoDecodeError, match=r"bad\.mp4"):
         pipe(tmp_path / "bad.mp4")
-    for options in ({"top_k": 0}, {"window": 0}, {"window": 1.0, "hop": -1}, {"n_crops": 2}):
+    for options in ({"top_k": 0}, {"window": 0}, {"window": 1.0, "hop": -1}, {"num_crops": 2}):
         with pytest.raises(InputError):
             pipe(clip, **options)
     with pytest.raises(InputError, match="VideoClassifier"):
@@ -93,6 +93,6 @@ def test_the_bundled_default_sees_motion_and_its_reverse(tmp_path: Path) -> None
         forwards, reverse = pipe.model(x).argmax(-1), pipe.model(x.flip(1)).argmax(-1)
     assert (forwards == labels).float().mean() >= 0.85
     assert (reverse == torch.tensor(BACKWARDS)[labels]).float().mean() >= 0.85
-    large, _ = drawn_motion(1, generator, size=96, frames=16, label=1)
+    large, _ = drawn_motion(1, generator, size=96, num_frames=16, label=1)
     path = write_video(tmp_path / "right.mp4", (large[0] * 255).byte().permute(0, 2, 3, 1).contiguous(), fps=8)
     assert pipe(path).label == MOTIONS[1]

@@ -30,7 +30,7 @@ def test_plan_before_training_says_what_is_trained(few_digits) -> None:  # type:
     about = prepare(few_digits, adapter="ssf").describe()
     assert about["trainable_parameters"] < 0.05 * about["total_parameters"]
     assert "blocks.0.attn.qkv" in about["sites"]
-    assert about["classes"] == ["0", "1", "2"]
+    assert about["class_names"] == ["0", "1", "2"]
 
 
 @pytest.mark.parametrize("method", ["ssf", "lora", "full"])

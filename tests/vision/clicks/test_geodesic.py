@@ -65,7 +65,7 @@ def test_channels_prefer_the_clicked_side_of_an_edge() -> None:
 
 
 def test_geodesic_channels_change_nothing_until_trained_and_stay_out_of_the_padding() -> None:
-    settings = {"image_size": 32, "dims": (8, 16), "patch_embed_dim": 8, "mlp_dim": 16, "num_heads": 2}
+    settings = {"img_size": 32, "dims": (8, 16), "patch_embed_dim": 8, "mlp_dim": 16, "num_heads": 2}
     torch.manual_seed(0)
     plain = SqueezeSAM(**settings, keep_aspect=True).eval()
     more = SqueezeSAM(**settings, keep_aspect=True, negative_clicks=True, geodesic=True).eval()

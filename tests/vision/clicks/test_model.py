@@ -13,7 +13,7 @@ from mmkit.vision.clicks.export import export_onnx, export_program, load_int8, s
 from mmkit.vision.clicks.model import SqueezeSAM, squeeze_sam_base, squeeze_sam_small, squeeze_sam_tiny
 from mmkit.vision.clicks.official import config_from_official
 
-MINI = {"image_size": 32, "patch_embed_dim": 8, "dims": (8, 12, 16), "mlp_dim": 16, "num_heads": 2}
+MINI = {"img_size": 32, "patch_embed_dim": 8, "dims": (8, 12, 16), "mlp_dim": 16, "num_heads": 2}
 
 
 def mini(**options):
@@ -54,7 +54,7 @@ def test_outputs_have_the_documented_shapes():
 
 
 def test_a_click_is_a_disk_of_81_pixels():
-    model = mini(image_size=64)
+    model = mini(img_size=64)
     points, labels = prompt((32, 32))
     box, disk = model.encode_prompts(points, labels, (64, 64))[0, 0]
     assert disk.sum() == 81
@@ -147,7 +147,7 @@ def test_any_picture_size_works(size, keep_aspect):
 
 
 def test_keeping_the_aspect_pads_and_places_clicks_to_scale():
-    model = mini(keep_aspect=True, image_size=64)
+    model = mini(keep_aspect=True, img_size=64)
     points, labels = prompt((50, 25))
     fused = model.early_fusion(torch.ones(1, 3, 50, 100), points, labels)
     assert fused[0, :3, 32:].abs().sum() == 0
@@ -199,8 +199,8 @@ def test_official_configurations_become_keywords(act_layer):
         {"dims": ()},
         {"dims": 8},
         {"dims": (8, 0)},
-        {"image_size": 8, "dims": (8,) * 6},
-        {"image_size": "large"},
+        {"img_size": 8, "dims": (8,) * 6},
+        {"img_size": "large"},
         {"patch_size": 0},
         {"num_multimask_outputs": 0},
         {"depth": -1},
@@ -224,7 +224,7 @@ def test_it_survives_saving_and_loading(tmp_path):
 def test_int8_file_is_a_quarter_and_predicts_nearly_the_same(tmp_path):
     from mmkit.storage import write_safetensors
 
-    model = squeeze_sam_base(image_size=256).eval()
+    model = squeeze_sam_base(img_size=256).eval()
     write_safetensors(tmp_path / "float.safetensors", model.state_dict())
     small = save_int8(model, tmp_path / "int8.safetensors")
     assert small.stat().st_size * 3.5 < (tmp_path / "float.safetensors").stat().st_size

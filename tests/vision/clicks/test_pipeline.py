@@ -146,7 +146,7 @@ def test_every_picture_mode_is_taken(mode, session):
 
 @pytest.mark.parametrize("size", [(1, 1), (20000, 10)])
 def test_extreme_sizes_are_taken(size):
-    model = SqueezeSAM(image_size=32, patch_embed_dim=8, dims=(8, 12), mlp_dim=8, num_heads=2, keep_aspect=True)
+    model = SqueezeSAM(img_size=32, patch_embed_dim=8, dims=(8, 12), mlp_dim=8, num_heads=2, keep_aspect=True)
     segmenter = InteractiveSegmenter(model)
     segmenter.set_image(Image.new("RGB", size))
     segmenter.propose()
@@ -227,7 +227,7 @@ def test_rle_counts_start_with_background_column_by_column():
 
 
 def test_squeeze_sam_session_equals_the_model_and_batches_prompts():
-    model = SqueezeSAM(image_size=32, patch_embed_dim=8, dims=(8, 12), mlp_dim=8, num_heads=2).eval()
+    model = SqueezeSAM(img_size=32, patch_embed_dim=8, dims=(8, 12), mlp_dim=8, num_heads=2).eval()
     segmenter = InteractiveSegmenter(model)
     picture = np.random.default_rng(0).integers(0, 255, (20, 30, 3), dtype=np.uint8)
     segmenter.set_image(picture)
@@ -560,7 +560,7 @@ def test_start_clicks_are_right_and_distinct():
 
 def test_a_first_click_looks_twice_and_later_ones_once_near_the_object():
     torch.manual_seed(0)
-    settings = {"image_size": 32, "dims": (8, 16), "patch_embed_dim": 8, "mlp_dim": 16, "num_heads": 2}
+    settings = {"img_size": 32, "dims": (8, 16), "patch_embed_dim": 8, "mlp_dim": 16, "num_heads": 2}
     model = SqueezeSAM(**settings, negative_clicks=True, previous_mask=True, keep_aspect=True, single_mask=True).eval()
     segmenter = InteractiveSegmenter(SqueezeSAMEngine(model))
     segmenter.set_image(np.random.default_rng(0).integers(0, 255, (120, 120, 3), np.uint8))
@@ -603,7 +603,7 @@ def test_persons_are_merged_with_what_they_hold():
 
 def test_iterative_training_reaches_every_weight():
     model = SqueezeSAM(
-        image_size=32, patch_embed_dim=8, dims=(8, 12), mlp_dim=8, num_heads=2, negative_clicks=True, previous_mask=True
+        img_size=32, patch_embed_dim=8, dims=(8, 12), mlp_dim=8, num_heads=2, negative_clicks=True, previous_mask=True
     )
     target = torch.zeros(6, 32, 32, dtype=torch.bool)
     target[:, 8:20, 8:20] = True
@@ -622,7 +622,7 @@ def _dead_biases(model):
 
 
 def scenes(n, seed, side=64):
-    """Coloured disks and rectangles with occlusion."""
+    """Colored disks and rectangles with occlusion."""
     rng = np.random.default_rng(seed)
     rows, cols = np.indices((side, side))
     out = []
@@ -640,7 +640,7 @@ def scenes(n, seed, side=64):
 
 
 def persons(n, seed, side=64):
-    """A head, a torso and a bag in random colours; the target is all three, "parts" lists each."""
+    """A head, a torso and a bag in random colors; the target is all three, "parts" lists each."""
     rng = np.random.default_rng(seed)
     rows, cols = np.indices((side, side))
     out = []
@@ -665,7 +665,7 @@ def _example(image, target, parts=()):
 
 def toy(**options):
     return SqueezeSAM(
-        image_size=64,
+        img_size=64,
         patch_embed_dim=16,
         dims=(16, 24, 32, 48),
         mlp_dim=48,

@@ -16,7 +16,7 @@ SMALL = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_head
 
 @pytest.fixture
 def explorer():
-    return MaskExplorer(create_model("gmm_vit", **SMALL), classes=["a", "b", "c"])
+    return MaskExplorer(create_model("gmm_vit", **SMALL), class_names=["a", "b", "c"])
 
 
 @pytest.fixture
@@ -67,4 +67,4 @@ def test_models_without_masks_are_refused():
     with pytest.raises(InputError, match="mask='gmm'"):
         MaskExplorer(create_model("gmm_vit", **SMALL, mask="none"))
     with pytest.raises(InputError, match="one entry per output"):
-        MaskExplorer(create_model("gmm_vit", **SMALL), classes=["a"])
+        MaskExplorer(create_model("gmm_vit", **SMALL), class_names=["a"])

@@ -14,6 +14,7 @@ import mmkit
 from mmkit.backbones.model import load_official_checkpoint
 from mmkit.errors import CheckpointError, InputError
 from mmkit.vision.medical.model import LightMUNet, lightm_unet_2d, lightm_unet_3d
+from mmkit.vision.medical.official import config_from_official
 
 
 def tiny(dims: int = 2, **overrides) -> LightMUNet:
@@ -45,13 +46,13 @@ def test_parameter_counts_of_the_official_code(settings: tuple[int, ...], parame
 
 def test_parameter_counts_with_a_shorter_last_level() -> None:
     with torch.device("meta"):
-        assert count(lightm_unet_3d(out_channels=3, blocks_down=(1, 2, 2, 2))) == 2_997_458
-        assert count(lightm_unet_3d(out_channels=14, blocks_down=(1, 2, 2, 2))) == 2_997_821
+        assert count(lightm_unet_3d(num_classes=3, blocks_down=(1, 2, 2, 2))) == 2_997_458
+        assert count(lightm_unet_3d(num_classes=14, blocks_down=(1, 2, 2, 2))) == 2_997_821
         assert count(lightm_unet_2d(blocks_down=(1, 2, 2, 2))) == 2_993_375
 
 
 def test_official_key_names() -> None:
-    keys = set(lightm_unet_3d(out_channels=3).state_dict())
+    keys = set(lightm_unet_3d(num_classes=3).state_dict())
     assert len(keys) == 362
     mamba = {"A_log", "D", "in_proj.weight", "conv1d.weight", "conv1d.bias", "x_proj.weight"}
     mamba |= {"dt_proj.weight", "dt_proj.bias", "out_proj.weight"}
@@ -67,7 +68,7 @@ def test_official_key_names() -> None:
 
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "_orig_mod.module."])
 def test_nnunet_checkpoints_load(tmp_path, prefix: str) -> None:
-    source = tiny(out_channels=3)
+    source = tiny(num_classes=3)
     file = tmp_path / "checkpoint_final.pth"
     extras = {
         "logging": {"dice": [np.float64(0.5)]},
@@ -75,7 +76,7 @@ def test_nnunet_checkpoints_load(tmp_path, prefix: str) -> None:
         "trainer_name": "nnUNetTrainerLightMUNet",
     }
     torch.save({"network_weights": {prefix + k: v for k, v in source.state_dict().items()}, **extras}, file)
-    target = load_official_checkpoint(tiny(out_channels=3), file)
+    target = load_official_checkpoint(tiny(num_classes=3), file)
     x = torch.randn(1, 1, 8, 8)
     assert torch.equal(source(x), target(x))
 
@@ -88,12 +89,12 @@ def test_the_first_release_and_other_networks_are_refused(tmp_path) -> None:
         load_official_checkpoint(tiny(), tmp_path / "old.pth")
     torch.save(state, tmp_path / "two.pth")
     with pytest.raises(CheckpointError, match="nothing was loaded"):
-        load_official_checkpoint(tiny(out_channels=5), tmp_path / "two.pth")
+        load_official_checkpoint(tiny(num_classes=5), tmp_path / "two.pth")
 
 
 @pytest.mark.parametrize("dims, size", [(2, (16, 24)), (3, (8, 4, 12))])
 def test_shapes_gradients_and_saving(tmp_path, dims: int, size: tuple[int, ...]) -> None:
-    model = tiny(dims, in_channels=2, out_channels=3)
+    model = tiny(dims, in_chans=2, num_classes=3)
     x = torch.randn(2, 2, *size, requires_grad=True)
     before = x.detach().clone()
     logits = model(x)
@@ -136,7 +137,7 @@ def test_unusable_inputs_are_named(x: torch.Tensor, message: str) -> None:
         ({"blocks_up": (1, 1)}, "one entry fewer"),
         ({"dims": 1}, "2 or 3"),
         ({"num_groups": 0}, "at least 1"),
-        ({"out_channels": 0}, "at least 1"),
+        ({"num_classes": 0}, "at least 1"),
         ({"dropout_prob": 2.0}, "dropout_prob"),
         ({"blocks_down": (1, -1)}, "negative"),
     ],
@@ -170,7 +171,7 @@ def test_bidirectional_sees_the_rest_of_the_image_and_keeps_the_parameters() -> 
 def test_autocast_and_half_models_stay_close(dtype: torch.dtype) -> None:
     # weights of the golden case: LayerNorm after ReLU is ill-conditioned for weights drawn carelessly
     case = Path(__file__).parents[2] / "golden" / "lightm_unet" / "net2d"
-    model = LightMUNet(**json.loads((case / "meta.json").read_text())["config"])
+    model = LightMUNet(**config_from_official(json.loads((case / "meta.json").read_text())["config"]))
     load_official_checkpoint(model, case / "weights.safetensors")
     x = load_file(case / "inputs.safetensors")["x"]
     want = model(x)
@@ -183,8 +184,8 @@ def test_autocast_and_half_models_stay_close(dtype: torch.dtype) -> None:
 
 
 def test_registered_by_name() -> None:
-    model = mmkit.create_model("lightm_unet_2d_tiny", in_channels=3, init_filters=8)
-    assert (model.spatial_dims, model.in_channels, model.multiple) == (2, 3, 4)
+    model = mmkit.create_model("lightm_unet_2d_tiny", in_chans=3, init_filters=8)
+    assert (model.spatial_dims, model.in_chans, model.multiple) == (2, 3, 4)
     assert {"lightm_unet_2d", "lightm_unet_3d"} <= set(mmkit.list_models("lightm"))
 
 

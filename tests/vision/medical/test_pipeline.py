@@ -17,7 +17,7 @@ from mmkit.vision.medical.metrics import dice, dice_per_class
 from mmkit.vision.medical.model import LightMUNet
 from mmkit.vision.medical.result import SegmentationResult
 from mmkit.vision.medical.training import Patches, dice_ce_loss
-from mmkit.vision.medical.volumes import Volume, load_labels, load_volume, normalise
+from mmkit.vision.medical.volumes import Volume, load_labels, load_volume, normalize
 from mmkit.vision.medical.windows import sliding_window
 
 
@@ -28,13 +28,13 @@ class Threshold(nn.Module):
 
     def __init__(self, dims: int = 2, channels: int = 1, classes: int = 2):
         super().__init__()
-        self.spatial_dims, self.in_channels, self.out_channels = dims, channels, classes
+        self.spatial_dims, self.in_chans, self.num_classes = dims, channels, classes
         self.scale = nn.Parameter(torch.tensor(50.0))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         assert all(s % self.multiple == 0 for s in x.shape[2:])
         value = x.mean(1, keepdim=True) * self.scale
-        return torch.cat([-value, value, *([-value.abs() - 9] * (self.out_channels - 2))], 1)
+        return torch.cat([-value, value, *([-value.abs() - 9] * (self.num_classes - 2))], 1)
 
 
 def segmenter(dims: int = 2, **options):
@@ -73,7 +73,7 @@ def test_windows_refuse_overflow_and_bad_overlap() -> None:
 def test_picture_in_mask_out(tmp_path) -> None:
     truth = blob((60, 44))
     Image.fromarray((truth * 200 + 20).astype(np.uint8)).save(tmp_path / "cell.png")
-    result = segmenter(window=32, classes=("nothing", "cell"))(tmp_path / "cell.png", tta=True)
+    result = segmenter(window=32, class_names=("nothing", "cell"))(tmp_path / "cell.png", tta=True)
     assert np.array_equal(result.mask, truth.astype(np.uint8))
     (row,) = result.measures(truth.astype(np.uint8))
     assert row["class"] == "cell"
@@ -153,7 +153,7 @@ def test_a_picture_for_a_volume_network_and_the_reverse() -> None:
     with pytest.raises(InputError, match="three axes"):
         segmenter(3)(np.zeros((8, 8)))
     with pytest.raises(InputError, match="2 classes, but 3"):
-        segmenter(classes=("a", "b", "c"))
+        segmenter(class_names=("a", "b", "c"))
     with pytest.raises(InputError, match="window"):
         segmenter(window=(8, 8, 8))
     with pytest.raises(InputError, match="lacks the attribute"):
@@ -199,7 +199,7 @@ def test_fit_trains_a_network_through_the_public_loop() -> None:
     from mmkit.vision.medical.training import segmentation_loss
 
     truth = torch.from_numpy(blob((32, 32))).long()
-    case = (normalise(truth[None].float() + 0.1 * torch.randn(1, 32, 32)), truth)
+    case = (normalize(truth[None].float() + 0.1 * torch.randn(1, 32, 32)), truth)
     model = LightMUNet(2, 8, 1, 2, blocks_down=(1, 1), blocks_up=(1,))
     config = mmkit.FitConfig(max_steps=40, batch_size=2, lr=1e-2, progress=False)
     mmkit.fit(model, Patches([case], (16, 16), 80), loss_fn=segmentation_loss, config=config)
@@ -211,7 +211,7 @@ def test_a_saved_folder_can_be_the_model(tmp_path) -> None:
     result = mmkit.pipeline("medical-segmentation", tmp_path)(Volume(blob((6, 7, 9)), (1.0, 1.0, 1.0), np.eye(4)))
     assert isinstance(result, SegmentationResult)
     assert result.mask.shape == (6, 7, 9)
-    assert result.classes == ("background", "class 1", "class 2")
+    assert result.class_names == ("background", "class 1", "class 2")
 
 
 def test_the_bundled_default_finds_nuclei() -> None:
@@ -222,7 +222,7 @@ def test_the_bundled_default_finds_nuclei() -> None:
     image = np.clip(12 + 90 * truth + rng.normal(0, 4, truth.shape), 0, 255).astype(np.uint8)
     result = mmkit.pipeline("medical-segmentation")(image)
     assert dice(result.mask, truth, 1) > 0.75
-    assert result.classes == ("background", "nucleus")
+    assert result.class_names == ("background", "nucleus")
 
 
 @pytest.mark.slow

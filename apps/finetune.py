@@ -26,8 +26,14 @@ from mmkit.backbones import save_backbone
 from mmkit.data import ImageDataset, load_digits, open_dataset
 from mmkit.errors import InputError, MMKitError, nearest
 from mmkit.training import StepInfo
-from mmkit.vision.classification.pipeline import ImageClassificationPipeline
-from mmkit.vision.classification.training import LEARNING_RATES, FinetuneResult, Prepared, prepare, train_prepared
+from mmkit.vision.classification import (
+    LEARNING_RATES,
+    FinetuneResult,
+    ImageClassificationPipeline,
+    Prepared,
+    prepare,
+    train_prepared,
+)
 
 DIGITS, UPLOAD = "Handwritten digits (sample)", "My pictures (zip)"
 

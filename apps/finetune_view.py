@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image
 
 from mmkit.backbones import backbone_info
-from mmkit.vision.classification.training import Prepared
+from mmkit.vision.classification import Prepared
 
 
 def trained_sites(prepared: Prepared) -> list[tuple[str, int]]:

@@ -15,9 +15,7 @@ from PIL import Image
 from mmkit.apps.frame import App, Sessions, output_folder, readable
 from mmkit.errors import InputError
 from mmkit.storage import write_json
-from mmkit.vision.medical.pipeline import MedicalSegmentationPipeline
-from mmkit.vision.medical.result import COLORS, SegmentationResult
-from mmkit.vision.medical.volumes import Volume, is_volume, load_labels
+from mmkit.vision.medical import COLORS, MedicalSegmentationPipeline, SegmentationResult, Volume, is_volume, load_labels
 
 MODELS_VARIABLE = "MMKIT_MEDICAL_MODELS"
 """Environment variable: folders of further models (written by `save_pretrained`), separated as in PATH."""

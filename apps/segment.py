@@ -15,8 +15,7 @@ from PIL import Image, ImageDraw
 
 from mmkit.apps.frame import App, Sessions, output_folder, readable
 from mmkit.errors import InputError
-from mmkit.vision.clicks.pipeline import RANDOM_WALKER, InteractiveSegmenter
-from mmkit.vision.clicks.result import Mask
+from mmkit.vision.clicks import RANDOM_WALKER, InteractiveSegmenter, Mask
 
 MODELS_VARIABLE = "MMKIT_SEGMENT_MODELS"
 """Environment variable: folders of further models (SqueezeSAM, SAM, SAM 2), separated as in PATH."""

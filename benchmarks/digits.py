@@ -19,7 +19,7 @@ import torch
 
 from mmkit.data import load_digits
 from mmkit.storage import write_json
-from mmkit.vision.classification.training import LEARNING_RATES, prepare, report_table, train_prepared
+from mmkit.vision.classification import LEARNING_RATES, prepare, report_table, train_prepared
 
 RESULT = Path(__file__).parent / "results" / "digits.json"
 

@@ -30,8 +30,7 @@ from mmkit.backbones import create_backbone
 from mmkit.data import ImageTransform, load_digits, stratified_split
 from mmkit.storage import read_json, write_json
 from mmkit.training import FitConfig, fit
-from mmkit.vision.gmm.attention import masked_attention
-from mmkit.vision.gmm.masks import GaussianMixtureMask
+from mmkit.vision.gmm import GaussianMixtureMask, masked_attention
 
 ROOT = Path(__file__).resolve().parent.parent
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -30,7 +30,7 @@ from sklearn.model_selection import train_test_split
 
 from mmkit.storage import read_json, write_json
 from mmkit.training import FitConfig, fit
-from mmkit.vision.gmm.models.vit import GMMViT
+from mmkit.vision.gmm import GMMViT
 
 ROOT = Path(__file__).resolve().parent.parent
 VARIANTS: dict[str, dict[str, Any]] = {

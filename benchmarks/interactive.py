@@ -27,15 +27,18 @@ from PIL import Image
 from tqdm import tqdm
 
 from mmkit.storage import load_state, read_tensors, write_json
-from mmkit.vision.clicks.metrics import Click, miou_at_k, noc, simulate_clicks
-from mmkit.vision.clicks.model import (
+from mmkit.vision.clicks import (
+    Click,
+    InteractiveSegmenter,
     SqueezeSAM,
+    miou_at_k,
+    noc,
+    simulate_clicks,
     squeeze_sam_base,
     squeeze_sam_photo,
     squeeze_sam_small,
     squeeze_sam_tiny,
 )
-from mmkit.vision.clicks.pipeline import InteractiveSegmenter
 from mmkit.weights import weight_entry
 
 RESULTS = Path(__file__).parent / "results"

@@ -23,11 +23,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from mmkit import FitConfig, create_model, fit
 from mmkit.ops import Mamba
 from mmkit.storage import read_json, write_json
-from mmkit.vision.medical.datasets import Case, hippocampus_cases, nuclei_cases
-from mmkit.vision.medical.metrics import dice_per_class
-from mmkit.vision.medical.pipeline import MedicalSegmentationPipeline
-from mmkit.vision.medical.training import Patches, segmentation_loss
-from mmkit.vision.medical.volumes import Volume
+from mmkit.vision.medical import (
+    Case,
+    MedicalSegmentationPipeline,
+    Patches,
+    Volume,
+    dice_per_class,
+    hippocampus_cases,
+    nuclei_cases,
+    segmentation_loss,
+)
 
 RESULTS = Path(__file__).parent / "results" / "medical.json"
 TASKS: dict[str, dict[str, Any]] = {

@@ -15,9 +15,7 @@ from pathlib import Path
 import torch
 
 from mmkit import FitConfig, create_model, fit
-from mmkit.vision.medical.datasets import drawn_cases, hippocampus_cases
-from mmkit.vision.medical.metrics import dice_per_class
-from mmkit.vision.medical.training import Patches, segmentation_loss
+from mmkit.vision.medical import Patches, dice_per_class, drawn_cases, hippocampus_cases, segmentation_loss
 from mmkit.weights import WeightEntry, bundle
 
 CONFIG = {"in_chans": 1, "num_classes": 3, "init_filters": 8, "pad": True}

@@ -14,9 +14,7 @@ from pathlib import Path
 import torch
 
 from mmkit import FitConfig, create_model, fit
-from mmkit.vision.medical.datasets import nuclei_cases
-from mmkit.vision.medical.metrics import dice_per_class
-from mmkit.vision.medical.training import Patches, segmentation_loss
+from mmkit.vision.medical import Patches, dice_per_class, nuclei_cases, segmentation_loss
 from mmkit.weights import WeightEntry, bundle
 
 CONFIG = {"in_chans": 3, "num_classes": 2, "init_filters": 8, "pad": True}

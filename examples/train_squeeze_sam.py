@@ -33,8 +33,16 @@ from skimage.segmentation import felzenszwalb
 from torch import Tensor
 
 from mmkit.storage import read_tensors, write_safetensors
-from mmkit.vision.clicks.model import MEAN, SqueezeSAM, squeeze_sam_photo
-from mmkit.vision.clicks.training import distance_transform, iterative_loss, mask_iou, merge_held_objects, shown_mask
+from mmkit.vision.clicks import (
+    SqueezeSAM,
+    distance_transform,
+    iterative_loss,
+    mask_iou,
+    merge_held_objects,
+    shown_mask,
+    squeeze_sam_photo,
+)
+from mmkit.vision.clicks.model import MEAN
 
 FREE = ("CC-BY-2.0", "CC-BY-SA-2.0", "no-known-copyright-restrictions")
 """Licenses of the COCO pictures that are trained on."""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ast
 import json
-import re
 import subprocess
 import sys
 import zipfile
@@ -87,30 +85,6 @@ def test_the_wheel_is_complete_and_works_elsewhere(tmp_path: Path) -> None:
     )
     assert out.returncode == 0, out.stderr[-2000:]
     assert out.stdout.strip() == "5"
-
-
-def test_the_core_never_imports_a_domain_and_domains_never_import_apps() -> None:
-    wrong = []
-    for target, path in _sources().items():
-        if path.suffix != ".py":
-            continue
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            modules += [a.name for a in node.names] if isinstance(node, ast.Import) else []
-            for module in modules:
-                area = re.match(r"mmkit/(vision|diffusion|video|pointcloud|apps)/", target)
-                domain = re.match(r"mmkit\.(vision|diffusion|video|pointcloud)\b", module)
-                if (
-                    module.split(".")[0] in ("vision", "diffusion", "video", "pointcloud", "apps")
-                    or (area is None and domain)
-                    or (
-                        area
-                        and area[1] != "apps"
-                        and (module.startswith(("gradio", "mmkit.apps")) or (domain and domain[1] != area[1]))
-                    )
-                ):
-                    wrong.append((target, module))
-    assert not wrong
 
 
 def test_bundled_weights_are_small_and_match_their_manifest() -> None:

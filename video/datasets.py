@@ -89,6 +89,11 @@ class VideoClassificationDataset(Dataset[Any]):
         self.broken: dict[str, str] = {}
         self.missing: list[str] = []
 
+    @property
+    def classes(self) -> list[str]:
+        """`class_names`, under the name torchvision's data sets use."""
+        return self.class_names
+
     def __len__(self) -> int:
         return len(self.samples)
 

@@ -59,6 +59,11 @@ class ImageDataset(Dataset[Any]):
     skipped: list[tuple[Path, str]] = field(default_factory=list)
     max_pixels: int = MAX_PIXELS
 
+    @property
+    def classes(self) -> list[str]:
+        """`class_names`, under the name torchvision's data sets use."""
+        return self.class_names
+
     def __len__(self) -> int:
         return len(self.paths)
 

@@ -19,8 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from mmkit.errors import CheckpointError, InputError, TrainingError, nearest
-from mmkit.storage import runs as ckpt
-from mmkit.storage import write_json
+from mmkit.storage import runs as ckpt, write_json
 from mmkit.training.config import FitConfig, FitResult, StepInfo
 from mmkit.training.loading import (
     EvalLoader,

@@ -15,8 +15,7 @@ from gradio_client import Client, handle_file
 from PIL import Image
 
 import mmkit
-from mmkit.apps import finetune as lab
-from mmkit.apps import finetune_view as view
+from mmkit.apps import finetune as lab, finetune_view as view
 from mmkit.errors import InputError
 
 TINY = "Tiny ViT, 32 px, pre-trained (comes with mmkit)"

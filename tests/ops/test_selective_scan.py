@@ -187,9 +187,7 @@ def test_operator_registration_is_sound() -> None:
 
 
 def test_fake_and_real_states_have_the_same_shape() -> None:
-    from mmkit.ops.selective_scan import _STEPS
-    from mmkit.ops.selective_scan import cpu as selective_scan_cpu
-    from mmkit.ops.selective_scan import reference as selective_scan_torch
+    from mmkit.ops.selective_scan import _STEPS, cpu as selective_scan_cpu, reference as selective_scan_torch
 
     assert {"cpu": selective_scan_cpu.STEP, "torch": selective_scan_torch.STEP} == _STEPS
 

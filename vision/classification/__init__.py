@@ -1,4 +1,33 @@
-"""Image classification: fine-tune any backbone on a folder of pictures with any adapter, and ask it about pictures.
+"""Image classification: fine-tuning on a folder of pictures with any adapter, and asking the result.
 
-`finetune(data, backbone, adapter)` trains and saves one folder; `load_finetuned` and the pipeline bring it back.
+    result = finetune("photos/", adapter="ssf", output_dir="runs/mine")
+    mmkit.pipeline("image-classification", "runs/mine")("photo.jpg").label
+
+No paper of its own: the methods are those of `mmkit.list_adapters()`, each cited where it lives.
 """
+
+from typing import TYPE_CHECKING
+
+from mmkit.lazy import door
+
+if TYPE_CHECKING:
+    from mmkit.vision.classification.demo import run_demo as run_demo
+    from mmkit.vision.classification.pipeline import (
+        ImageClassification as ImageClassification,
+        ImageClassificationPipeline as ImageClassificationPipeline,
+    )
+    from mmkit.vision.classification.training import (
+        LEARNING_RATES as LEARNING_RATES,
+        FinetuneResult as FinetuneResult,
+        Prepared as Prepared,
+        finetune as finetune,
+        finetune_methods as finetune_methods,
+        load_finetuned as load_finetuned,
+        merge_error as merge_error,
+        prepare as prepare,
+        read_report as read_report,
+        report_table as report_table,
+        train_prepared as train_prepared,
+    )
+
+__getattr__, __dir__, __all__ = door(__name__)

@@ -1,1 +1,47 @@
-"""LightM-UNet (arXiv 2403.05246): a light U-Net of state-space blocks, and segmentation of medical pictures and volumes."""
+"""Medical segmentation: pictures and volumes in, masks with measures out; LightM-UNet is a light U-Net of state-space blocks.
+
+Liao et al., "LightM-UNet: Mamba Assists in Lightweight UNet for Medical Image Segmentation", arXiv 2403.05246. Patches, loss and
+windows follow nnU-Net (arXiv 1809.10486). Nothing here is a medical device.
+"""
+
+from typing import TYPE_CHECKING
+
+from mmkit.lazy import door
+
+if TYPE_CHECKING:
+    from mmkit.vision.medical.datasets import (
+        Case as Case,
+        drawn_cases as drawn_cases,
+        hippocampus_cases as hippocampus_cases,
+        nuclei_cases as nuclei_cases,
+    )
+    from mmkit.vision.medical.metrics import dice as dice, dice_per_class as dice_per_class
+    from mmkit.vision.medical.model import (
+        LightMUNet as LightMUNet,
+        lightm_unet_2d as lightm_unet_2d,
+        lightm_unet_2d_tiny as lightm_unet_2d_tiny,
+        lightm_unet_3d as lightm_unet_3d,
+        lightm_unet_3d_tiny as lightm_unet_3d_tiny,
+    )
+    from mmkit.vision.medical.official import config_from_official as config_from_official
+    from mmkit.vision.medical.pipeline import MedicalSegmentationPipeline as MedicalSegmentationPipeline
+    from mmkit.vision.medical.result import (
+        COLORS as COLORS,
+        SegmentationResult as SegmentationResult,
+        color_of as color_of,
+    )
+    from mmkit.vision.medical.training import (
+        Patches as Patches,
+        dice_ce_loss as dice_ce_loss,
+        segmentation_loss as segmentation_loss,
+    )
+    from mmkit.vision.medical.volumes import (
+        Volume as Volume,
+        is_volume as is_volume,
+        load_labels as load_labels,
+        load_volume as load_volume,
+        normalize as normalize,
+    )
+    from mmkit.vision.medical.windows import sliding_window as sliding_window
+
+__getattr__, __dir__, __all__ = door(__name__)

@@ -57,7 +57,7 @@ def shard_like(target: Tensor, value: Tensor) -> Tensor:
     return value
 
 
-def _trained(module: nn.Module) -> dict[str, Tensor]:
+def trained_tensors(module: nn.Module) -> dict[str, Tensor]:
     """What training can change: the trainable parameters and the persistent buffers."""
     state: dict[str, Tensor] = {k: p for k, p in module.named_parameters() if p.requires_grad}
     caches = {
@@ -71,12 +71,12 @@ def _trained(module: nn.Module) -> dict[str, Tensor]:
 
 def module_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Copies, on the CPU, of what training can change in `module`: trainable parameters and buffers, by name."""
-    return {k: whole(v).clone() for k, v in _trained(module).items()}
+    return {k: whole(v).clone() for k, v in trained_tensors(module).items()}
 
 
 def load_module_tensors(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
     """Put `tensors` back; raises `CheckpointError`, changing nothing, when names or shapes differ."""
-    own = _trained(module)
+    own = trained_tensors(module)
     wrong = [k for k in own.keys() & tensors.keys() if own[k].shape != tensors[k].shape]
     if own.keys() != tensors.keys() or wrong:
         differ = sorted(own.keys() ^ tensors.keys()) or sorted(wrong)

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 from mmkit.errors import InputError
 
-_FREE_FIELDS = {"num_workers", "checkpoint_every", "keep_checkpoints", "resume", "progress", "tensorboard", "device"}
+_FREE_FIELDS = {
+    "num_workers",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "resume",
+    "progress",
+    "tensorboard",
+    "device",
+    "max_seconds",
+}
 
 
 @dataclass(frozen=True)
@@ -21,6 +31,9 @@ class FitConfig:
     Attributes:
         epochs: passes over the training data; ignored when `max_steps` is given.
         max_steps: optimiser steps.
+        max_seconds: stop after this much training time, counted over all resumes, with the state saved. The learning rate
+            follows the steps: give as many as fit into the time.
+        steps_per_epoch: steps that count as an epoch (evaluation, logs) of an iterable data set; None: the whole run.
         batch_size: examples per micro-batch and process; a step uses `batch_size * grad_accum * processes`.
         lr, min_lr: peak and final learning rate.
         schedule: "cosine" or "constant", after the warm-up (timm's scheduler, once per step).
@@ -36,7 +49,8 @@ class FitConfig:
         monitor: metric that says which weights are best; higher is better, with a "-" in front lower is better.
         restore_best: leave the best weights in the model at the end (when there is validation data).
         eval_every: epochs between evaluations; the last step is always evaluated.
-        ema_decay: evaluate and return an exponential moving average of the trained parameters with this decay.
+        ema_decay: evaluate and return an exponential moving average of the trained parameters and buffers with this decay,
+            reached slowly as in timm: after `t` steps it is at most `1 - t ** (-2 / 3)`.
         checkpoint_every: steps between checkpoints; None writes one per epoch. One is always written at the end.
         keep_checkpoints: how many of the newest to keep.
         resume: "auto" continues from `output_dir` when it holds this run, False starts over, a path names the folder.
@@ -49,6 +63,8 @@ class FitConfig:
 
     epochs: int = 10
     max_steps: int | None = None
+    max_seconds: float | None = None
+    steps_per_epoch: int | None = None
     batch_size: int = 32
     lr: float = 1e-3
     min_lr: float = 0.0
@@ -77,12 +93,14 @@ class FitConfig:
     device: str = "auto"
 
     def __post_init__(self) -> None:
+        self._check_types()
         for name in ("epochs", "batch_size", "grad_accum", "eval_every", "keep_checkpoints"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("max_steps", "patience", "checkpoint_every"):
+        for name in ("max_steps", "steps_per_epoch", "patience", "checkpoint_every"):
             self._require(name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1, or None")
         for name in ("min_lr", "weight_decay", "warmup_steps", "warmup_epochs", "num_workers"):
             self._require(name, 0 <= getattr(self, name) < math.inf, "0 or more")
+        self._require("max_seconds", self.max_seconds is None or self.max_seconds > 0, "above 0, or None")
         self._require("lr", 0 < self.lr < math.inf, "above 0")
         self._require("label_smoothing", 0 <= self.label_smoothing < 1, "in 0..1")
         self._require("ema_decay", self.ema_decay is None or 0 < self.ema_decay < 1, "between 0 and 1, or None")
@@ -94,6 +112,20 @@ class FitConfig:
     def identity(self) -> dict[str, Any]:
         """The fields that decide the result; a run may only be continued with the same ones."""
         return {k: v for k, v in dataclasses.asdict(self).items() if k not in _FREE_FIELDS}
+
+    def _check_types(self) -> None:
+        """Refuse values of another type; numbers of numpy become Python's, so that they can be written as JSON."""
+        for name, hint in get_type_hints(type(self)).items():
+            value, allowed = getattr(self, name), get_args(hint) or (hint,)
+            if isinstance(value, numbers.Real) and not isinstance(value, bool) and {int, float} & set(allowed):
+                exact = float not in allowed
+                self._require(name, not exact or float(value).is_integer(), "a whole number")
+                object.__setattr__(self, name, int(value) if exact else float(value))
+            elif not isinstance(value, tuple(get_origin(t) or t for t in allowed)) or (
+                isinstance(value, bool) and bool not in allowed
+            ):
+                wanted = " or ".join(getattr(t, "__name__", str(t)) for t in allowed)
+                self._require(name, False, f"{wanted} (a {type(value).__name__} was given)")
 
     def _require(self, name: str, fits: bool, wanted: str) -> None:
         if not fits:
@@ -121,7 +153,7 @@ class FitResult:
         losses: training loss of every step since the run began, also across resumes.
         metrics, best_metrics: of the last and of the best evaluation; empty without validation data.
         steps: optimiser steps done in total.
-        stopped: "finished", "early" (patience), "cancelled" (should_stop) or "interrupted" (Ctrl-C, SIGTERM).
+        stopped: "finished", "early" (patience), "max_seconds", "cancelled" (should_stop) or "interrupted" (Ctrl-C, SIGTERM).
         output_dir: where logs and checkpoints lie, if anywhere.
         seconds: training time, over all resumes.
         trainable_parameters: how many numbers were trained.

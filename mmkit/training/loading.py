@@ -1,169 +1,178 @@
-"""Which example goes where: a pure function of (seed, step), so that any run can be continued or split exactly."""
+"""Reading batches: the same examples with the same random numbers for any number of workers, processes and resumes."""
 
 from __future__ import annotations
 
-import contextlib
-import math
-import random
 import signal
-from collections.abc import Callable, Iterator, Sequence, Sized
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, default_collate, get_worker_info
 
 from mmkit.errors import InputError
+from mmkit.training.randomness import Untouched, example_seeder, mix_seed, seed_everything
+from mmkit.training.sampling import Key
+
+Collate = Callable[[list[Any]], Any]
 
 
-def mix_seed(*parts: int) -> int:
-    """One well-mixed 63-bit seed from several integers (the splitmix64 finaliser over their chain)."""
-    value = 0x9E3779B97F4A7C15
-    for part in parts:
-        value = (value ^ (part & 0xFFFFFFFFFFFFFFFF)) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
-        value = (value ^ (value >> 31)) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
-        value ^= value >> 29
-    return value >> 1
+class Batches(Dataset[Any]):
+    """Collated batches of a data set, by `(epoch, indices)`; runs in the main process or in a worker.
 
+    Every data set found in `data` that has a `set_epoch(epoch)` method is told the epoch before it is read. What its
+    examples draw from the global generators of Python, numpy and torch depends on (seed, epoch, index) alone: a batch is
+    read first as if it drew nothing; if that turns out wrong, it is read again with the generators it used seeded for
+    each example, and so are all later ones.
 
-@contextlib.contextmanager
-def isolated_rng(seed: int) -> Iterator[None]:
-    """Seed Python, numpy and torch (CPU) for the block, and give back the random state as it was."""
-    python, array, tensor = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    try:
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        torch.default_generator.manual_seed(seed)  # not torch.manual_seed: that would reseed the GPU as well
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(array)
-        torch.set_rng_state(tensor)
-
-
-class SeededExamples(Dataset[Any]):
-    """Give each example its own random state, from (seed, epoch, index).
-
-    Augmentation is then the same for any number of workers and processes, and after a resume in the middle of an epoch.
+    A data set that fails gives an `InputError` as the batch, which names the example: raising is left to the main process,
+    since a traceback of a worker would arrive as text.
     """
 
-    def __init__(self, data: Any, seed: int) -> None:
-        self.data, self.seed = data, seed
+    def __init__(self, data: Any, seed: int, collate_fn: Collate | None) -> None:
+        self.data, self.seed, self.collate = data, seed, collate_fn or collate
+        self.drawn: set[str] = set()
+        self.whole = type(data) is TensorDataset and collate_fn is None  # its examples need not be taken apart first
+        self._tell: list[Callable[[int], None]] | None = None
 
-    def __len__(self) -> int:
-        return len(self.data)
+    def __getitem__(self, key: Key) -> Any:
+        try:
+            return self._read(*key)
+        except InputError as error:
+            if get_worker_info() is not None:
+                error.add_note("".join(traceback.format_exception(error)))
+            return error
 
-    def __getitem__(self, key: tuple[int, int]) -> Any:
-        epoch, index = key
-        with isolated_rng(mix_seed(self.seed, epoch, index)):
+    def _read(self, epoch: int, indices: Sequence[int]) -> Any:
+        if self.whole:
+            return list(self.data[torch.as_tensor(indices)])
+        found = self.examples(epoch, indices)
+        if self.collate is not collate:  # the caller's may draw, as timm's mixing ones do
+            seed_everything(mix_seed(self.seed, epoch, indices[0], len(indices)))
+        return self.collate(found)
+
+    def examples(self, epoch: int, indices: Sequence[int]) -> list[Any]:
+        """The examples of one batch before they are collated."""
+        if isinstance(self.data, Stream):
+            return [self._example(i) for i in indices]
+        if self._tell is None:
+            self._tell = epoch_listeners(self.data)
+        for tell in self._tell:
+            tell(epoch)
+        untouched = Untouched({"python", "numpy", "torch"} - self.drawn)
+        seed = example_seeder(self.drawn, self.seed, epoch)
+        found = []
+        for index in indices:
+            seed(index)
+            found.append(self._example(index))
+        drawn = untouched.drawn()
+        if drawn:
+            self.drawn |= drawn
+            return self.examples(epoch, indices)
+        return found
+
+    def _example(self, index: int) -> Any:
+        try:
             return self.data[index]
+        except _StreamEndedError:
+            raise
+        except Exception as error:
+            name = describe_examples(self.data, [index])[0]
+            raise InputError(
+                f"The data set failed at {name}: {type(error).__name__}: {error}. Mend or leave out this example."
+            ) from error
 
 
-class StepSampler:
-    """Split every epoch's shuffled order into optimiser steps, micro-batches and processes.
+class _StreamEndedError(InputError):
+    """There are no more examples, which is no fault of any one of them."""
 
-    One step takes `batch_size * grad_accum * world` examples, whatever the split: two processes with batch 8 see
-    exactly what one process with batch 16 sees. Each micro-batch carries a weight so that the weighted sum of the mean
-    losses, averaged over the processes, is the mean over the step's examples, also in the shorter last step.
 
-    Args:
-        length: examples per epoch.
-        batch_size: examples per micro-batch and process.
-        grad_accum: micro-batches per step.
-        world, rank: number of processes and this one.
-        seed: of the shuffle.
-        drop_last: leave out the shorter last step of an epoch.
+class Stream:
+    """An iterable data set as one whose examples are asked for by their position, counted from the run's beginning.
+
+    Positions must rise; those that are left out are read and dropped. When the iterable ends it is started again. Before
+    each example the global generators are seeded from (seed, position).
+
+    Raises `InputError` when a pass gives no example, as the second one over a generator does.
     """
 
-    def __init__(
-        self,
-        length: int,
-        batch_size: int,
-        *,
-        grad_accum: int = 1,
-        world: int = 1,
-        rank: int = 0,
-        seed: int = 0,
-        drop_last: bool = False,
-    ) -> None:
-        self.length, self.batch_size, self.grad_accum = length, batch_size, grad_accum
-        self.world, self.rank, self.seed = world, rank, seed
-        self.step_size = batch_size * grad_accum * world
-        self.steps_per_epoch = length // self.step_size if drop_last else math.ceil(length / self.step_size)
-        self._order: tuple[int, list[int]] = (-1, [])
+    def __init__(self, data: Iterable[Any], seed: int) -> None:
+        self.source, self.seed, self.position, self.passes = data, seed, 0, 0
+        self._iterator: Iterator[Any] | None = None
 
-    def order(self, epoch: int) -> list[int]:
-        """The shuffled indices of `epoch`."""
-        if self._order[0] != epoch:
-            generator = torch.Generator().manual_seed(mix_seed(self.seed, epoch))
-            self._order = (epoch, torch.randperm(self.length, generator=generator).tolist())
-        return self._order[1]
+    def __getitem__(self, position: int) -> Any:
+        while self.position < position:
+            self._next()
+        return self._next()
 
-    def examples(self, step: int) -> list[int]:
-        """The indices of the run's 0-based optimiser step `step`, of all processes."""
-        epoch, position = divmod(step, self.steps_per_epoch)
-        return self.order(epoch)[position * self.step_size : (position + 1) * self.step_size]
-
-    def micro_batches(self, step: int) -> list[tuple[list[int], float]]:
-        """This process's `(indices, weight)` pairs of the run's 0-based optimiser step `step`.
-
-        A process that is left without examples gets one at weight 0, so that all make the same number of passes.
-        """
-        chosen = self.examples(step)
-        size = self.batch_size * self.world
-        result = []
-        for start in range(0, len(chosen), size):
-            chunk = chosen[start : start + size]
-            edges = [round(len(chunk) * r / self.world) for r in range(self.world + 1)]
-            part = chunk[edges[self.rank] : edges[self.rank + 1]]
-            weight = len(part) * self.world / len(chosen)
-            result.append((part or chunk[:1], weight))
-        return result
+    def _next(self) -> Any:
+        for _ in range(2):
+            if self._iterator is None:
+                for tell in epoch_listeners(self.source):
+                    tell(self.passes)
+                self._iterator, self.passes = iter(self.source), self.passes + 1
+            seed_everything(mix_seed(self.seed, self.position))
+            try:
+                example = next(self._iterator)
+            except StopIteration:
+                self._iterator = None
+                continue
+            self.position += 1
+            return example
+        raise _StreamEndedError(
+            f"The iterable data set gave {self.position} examples and none when it was started again. Let its __iter__ "
+            "begin anew (a generator cannot), or lower max_steps."
+        )
 
 
-class _KeyStream:
-    """The batch sampler of a whole run from `first` on: lists of (epoch, index) for `SeededExamples`."""
-
-    def __init__(self, sampler: StepSampler, first: int, last: int) -> None:
-        self.sampler, self.first, self.last = sampler, first, last
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for step in range(self.first, self.last):
-            epoch = step // self.sampler.steps_per_epoch
-            for indices, _ in self.sampler.micro_batches(step):
-                yield [(epoch, i) for i in indices]
+def epoch_listeners(data: Any) -> list[Callable[[int], None]]:
+    """The `set_epoch` methods of `data` and of the data sets it holds, however deep (`Subset`, `ConcatDataset`, ...)."""
+    found, todo, seen = [], [data], set()
+    while todo:
+        item = todo.pop()
+        if id(item) in seen:
+            continue
+        seen.add(id(item))
+        if callable(getattr(item, "set_epoch", None)):
+            found.append(item.set_epoch)
+        for value in getattr(item, "__dict__", {}).values():
+            held = value if isinstance(value, (list, tuple)) and len(value) <= 1000 else [value]
+            todo += [
+                v for v in held if hasattr(v, "__dict__") and (hasattr(v, "__getitem__") or hasattr(v, "__iter__"))
+            ]
+    return found
 
 
 def train_batches(
-    data: Any,
-    sampler: StepSampler,
-    *,
-    first: int,
-    last: int,
-    num_workers: int = 0,
-    collate_fn: Callable[[list[Any]], Any] | None = None,
-    pin_memory: bool = False,
+    batches: Batches, keys: Iterable[Key], num_workers: int = 0, pin_memory: bool = False
 ) -> Iterator[Any]:
-    """All micro-batches of steps `first..last-1` in order, collated on the CPU."""
-    return iter(
-        DataLoader(
-            SeededExamples(data, sampler.seed),
-            batch_sampler=_KeyStream(sampler, first, last),  # type: ignore[arg-type]
-            num_workers=num_workers,
-            collate_fn=collate_fn or collate,
-            worker_init_fn=_quiet_worker,
-            generator=torch.Generator().manual_seed(
-                0
-            ),  # otherwise the loader would draw from the training's own stream
-            pin_memory=pin_memory,
-        )
+    """The batches of `keys` in order, on the CPU; raises what went wrong with one when its turn comes."""
+    for batch in _loader(batches, keys, num_workers, pin_memory):
+        if isinstance(batch, InputError):
+            raise batch
+        yield batch
+
+
+def _loader(batches: Batches, keys: Iterable[Key], num_workers: int, pin_memory: bool) -> Iterable[Any]:
+    if num_workers == 0:
+        return map(batches.__getitem__, keys)
+    return DataLoader(
+        batches,
+        sampler=keys,  # type: ignore[arg-type]
+        batch_size=None,
+        collate_fn=_as_it_is,
+        num_workers=1 if isinstance(batches.data, Stream) else num_workers,  # a stream has one reader
+        worker_init_fn=_quiet_worker,
+        generator=torch.Generator().manual_seed(0),  # otherwise it would draw from the training's own stream
+        pin_memory=pin_memory,
     )
 
 
 class EvalLoader:
     """Batches of `data` in order, moved to `device`; may be iterated many times. `shard` (rank, world) takes
-    every world-th batch only; `check` is called before each batch and may raise."""
+    every world-th batch only; `check` is called before each batch and may raise. After each batch the global generators
+    are seeded from (seed, batch), for a metric that draws."""
 
     def __init__(
         self,
@@ -172,34 +181,33 @@ class EvalLoader:
         device: torch.device,
         *,
         num_workers: int = 0,
-        collate_fn: Callable[[list[Any]], Any] | None = None,
+        collate_fn: Collate | None = None,
         shard: tuple[int, int] = (0, 1),
         seed: int = 0,
         check: Callable[[], None] = lambda: None,
     ) -> None:
-        self.check = check
         rank, world = shard
         starts = range(rank * batch_size, len(data), batch_size * world)
-        self.device, self.shard = device, shard
-        keys = [[(0, i) for i in range(s, min(s + batch_size, len(data)))] for s in starts]
-        self.loader = DataLoader(
-            SeededExamples(data, seed),
-            batch_sampler=keys,  # type: ignore[arg-type]
-            num_workers=num_workers,
-            collate_fn=collate_fn or collate,
-            worker_init_fn=_quiet_worker,
-            generator=torch.Generator().manual_seed(0),
-        )
+        self.keys = [(0, range(s, min(s + batch_size, len(data)))) for s in starts]
+        self.batches = Batches(data, seed, collate_fn)
+        self.device, self.num_workers, self.check, self.seed = device, num_workers, check, seed
+        self.current: Sequence[int] = ()
+        self.batch: Any = None
 
     def __len__(self) -> int:
-        return len(self.loader)
+        return len(self.keys)
 
     def __iter__(self) -> Iterator[Any]:
         from accelerate.utils import send_to_device
 
-        for batch in self.loader:
+        pinned = self.device.type == "cuda"
+        for (_, indices), batch in zip(
+            self.keys, train_batches(self.batches, self.keys, self.num_workers, pinned), strict=True
+        ):
             self.check()
-            yield send_to_device(batch, self.device)
+            self.current, self.batch = indices, batch
+            seed_everything(mix_seed(self.seed, indices[0]), device=self.device)
+            yield send_to_device(batch, self.device, non_blocking=pinned)
 
 
 def collate(examples: list[Any]) -> Any:
@@ -224,10 +232,16 @@ def _shape(example: Any) -> str:
 
 def describe_examples(data: Any, indices: Sequence[int]) -> list[str]:
     """What the user calls these examples: `data.describe(i)`, else `data.paths[i]`, else `example i`."""
+    if isinstance(data, Subset):
+        return describe_examples(data.dataset, [data.indices[i] for i in indices])
     if hasattr(data, "describe"):
         return [str(data.describe(i)) for i in indices]
     paths = getattr(data, "paths", None)
     return [str(paths[i]) if isinstance(paths, Sized) and i < len(paths) else f"example {i}" for i in indices]  # type: ignore[index]
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 def _quiet_worker(_: int) -> None:

@@ -10,7 +10,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,36 +21,33 @@ from torch import Tensor, nn
 from mmkit.errors import CheckpointError, InputError, TrainingError, nearest
 from mmkit.storage import runs as ckpt, write_json
 from mmkit.training.config import FitConfig, FitResult, StepInfo
-from mmkit.training.loading import (
-    EvalLoader,
-    SeededExamples,
-    StepSampler,
-    describe_examples,
-    mix_seed,
-    train_batches,
-)
+from mmkit.training.ema import MovingAverage
+from mmkit.training.evaluation import Evaluator, MetricsFn
+from mmkit.training.failures import explaining
+from mmkit.training.groups import ParameterGroups, describe_groups, parameter_groups
+from mmkit.training.loading import Batches, Collate, Stream, describe_examples, train_batches
 from mmkit.training.logs import RunLog
-from mmkit.training.metrics import CrossEntropyLoss, accuracy, accuracy_sums, metrics_from_sums
+from mmkit.training.metrics import CrossEntropyLoss, TargetError
+from mmkit.training.randomness import kept_rng, mix_seed, seed_everything
+from mmkit.training.sampling import StepKeys, StepSampler
 from mmkit.training.setup import (
-    StepUndo,
+    RunningStatistics,
     Trainee,
+    check_arguments,
     check_loss,
     current_lr,
     freeze_running_statistics,
     has_non_finite,
     kept_modes,
-    kept_rng,
     make_accelerator,
     make_optimizer,
     make_scheduler,
-    parameter_groups,
-    seed_everything,
     share_weights,
 )
 
 LossFn = Callable[[nn.Module, Any], "Tensor | tuple[Tensor, dict[str, float]]"]
-MetricsFn = Callable[[nn.Module, Any], dict[str, float]]
 
+_PAUSES = ("interrupted", "cancelled", "max_seconds")  # why a run stops that a later call may continue
 _LOCK = threading.RLock()  # accelerate's state and the random streams belong to the process: one run at a time
 
 
@@ -64,17 +61,27 @@ def fit(
     config: FitConfig | None = None,
     output_dir: str | os.PathLike[str] | None = None,
     adapter: Any = None,
+    parameter_groups: ParameterGroups | None = None,
     on_step: Callable[[StepInfo], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
-    collate_fn: Callable[[list[Any]], Any] | None = None,
+    collate_fn: Collate | None = None,
 ) -> FitResult:
     """Train `model` in place (or `adapter` attached to it) and return what happened.
 
     The same call runs in one process, or in several under `torchrun` / `accelerate launch` (DDP, or FSDP version 2).
 
+    Data sets. Examples are by default `(image (C, H, W) float, label int)`. A map-style one (a list, or anything with
+    `len()` and indexing) is shuffled each epoch. An iterable one (`__iter__` alone) needs `max_steps` or `steps_per_epoch`;
+    it is used in its own order and started again when it ends. A data set that has `set_epoch(epoch)`, also inside
+    another one, is told the epoch (an iterable: the pass) before it is read, in whichever process reads it. What an
+    example draws from the global generators of Python, numpy and torch depends on (seed, epoch, index) alone.
+    Limits of iterables: one process reads them however large `num_workers`; under several processes each reads all of it
+    and keeps its share; a resumed run reads and drops what it has seen; that the data are the same cannot be checked.
+
     Args:
         model: the module. Parameters with `requires_grad` are trained; it is moved to the training device.
-        train, val: map-style data sets or lists of examples, by default `(image (C, H, W) float, label int)`.
+        train: a map-style or iterable data set.
+        val: a map-style data set.
         loss_fn: `(model, batch) -> loss`, or `(loss, {name: number})`, the mean over the batch's examples. Default:
             cross entropy. It may call any method of `model`.
         metrics_fn: `(model, loader) -> {name: number}` in eval mode without gradients; under several processes each one
@@ -82,30 +89,31 @@ def fit(
         config: see `FitConfig`.
         output_dir: folder for checkpoints, `log.csv`, `history.csv` and `metrics.json`; None writes nothing.
         adapter: an attached mmkit adapter: only its `trainable_parameters()` are trained.
+        parameter_groups: what is trained and how: dicts as torch's optimisers take them, or a function of `model` that
+            returns such. "params" holds parameters; "lr" (or "lr_scale", a factor on `FitConfig.lr`) follows the schedule
+            of all; a group without "weight_decay" follows `FitConfig.weight_decay`; other settings go to the optimiser.
+            Parameters in no group are not trained.
         on_step: called after each step on the main process.
         should_stop: polled every step (and during evaluation in one process); True ends the run with its state saved.
-        collate_fn: list of examples to batch; default: torch's.
+        collate_fn: list of examples to batch; default: torch's. What it draws is seeded per batch.
 
     Raises:
-        InputError: empty data, nothing to train, unusable examples or settings, or `output_dir` holds another run.
+        InputError: empty data, nothing to train, unusable examples, labels or settings, a data set that fails (the example
+            is named), or `output_dir` holds another run.
         CheckpointError: `resume` names a folder without a fitting checkpoint.
-        TrainingError: the loss or gradient became NaN or infinite; it names the step and the batch's files, and the
-            state before that step is saved.
+        TrainingError: the loss or gradient became NaN or infinite (it names the step and the batch's files, and the
+            state before that step is saved), memory ran out, or a process that reads data was killed.
     """
-    config = config or FitConfig()
-    for name, data in (("train", train), ("val", val)):
-        if data is not None and (not hasattr(data, "__len__") or not hasattr(data, "__getitem__")):
-            raise InputError(f"{name} must be a list or a map-style data set with len(), not {type(data).__name__}.")
-        if data is not None and len(data) == 0:
-            raise InputError(f"The {name} data set is empty.")
-    if val is None and config.patience is not None:
-        raise InputError("patience needs validation data: pass val.")
+    config = FitConfig() if config is None else config
+    check_arguments(model, train, val, config)
     while not _LOCK.acquire(timeout=0.2):
         if should_stop is not None and should_stop():
             return FitResult([], [], {}, {}, 0, "cancelled", None, 0.0, 0)
     try:
         hooks = (on_step or (lambda info: None), should_stop or (lambda: False))
-        return _Run(model, train, val, loss_fn, metrics_fn, config, output_dir, adapter, hooks, collate_fn).run()
+        return _Run(
+            model, train, val, loss_fn, metrics_fn, config, output_dir, adapter, parameter_groups, hooks, collate_fn
+        ).run()
     finally:
         _LOCK.release()
 
@@ -142,24 +150,28 @@ class _Run:
         config: FitConfig,
         output_dir: str | os.PathLike[str] | None,
         adapter: Any,
+        parameter_groups: ParameterGroups | None,
         hooks: tuple[Callable[[StepInfo], None], Callable[[], bool]],
-        collate_fn: Callable[[list[Any]], Any] | None,
+        collate_fn: Collate | None,
     ) -> None:
-        self.model, self.train, self.val, self.config, self.adapter = model, train, val, config, adapter
+        self.model, self.val, self.config, self.adapter = model, val, config, adapter
+        self.train = train if hasattr(train, "__getitem__") else Stream(train, config.seed)
         self.loss_fn = loss_fn or CrossEntropyLoss(config.label_smoothing)
-        self.metrics_fn, self.collate_fn = metrics_fn, collate_fn
+        self.metrics_fn, self.given_groups, self.collate_fn = metrics_fn, parameter_groups, collate_fn
         self.on_step, self.should_stop = hooks
         self.folder = None if output_dir is None else Path(output_dir).expanduser()
         self.signalled = False
+        self.batch: Any = None
         self.state = _Progress()
         self.losses: list[float] = []
         self.best: dict[str, Tensor] = {}
-        self.ema: dict[str, Tensor] = {}
+        self.ema: MovingAverage | None = None
 
     # -------------------------------------------------------------------------------------------------- preparation
 
     def run(self) -> FitResult:
         with kept_rng(), kept_modes(self.model, self.adapter), self._signals():
+            self._plan()
             self._prepare()
             self._restore()
             started = time.perf_counter() - self.state.seconds
@@ -173,27 +185,35 @@ class _Run:
                 self.optimizer.zero_grad(set_to_none=True)
             return self._finish()
 
-    def _prepare(self) -> None:
+    def _plan(self) -> None:
+        """Which examples each step takes, and how many steps there are."""
         config = self.config
         self.accelerator = make_accelerator(config)
         self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index
+        stream = isinstance(self.train, Stream)
+        per_step = config.batch_size * config.grad_accum * self.world
         self.sampler = StepSampler(
-            len(self.train),
+            (config.steps_per_epoch or config.max_steps) * per_step if stream else len(self.train),
             config.batch_size,
             grad_accum=config.grad_accum,
             world=self.world,
             rank=self.rank,
             seed=config.seed,
             drop_last=config.drop_last,
+            stream=stream,
         )
         if self.sampler.steps_per_epoch == 0:
-            raise InputError(
-                f"{len(self.train)} examples do not fill one step of {self.sampler.step_size}; use drop_last=False."
-            )
+            raise InputError(f"{len(self.train)} examples do not fill one step of {per_step}; use drop_last=False.")
         self.total = config.max_steps or config.epochs * self.sampler.steps_per_epoch
+
+    def _prepare(self) -> None:
+        config = self.config
         trainee = Trainee(self.model, self.adapter)
-        groups, self.names = parameter_groups(trainee, self.model, self.adapter, config.weight_decay)
+        groups, self.names = parameter_groups(
+            trainee, self.model, self.adapter, config.weight_decay, self.given_groups, config.lr
+        )
         self.trainable = sum(p.numel() for g in groups for p in g["params"])
+        described = describe_groups(groups, self.names)
         optimizer = make_optimizer(config, groups)
         self.scheduler = make_scheduler(config, optimizer, self.total, self.sampler.steps_per_epoch)
         shapes = sorted((k, tuple(p.shape)) for k, p in trainee.named_parameters() if p.requires_grad)
@@ -203,14 +223,27 @@ class _Run:
         self.sharded = share_weights(self.accelerator, trainee)
         self.trainee, self.optimizer = self.accelerator.prepare(trainee, optimizer)
         self.inner = self.accelerator.unwrap_model(self.trainee)
+        self.parameters = list(self.trainee.parameters())
+        self.statistics = RunningStatistics(self.inner)
         self.fingerprint = {
             **config.identity(),
-            "examples": len(self.train),
+            "examples": self.sampler.length,
             "processes": self.world,
             "trained tensors": hashlib.sha256(repr(shapes).encode()).hexdigest()[:16],
+            "parameter groups": described,
         }
         if config.ema_decay is not None:
-            self.ema = {k: p.detach().clone() for k, p in self.inner.named_parameters() if p.requires_grad}
+            self.ema = MovingAverage(self.inner, config.ema_decay)
+        self.evaluator = self.val is not None and Evaluator(
+            self.accelerator,
+            self.trainee,
+            self.val,
+            self.metrics_fn,
+            config,
+            collate_fn=self.collate_fn,
+            sharded=self.sharded,
+            check=self._check_cancelled,
+        )
 
     def _open_log(self) -> RunLog | None:
         if self.folder is None or not self.accelerator.is_main_process:
@@ -243,21 +276,20 @@ class _Run:
 
         state, config = self.state, self.config
         batches = train_batches(
-            self.train,
-            self.sampler,
-            first=state.step,
-            last=self.total,
-            num_workers=config.num_workers,
-            collate_fn=self.collate_fn,
+            Batches(self.train, config.seed, self.collate_fn),
+            StepKeys(self.sampler, state.step, self.total),
+            config.num_workers,
             pin_memory=self.accelerator.device.type == "cuda",
         )
         show = config.progress and self.accelerator.is_main_process
         with tqdm(total=self.total, initial=state.step, desc="fit", disable=not show) as bar:
-            if state.stopped in ("", "cancelled", "interrupted"):
+            if state.stopped in ("", *_PAUSES):
                 state.stopped = ""
-                self._after_step(log, saved=True)  # an evaluation or stop that fell just before this start
+                # an evaluation or stop that fell just before this start
+                self._after_step(log, stop="max_seconds" if self._out_of_time() else "", saved=True)
             while not state.stopped:
-                loss, extras, stop = self._step(batches)
+                with explaining(state.step + 1, lambda: self.batch, ours=isinstance(self.loss_fn, CrossEntropyLoss)):
+                    loss, extras, stop = self._step(batches)
                 state.step += 1
                 self.losses.append(loss)
                 epoch = (state.step - 1) // self.sampler.steps_per_epoch + 1
@@ -265,12 +297,16 @@ class _Run:
                 self.scheduler.step_update(state.step)
                 if log is not None:
                     log.add("log", {"step": state.step, "epoch": epoch, "loss": loss, "lr": lr, **extras})
-                bar.update()
-                shown = {"loss": loss, **{f"val {k}": v for k, v in state.metrics.items()}}
-                bar.set_postfix({k: f"{v:.4f}" for k, v in shown.items()}, refresh=False)
+                if show:
+                    bar.update()
+                    shown = {"loss": loss, **{f"val {k}": v for k, v in state.metrics.items()}}
+                    bar.set_postfix({k: f"{v:.4f}" for k, v in shown.items()}, refresh=False)
                 self._after_step(log, stop=stop)
                 if self.accelerator.is_main_process:
                     self.on_step(StepInfo(state.step, self.total, epoch, loss, lr, dict(state.metrics)))
+            if state.stopped == "max_seconds" and state.evaluated < state.step:
+                with contextlib.suppress(_Cancelled):
+                    self._evaluate(None)  # for the result alone: a continued run evaluates where it always would
 
     def _after_step(self, log: RunLog | None, *, stop: str = "", saved: bool = False) -> None:
         """Evaluate, decide whether to stop, and write a checkpoint, as the step count demands."""
@@ -295,61 +331,83 @@ class _Run:
 
     def _step(self, batches: Iterator[Any]) -> tuple[float, dict[str, float], str]:
         """One optimiser step: (mean loss over the step's examples and all processes, extras, why to stop or "")."""
+        self.statistics.remember()
+        micro = self.sampler.micro_batches(self.state.step)
+        total: Any = 0.0
+        extras: dict[str, float] = {}
+        for i in range(len(micro)):
+            loss, numbers = self._backward(batches, micro, i)
+            total = total + loss
+            for key, value in numbers.items():
+                extras[key] = extras.get(key, 0.0) + float(value) * micro[i][1]
+        mean, extras, stop = self._agree(total, extras)
+        if not math.isfinite(mean):
+            self._fail("loss", mean)
+        if self.config.clip_grad is not None:
+            norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.clip_grad)
+            if self.accelerator.scaler is None and norm is not None and not math.isfinite(float(norm)):
+                self._fail("gradient norm", float(norm))
+        # accelerate's own step looks for optional packages each time; only a gradient scaler needs what it adds
+        (self.optimizer.optimizer if self.accelerator.scaler is None else self.optimizer).step()
+        self.optimizer.optimizer.zero_grad(set_to_none=True)
+        if self.ema is not None:
+            self.ema.update(self.state.step + 1)
+        return mean, extras, stop
+
+    def _backward(
+        self, batches: Iterator[Any], micro: list[tuple[Sequence[int], float]], i: int
+    ) -> tuple[Tensor, dict[str, float]]:
+        """Add the gradients of the step's micro-batch `i`; returns its share of the loss, and the extras."""
         from accelerate.utils import send_to_device
 
-        accelerator, undo = self.accelerator, StepUndo(self.inner)
-        micro = self.sampler.micro_batches(self.state.step)
-        total = torch.zeros((), device=accelerator.device)
-        extras: dict[str, float] = {}
-        for i, (_, weight) in enumerate(micro):
-            batch = send_to_device(next(batches), accelerator.device, non_blocking=True)
+        accelerator, loss_fn = self.accelerator, self.loss_fn
+        indices, weight = micro[i]
+        self.batch = None
+        self.batch = next(batches)
+        seed_everything(mix_seed(self.config.seed, self.state.step, i, self.rank), device=accelerator.device)
+        try:
+            if isinstance(loss_fn, CrossEntropyLoss):
+                loss_fn.check(self.batch)
+            batch = send_to_device(self.batch, accelerator.device, non_blocking=True)
             with contextlib.nullcontext() if i == len(micro) - 1 else accelerator.no_sync(self.trainee):
-                output = self.trainee(self.loss_fn, batch)
+                output = self.trainee(loss_fn, batch)
                 loss, numbers = output if isinstance(output, tuple) else (output, {})
                 check_loss(loss)
-                accelerator.backward(loss * weight)
-            total = total + loss.detach() * weight
-            for key, value in numbers.items():
-                extras[key] = extras.get(key, 0.0) + float(value) * weight
-        flags = [float(self.signalled), float(bool(self.should_stop())), *(extras[k] for k in sorted(extras))]
-        rest = torch.tensor(flags, dtype=torch.float32, device=total.device)
-        mean, signalled, cancelled, *means = self._mean_over_processes(torch.cat([total.float()[None], rest]))
-        extras = dict(zip(sorted(extras), means, strict=True))
-        if not math.isfinite(mean):
-            self._fail("loss", mean, undo)
-        if self.config.clip_grad is not None:
-            norm = accelerator.clip_grad_norm_(list(self.trainee.parameters()), self.config.clip_grad)
-            if accelerator.scaler is None and norm is not None and not math.isfinite(float(norm)):
-                self._fail("gradient norm", float(norm), undo)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self._update_ema()
-        return mean, extras, "interrupted" if signalled else "cancelled" if cancelled else ""
+                share = loss if weight == 1 else loss * weight
+                (share if accelerator.scaler is None else accelerator.scaler.scale(share)).backward()
+        except TargetError as error:
+            raise error.named(describe_examples(self.train, [indices[p] for p in error.positions])) from None
+        return share.detach(), numbers
 
-    def _mean_over_processes(self, values: Tensor) -> list[float]:
-        return (self.accelerator.reduce(values, "sum") / self.world).tolist() if self.world > 1 else values.tolist()
+    def _agree(self, loss: Tensor, extras: dict[str, float]) -> tuple[float, dict[str, float], str]:
+        """The mean loss, the mean extras and why to stop: the same in all processes."""
+        flags: list[float] = [self.signalled, bool(self.should_stop()), self._out_of_time()]
+        if self.world == 1:
+            mean, means = float(loss), [extras[k] for k in sorted(extras)]
+        else:
+            rest = torch.tensor([*flags, *(extras[k] for k in sorted(extras))], dtype=torch.float32, device=loss.device)
+            values = self.accelerator.reduce(torch.cat([loss.float()[None], rest]), "sum") / self.world
+            mean, *both = values.tolist()
+            flags, means = both[: len(flags)], both[len(flags) :]
+        stop = next((reason for reason, flag in zip(_PAUSES, flags, strict=True) if flag), "")
+        return mean, dict(zip(sorted(extras), means, strict=True)), stop
 
-    def _update_ema(self) -> None:
-        decay = self.config.ema_decay
-        if decay is not None:
-            with torch.no_grad():
-                for key, parameter in self.inner.named_parameters():
-                    if key in self.ema:
-                        self.ema[key].mul_(decay).add_(parameter.detach(), alpha=1 - decay)
+    def _out_of_time(self) -> bool:
+        return self.config.max_seconds is not None and self._clock() >= self.config.max_seconds
 
-    def _fail(self, what: str, value: float, undo: StepUndo) -> None:
+    def _fail(self, what: str, value: float) -> None:
         """Save the state before the bad step and raise with the files of the batch."""
-        undo.restore()
+        self.statistics.restore()
         step = self.state.step
         chosen = self.sampler.examples(step)
-        examples, epoch = SeededExamples(self.train, self.config.seed), step // self.sampler.steps_per_epoch
-        bad = [i for i in chosen if has_non_finite(examples, (epoch, i))]
+        epoch, again = step // self.sampler.steps_per_epoch, Batches(self.train, self.config.seed, None)
+        bad = [i for i in chosen if not self.sampler.stream and has_non_finite(again, epoch, i)]
         files = describe_examples(self.train, bad or chosen)
         shown = ", ".join(files[:8]) + (f" and {len(files) - 8} more" if len(files) > 8 else "")
         cause = f"These examples hold NaN or infinite values: {shown}." if bad else f"The step's examples: {shown}."
         saved = None
         if self.folder is not None:
-            self._save(f"failed_at_{step + 1:08d}", rng=ckpt.rng_state(undo.rng))
+            self._save(f"failed_at_{step + 1:08d}")
             saved = self.folder / "checkpoints" / f"failed_at_{step + 1:08d}"
         hint = "" if bad else " Try a lower lr, a smaller clip_grad, or mixed_precision='no'."
         where = f" The state before this step is in {saved}." if saved else ""
@@ -369,45 +427,15 @@ class _Run:
             "train_loss": sum(recent) / len(recent),
             "lr": current_lr(self.optimizer),
         }
-        if self.val is not None:
-            with self._evaluation_weights():
-                state.metrics = self._metrics()
+        if self.evaluator:
+            with self.ema.applied() if self.ema is not None else contextlib.nullcontext():
+                state.metrics = self.evaluator(state.step)
                 self._judge()
             row.update({f"val_{k}" if k in row else k: v for k, v in state.metrics.items()})
         state.evaluated = state.step
         state.history.append(row)
         if log is not None:
             log.add("history", row)
-
-    def _metrics(self) -> dict[str, float]:
-        shared = self.metrics_fn is None and self.world > 1 and not self.sharded
-        loader = EvalLoader(
-            self.val,
-            self.config.batch_size,
-            self.accelerator.device,
-            num_workers=self.config.num_workers,
-            collate_fn=self.collate_fn,
-            shard=(self.rank, self.world) if shared else (0, 1),
-            seed=self.config.seed,
-            check=self._check_cancelled,
-        )
-        self.trainee.eval()
-        try:
-            with torch.no_grad():
-                if shared:
-                    sums = self.trainee(accuracy_sums, loader).to(self.accelerator.device, torch.float32)
-                    return metrics_from_sums(self.accelerator.reduce(sums, "sum"))
-                found = self.trainee(self.metrics_fn or accuracy, loader)
-        finally:
-            self.trainee.train()
-            freeze_running_statistics(self.inner)
-            if self.sharded:  # without a backward pass FSDP would leave its root whole
-                for module in self.trainee.modules():
-                    if hasattr(module, "reshard"):
-                        module.reshard()
-        if not isinstance(found, dict):
-            raise InputError(f"metrics_fn must return a dict of numbers, not {type(found).__name__}.")
-        return {str(k): float(v) for k, v in found.items()}
 
     def _check_cancelled(self) -> None:
         if self.world == 1 and self.should_stop():
@@ -426,26 +454,9 @@ class _Run:
         else:
             state.bad_evaluations += 1
 
-    @contextlib.contextmanager
-    def _evaluation_weights(self) -> Iterator[None]:
-        """The moving average in place of the weights, if there is one."""
-        self._swap_ema()
-        try:
-            yield
-        finally:
-            self._swap_ema()
-
-    @torch.no_grad()
-    def _swap_ema(self) -> None:
-        for key, parameter in self.inner.named_parameters():
-            if key in self.ema:
-                kept = parameter.detach().clone()
-                parameter.copy_(self.ema[key])
-                self.ema[key] = kept
-
     # --------------------------------------------------------------------------------------------- saving, finishing
 
-    def _save(self, name: str, rng: dict[str, Tensor] | None = None) -> None:
+    def _save(self, name: str) -> None:
         if self.folder is None:
             return
         root = self.folder / "checkpoints"
@@ -455,7 +466,7 @@ class _Run:
         if self.best:
             files["best"] = self.best
         if self.ema:
-            files["ema"] = {k: ckpt.whole(v) for k, v in self.ema.items()}
+            files["ema"] = self.ema.tensors()
         self.state.seconds = self._clock()
         scaler = self.accelerator.scaler
         state = {
@@ -465,7 +476,7 @@ class _Run:
             "scaler": scaler.state_dict() if scaler is not None else {},
         }
         writer = ckpt.CheckpointWriter(root / name, self.rank, self.accelerator.wait_for_everyone)
-        writer.write(files, rng or ckpt.rng_state(), state)
+        writer.write(files, ckpt.rng_state(), state)
         if self.accelerator.is_main_process:
             ckpt.prune_checkpoints(root, self.config.keep_checkpoints)
 
@@ -499,9 +510,8 @@ class _Run:
         self.state = _Progress(**saved["progress"])
         self.losses = tensors["losses"]["losses"].tolist()
         self.best = tensors.get("best", {})
-        for key, parameter in self.inner.named_parameters():
-            if key in self.ema:
-                self.ema[key] = ckpt.shard_like(parameter.detach(), tensors["ema"][key])
+        if self.ema:
+            self.ema.load(tensors["ema"])
         self.scheduler.step_update(self.state.step)
         if named and self.folder is not None and self.accelerator.is_main_process:
             ckpt.remove_checkpoints(self.folder / "checkpoints", after=self.state.step)
@@ -513,7 +523,7 @@ class _Run:
         if self.best and self.config.restore_best:
             ckpt.load_module_tensors(self.inner, self.best, "the best weights")
         elif self.ema:
-            self._swap_ema()
+            self.ema.apply()
         result = FitResult(
             history=state.history,
             losses=self.losses,

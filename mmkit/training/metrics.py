@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -39,15 +39,66 @@ def split_batch(batch: Any) -> tuple[Any, Tensor]:
     )
 
 
+class TargetError(InputError):
+    """Labels that do not fit the model. `positions`: where they are in the batch."""
+
+    def __init__(self, message: str, positions: Sequence[int] = ()) -> None:
+        super().__init__(message)
+        self.positions = positions
+
+    def named(self, names: Sequence[str]) -> InputError:
+        """The same with the names of the examples."""
+        more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+        return InputError(f"{self} Found at: {', '.join(names[:4])}{more}.")
+
+
+def check_targets(targets: Tensor, num_classes: int) -> Tensor:
+    """`targets` as int64 `(B,)` in `0..num_classes-1`, or float probabilities `(B, num_classes)` as they are.
+
+    Raises `TargetError` for anything else.
+    """
+    if targets.ndim == 2 and targets.is_floating_point() and targets.shape[1] == num_classes:
+        return targets
+    if targets.ndim != 1 or targets.is_floating_point():
+        raise TargetError(
+            f"The labels of a batch are {tuple(targets.shape)} {targets.dtype}; expected integers (B,), or "
+            f"probabilities (B, {num_classes}). Return int(label) from the data set, or pass loss_fn and metrics_fn."
+        )
+    outside = (targets < 0) | (targets >= num_classes)
+    if outside.any():
+        positions = outside.nonzero().flatten().tolist()
+        raise TargetError(
+            f"Label {int(targets[positions[0]])} is outside 0..{num_classes - 1}, the {num_classes} classes the model "
+            "tells apart. Number the classes from 0, or build the model with more classes.",
+            positions,
+        )
+    return targets.long()
+
+
 class CrossEntropyLoss:
-    """The default `loss_fn`: cross entropy of `model(images)` `(B, K)` against targets `(B,)` int or `(B, K)` soft."""
+    """The default `loss_fn`: cross entropy of `model(images)` `(B, K)` against targets `(B,)` int or `(B, K)` soft.
+
+    The first batch shows K; from then on `check` can look at labels while they are still on the CPU, because a GPU would
+    end the process over a wrong one.
+    """
 
     def __init__(self, label_smoothing: float = 0.0) -> None:
         self.label_smoothing = label_smoothing
+        self.num_classes: int | None = None
+
+    def check(self, batch: Any) -> None:
+        """Raise `TargetError` when the labels of `batch` do not fit the model, as far as that is known."""
+        if self.num_classes is not None:
+            check_targets(split_batch(batch)[1], self.num_classes)
 
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
         images, targets = split_batch(batch)
-        return F.cross_entropy(_full_precision(logits_of(model(images))), targets, label_smoothing=self.label_smoothing)
+        logits = _full_precision(logits_of(model(images)))
+        if self.num_classes is None:
+            self.num_classes = logits.shape[-1]
+            check_targets(targets, self.num_classes)
+        targets = targets if targets.is_floating_point() else targets.long()
+        return F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing)
 
 
 def accuracy_sums(model: nn.Module, loader: Iterable[Any]) -> Tensor:
@@ -57,7 +108,8 @@ def accuracy_sums(model: nn.Module, loader: Iterable[Any]) -> Tensor:
         images, targets = split_batch(batch)
         logits = _full_precision(logits_of(model(images)))
         if targets.ndim != 1 or targets.is_floating_point():
-            raise InputError("The default metrics need integer targets (B,); pass metrics_fn to fit.")
+            raise TargetError("The default metrics need integer targets (B,); pass metrics_fn to fit.")
+        targets = check_targets(targets, logits.shape[-1])
         loss = F.cross_entropy(logits, targets, reduction="sum")
         correct = (logits.argmax(1) == targets).sum()
         total += torch.tensor([correct.item(), loss.item(), len(targets)], dtype=torch.float64)

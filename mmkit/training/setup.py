@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import math
-import random
+import os
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from mmkit.errors import InputError, nearest
-from mmkit.storage import runs as ckpt
 from mmkit.training.config import FitConfig
+from mmkit.training.loading import Batches
 
 
 class Trainee(nn.Module):
@@ -31,18 +32,23 @@ class Trainee(nn.Module):
         return function(self.model, argument)
 
 
-class StepUndo:
-    """What a step changes before its loss is known: random state and running statistics."""
+class RunningStatistics:
+    """The running statistics of `module`'s normalisation layers, which a step changes before its loss is known."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.rng = ckpt.capture_rng()
         owners = [m for m in module.modules() if m.training and getattr(m, "running_mean", None) is not None]
-        self.buffers = [(b, b.detach().clone()) for m in owners for b in m.buffers(recurse=False)]
+        self.buffers = [b for m in owners for b in m.buffers(recurse=False)]
+        self.kept = [b.clone() for b in self.buffers]
+
+    def remember(self) -> None:
+        """Keep them as they are now."""
+        if self.buffers:
+            torch._foreach_copy_(self.kept, self.buffers)
 
     def restore(self) -> None:
-        """Put the running statistics back."""
-        for buffer, kept in self.buffers:
-            buffer.copy_(kept)
+        """Put them back as they were."""
+        if self.buffers:
+            torch._foreach_copy_(self.buffers, self.kept)
 
 
 def make_accelerator(config: FitConfig) -> Any:
@@ -82,41 +88,6 @@ def share_weights(accelerator: Any, module: nn.Module) -> bool:
     return True
 
 
-def parameter_groups(
-    trainee: nn.Module, model: nn.Module, adapter: Any, weight_decay: float
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """Optimiser groups by learning rate and decay, and the parameter names in their order; freezes what is not trained."""
-    if adapter is not None:
-        wanted = {id(p) for _, p in adapter.trainable_parameters()}
-        unseen = wanted - {id(p) for p in trainee.parameters()}
-        if unseen:
-            raise InputError(f"{len(unseen)} of the adapter's parameters are neither in the adapter nor in the model.")
-        for parameter in trainee.parameters():
-            parameter.requires_grad_(id(parameter) in wanted)
-    named = [(k, p) for k, p in trainee.named_parameters() if p.requires_grad]
-    if not named:
-        raise InputError("There is nothing to train: no parameter has requires_grad. Unfreeze some, or pass adapter.")
-    skip = {f"model.{k}" for k in getattr(model, "no_weight_decay", set)()}
-    own = {id(p) for p in getattr(adapter, "own_parameters", list)()}
-    groups: dict[tuple[float, bool], list[tuple[str, nn.Parameter]]] = {}
-    for k, p in named:
-        scale, decays = (adapter.lr_scale, adapter.decays) if id(p) in own else (1.0, True)
-        groups.setdefault((scale, not (decays and p.ndim > 1 and k not in skip)), []).append((k, p))
-    order = sorted(groups)
-    return (
-        [
-            # `lr_scale` is timm's: its schedulers multiply by it
-            {
-                "params": [p for _, p in groups[scale, plain]],
-                "weight_decay": 0.0 if plain else weight_decay,
-                "lr_scale": scale,
-            }
-            for scale, plain in order
-        ],
-        [k for key in order for k, _ in groups[key]],
-    )
-
-
 def current_lr(optimizer: torch.optim.Optimizer) -> float:
     """The learning rate of this step, before any group's own scale."""
     group = optimizer.param_groups[0]
@@ -124,19 +95,22 @@ def current_lr(optimizer: torch.optim.Optimizer) -> float:
 
 
 def make_optimizer(config: FitConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """torch's or timm's optimiser; raises `InputError` with the nearest names."""
-    if config.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=config.lr)
-    if config.optimizer == "adam":
-        return torch.optim.Adam(groups, lr=config.lr)
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=config.lr, momentum=0.9)
-    from timm.optim import create_optimizer_v2, list_optimizers
+    """torch's or timm's optimiser; raises `InputError` with the nearest names for an unknown one or an unknown setting."""
+    known = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": partial(torch.optim.SGD, momentum=0.9)}
+    if config.optimizer in known:
+        optimizer = known[config.optimizer](groups, lr=config.lr)
+    else:
+        from timm.optim import create_optimizer_v2, list_optimizers
 
-    known = [str(name) for name in list_optimizers()]
-    if config.optimizer not in known:
-        raise InputError(f"Unknown optimizer {config.optimizer!r}. {nearest(config.optimizer, known)}")
-    return create_optimizer_v2(groups, opt=config.optimizer, lr=config.lr, weight_decay=0.0)
+        names = [str(name) for name in list_optimizers()]
+        if config.optimizer not in names:
+            raise InputError(f"Unknown optimizer {config.optimizer!r}. {nearest(config.optimizer, names)}")
+        optimizer = create_optimizer_v2(groups, opt=config.optimizer, lr=config.lr, weight_decay=0.0)
+    settings = {key for group in groups for key in group} - {"params", "lr_scale", *optimizer.defaults}
+    if settings:
+        unknown = sorted(settings)[0]
+        raise InputError(f"{config.optimizer} has no setting {unknown!r}. {nearest(unknown, optimizer.defaults)}")
+    return optimizer
 
 
 def make_scheduler(config: FitConfig, optimizer: torch.optim.Optimizer, total: int, steps_per_epoch: int) -> Any:
@@ -179,23 +153,6 @@ def kept_modes(*modules: Any) -> Iterator[None]:
             parameter.requires_grad_(requires_grad)
 
 
-@contextlib.contextmanager
-def kept_rng() -> Iterator[None]:
-    """Leave the caller's random states as they were."""
-    state = ckpt.rng_state()
-    try:
-        yield
-    finally:
-        ckpt.set_rng_state(state)
-
-
-def seed_everything(seed: int) -> None:
-    """Seed Python, numpy, and torch on all devices."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-
-
 def check_loss(loss: Any) -> None:
     """Raise `InputError` unless `loss` is one differentiable number."""
     if not isinstance(loss, Tensor) or loss.numel() != 1:
@@ -207,8 +164,39 @@ def check_loss(loss: Any) -> None:
         )
 
 
-def has_non_finite(data: Any, key: Any) -> bool:
-    """Whether example `data[key]` holds NaN or infinity, as far as it can be read at all."""
+def check_arguments(model: Any, train: Any, val: Any, config: Any) -> None:
+    """Raise `InputError` for what `fit` cannot work with, before anything is touched."""
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model must be a torch.nn.Module, not {type(model).__name__}.")
+    if not isinstance(config, FitConfig):
+        raise InputError(f"config must be a FitConfig, not {type(config).__name__}; write FitConfig(epochs=3).")
+    for name, data in (("train", train), ("val", val)):
+        if isinstance(data, (str, bytes, os.PathLike, dict, DataLoader)):
+            advice = {
+                str: "open it first, as mmkit.open_dataset does",
+                DataLoader: "pass its .dataset: fit makes batches",
+            }
+            hint = next((text for kind, text in advice.items() if isinstance(data, kind)), "pass a list or a data set")
+            raise InputError(f"{name} must be a data set of examples, not {type(data).__name__}: {hint}.")
+        if data is None and name == "val":
+            continue
+        if hasattr(data, "__len__") and hasattr(data, "__getitem__"):
+            if len(data) == 0:
+                raise InputError(f"The {name} data set is empty.")
+        elif name == "val" or not hasattr(data, "__iter__"):
+            kind = "map-style data set with len() and indexing" if name == "val" else "map-style or iterable data set"
+            raise InputError(f"{name} must be a list or a {kind}, not {type(data).__name__}.")
+        elif config.max_steps is None and config.steps_per_epoch is None:
+            raise InputError(
+                f"train is iterable ({type(data).__name__}), so its length is not known: give max_steps, or "
+                "steps_per_epoch with epochs."
+            )
+    if val is None and config.patience is not None:
+        raise InputError("patience needs validation data: pass val.")
+
+
+def has_non_finite(batches: Batches, epoch: int, index: int) -> bool:
+    """Whether example `index` holds NaN or infinity, as far as it can be read at all."""
 
     def bad(value: Any) -> bool:
         if isinstance(value, Tensor):
@@ -220,7 +208,7 @@ def has_non_finite(data: Any, key: Any) -> bool:
         return isinstance(value, float) and not math.isfinite(value)
 
     try:
-        return bad(data[key])
-    except (InputError, OSError) as error:
-        warnings.warn(f"Example {key} could not be read again: {error}", stacklevel=2)
+        return bad(batches.examples(epoch, [index]))
+    except InputError as error:
+        warnings.warn(f"Read again: {error}", stacklevel=2)
         return False

@@ -265,7 +265,7 @@ def test_mixed_precision_keeps_float32_weights(precision):
 
 
 def test_weight_decay_spares_one_dimensional_tensors():
-    from mmkit.training.setup import parameter_groups
+    from mmkit.training.groups import parameter_groups
 
     model = network()
     groups, names = parameter_groups(nn.ModuleDict({"model": model}), model, None, 0.1)
@@ -278,7 +278,8 @@ def test_an_adapter_may_ask_for_its_own_rate_and_no_decay():
     import timm
 
     from mmkit.adapters import apply_adapter
-    from mmkit.training.setup import Trainee, current_lr, make_optimizer, make_scheduler, parameter_groups
+    from mmkit.training.groups import parameter_groups
+    from mmkit.training.setup import Trainee, current_lr, make_optimizer, make_scheduler
 
     model = timm.create_model(
         "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=16, depth=1, num_heads=2, num_classes=3
@@ -304,7 +305,7 @@ def test_two_steps_by_hand_match_plain_torch():
     theirs.load_state_dict(ours.state_dict())
     config = FitConfig(epochs=1, batch_size=16, lr=0.01, schedule="constant", weight_decay=0.1, clip_grad=None, **QUIET)
     fit(ours, data, config=config)
-    from mmkit.training.loading import StepSampler
+    from mmkit.training.sampling import StepSampler
 
     sampler = StepSampler(32, 16)
     optimizer = torch.optim.AdamW(
@@ -340,7 +341,7 @@ def test_cancelled_during_evaluation_evaluates_on_resume(tmp_path):
 
 BAD = {
     "empty": (lambda: fit(network(), [], config=FitConfig(**QUIET)), "train data set is empty"),
-    "iterable": (lambda: fit(network(), iter([1])), "map-style"),
+    "iterable": (lambda: fit(network(), iter([1])), "give max_steps"),
     "patience": (lambda: fit(network(), points(), config=FitConfig(patience=1, **QUIET)), "validation"),
     "nothing to train": (lambda: fit(network().requires_grad_(False), points(), config=FitConfig(**QUIET)), "nothing"),
     "optimizer": (lambda: fit(network(), points(), config=FitConfig(optimizer="adamv", **QUIET)), "Did you mean"),

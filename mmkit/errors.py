@@ -21,6 +21,10 @@ class CheckpointError(MMKitError, ValueError):
     """A weight or adapter file is unreadable, unsafe, or belongs to another model."""
 
 
+class StorageError(MMKitError, OSError):
+    """A file or folder could not be written: the disk is full, the place is read-only, a name is too long."""
+
+
 class NotMergeableError(MMKitError, ValueError):
     """An adapter cannot be folded into the weights; nothing was changed. `sites` names the places."""
 

@@ -6,7 +6,6 @@ Folders written by peft itself are recognised by their `peft_type` and loaded th
 
 from __future__ import annotations
 
-import hashlib
 import os
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from mmkit import __version__
 from mmkit.adapters.core import Adapter, AdapterStack
 from mmkit.errors import CheckpointError, InputError
 from mmkit.registry import ADAPTERS
-from mmkit.storage import read_json, read_tensors, require_folder, write_json, write_safetensors
+from mmkit.storage import read_json, read_tensors, require_folder, sha256_file, write_json, write_safetensors
 
 FORMAT_VERSION = 1
 CONFIG_NAME = "adapter_config.json"
@@ -54,7 +53,7 @@ def save_adapter(adapter: Adapter, folder: str | os.PathLike[str], *, extra: dic
             "config": adapter.config.to_dict(),
             "sites": {k: list(v.shape) for k, v in adapter.state_dict().items()},
             "digest": adapter.digest(),
-            "sha256": _sha256(folder / TENSORS_NAME),
+            "sha256": sha256_file(folder / TENSORS_NAME),
             "extra": extra or {},
         },
     )
@@ -109,7 +108,7 @@ def _load_own(model: nn.Module, folder: Path, saved: dict[str, Any], name: str, 
             f"{folder}: {error} If the method comes from another package, install or import that package first."
         ) from error
     tensors = read_tensors(folder / TENSORS_NAME, allow_pickle_format=False)
-    if saved.get("sha256") not in (None, _sha256(folder / TENSORS_NAME)):
+    if saved.get("sha256") not in (None, sha256_file(folder / TENSORS_NAME)):
         raise CheckpointError(
             f"{folder / TENSORS_NAME} does not belong to its {CONFIG_NAME} (sha256 differs). Save or copy the folder again."
         )
@@ -140,8 +139,3 @@ def _load_own(model: nn.Module, folder: Path, saved: dict[str, Any], name: str, 
         )
     adapter.load_state_dict({k: v for k, v in tensors.items() if k in own and own[k].shape == v.shape}, strict=False)
     return adapter
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()

@@ -11,7 +11,6 @@ A checkpoint is `checkpoints/step_00000120/` with
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import random
@@ -27,7 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from mmkit.errors import CheckpointError
-from mmkit.storage import read_json, read_tensors, write_json, write_safetensors
+from mmkit.storage.files import read_json, sha256_file, sync, write_json
+from mmkit.storage.tensors import read_tensors, write_safetensors
 
 FORMAT = 1
 _NAME = re.compile(r"step_(\d{8,})")
@@ -193,13 +193,13 @@ class CheckpointWriter:
         if self.rank == 0:
             for stem, tensors in files.items():
                 write_safetensors(self.temporary / f"{stem}.safetensors", tensors)
-            digests = {p.name: _sha256(p) for p in sorted(self.temporary.glob("*.safetensors"))}
+            digests = {p.name: sha256_file(p) for p in sorted(self.temporary.glob("*.safetensors"))}
             write_json(self.temporary / "state.json", {"format": FORMAT, **state, "files": digests})
-            _sync_folder(self.temporary)
+            sync(self.temporary)
             if self.folder.exists():
                 _remove(self.folder)
             os.rename(self.temporary, self.folder)
-            _sync_folder(self.folder.parent)
+            sync(self.folder.parent)
         self.barrier()
 
 
@@ -251,7 +251,7 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, T
     tensors = {}
     for name, digest in state["files"].items():
         path = folder / name
-        if not path.is_file() or path.parent != folder or _sha256(path) != digest:
+        if not path.is_file() or path.parent != folder or sha256_file(path) != digest:
             raise CheckpointError(f"{path} is missing or damaged; use an earlier checkpoint.")
         tensors[path.stem] = read_tensors(path, allow_pickle_format=False)
     return state, tensors
@@ -295,17 +295,3 @@ def differing(saved: Mapping[str, Any], now: Mapping[str, Any], keys: Iterable[s
     """Readable differences `key: saved -> now` of two fingerprints."""
     now = json.loads(json.dumps(now))
     return [f"{k}: {saved.get(k)!r} -> {now.get(k)!r}" for k in (keys or now) if saved.get(k) != now.get(k)]
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "posix":  # Windows cannot open a folder; the rename is atomic there as well
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

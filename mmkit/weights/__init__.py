@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mmkit.errors import CheckpointError, InputError, nearest
-from mmkit.storage import read_json, read_tensors, write_json, write_safetensors
+from mmkit.storage import read_json, read_tensors, sha256_file, write_json, write_safetensors
 
 FOLDER = Path(__file__).parent
 MANIFEST = FOLDER / "manifest.json"
@@ -80,7 +79,7 @@ def load_tensors(name: str) -> dict[str, Tensor]:
     entry = weight_entry(name)
     if not entry.path.is_file():
         raise CheckpointError(f"{entry.path} is missing: reinstall mmkit, or run `{entry.command}`.")
-    found = _sha256(entry.path)
+    found = sha256_file(entry.path)
     if found != entry.sha256:
         raise CheckpointError(f"{entry.path} is damaged: sha256 {found[:12]}, manifest says {entry.sha256[:12]}.")
     return {k: v.float() if v.dtype == torch.float16 else v for k, v in read_tensors(entry.path).items()}
@@ -100,14 +99,9 @@ def bundle(entry: WeightEntry, state: dict[str, Tensor], *, half: bool = True) -
     stored = {k: v.half() if half and v.is_floating_point() else v for k, v in state.items()}
     file = f"{entry.name}.safetensors"
     write_safetensors(FOLDER / file, stored)
-    entry = dataclasses.replace(entry, file=file, sha256=_sha256(FOLDER / file))
+    entry = dataclasses.replace(entry, file=file, sha256=sha256_file(FOLDER / file))
     _manifest.cache_clear()  # another script may have added its entry meanwhile
     rows = {**_manifest(), entry.name: entry}
     write_json(MANIFEST, [dataclasses.asdict(rows[k]) for k in sorted(rows)])
     _manifest.cache_clear()
     return entry
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()

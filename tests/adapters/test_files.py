@@ -186,7 +186,7 @@ def test_saving_over_a_file_is_refused(tmp_path: Path) -> None:
 def test_a_failed_save_leaves_the_old_adapter(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = {p.name: p.read_bytes() for p in saved.iterdir()}
     adapter = apply_adapter(contract.build("vit"), "ssf", modules_to_save=("head",))
-    monkeypatch.setattr("mmkit.storage.os.replace", lambda *a: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr("os.replace", lambda *a: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         save_adapter(adapter, saved)
     assert {p.name: p.read_bytes() for p in saved.iterdir()} == before

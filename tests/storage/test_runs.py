@@ -13,7 +13,7 @@ from torch import nn
 from mmkit.adapters import apply_adapter
 from mmkit.adapters.ssf import SSFConfig
 from mmkit.errors import CheckpointError, InputError
-from mmkit.storage import runs as checkpoint
+from mmkit.storage import runs as checkpoint, sha256_file
 from mmkit.training import FitConfig, fit, load_trained
 
 CONFIG = {"epochs": 3, "batch_size": 16, "lr": 0.02, "progress": False, "device": "cpu"}
@@ -115,7 +115,7 @@ def test_pickled_weights_are_never_read(run):
     newest = checkpoint.list_checkpoints(folder / "checkpoints")[-1]
     torch.save({"weights": torch.zeros(1)}, newest / "weights.safetensors")
     state = json.loads((newest / "state.json").read_text())
-    state["files"]["weights.safetensors"] = checkpoint._sha256(newest / "weights.safetensors")
+    state["files"]["weights.safetensors"] = sha256_file(newest / "weights.safetensors")
     (newest / "state.json").write_text(json.dumps(state))
     with pytest.raises(CheckpointError, match="pickle"):
         checkpoint.read_checkpoint(newest)

@@ -1,0 +1,259 @@
+"""Folders that appear whole or not at all, hold one kind of thing, say which, and carry the digest of every file.
+
+`mmkit.json` in the folder holds "kind", "format", "mmkit_version", what the writer had to say, and "files": the sha256 of each.
+A folder is filled in a hidden one beside it, `.mmkit-...tmp/new`, and renamed into place; what it replaces waits in
+`.mmkit-...tmp/old` meanwhile. After a crash between the two renames the next reader or writer puts the old folder back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from mmkit import __version__
+from mmkit.errors import CheckpointError, InputError
+from mmkit.storage.files import (
+    absolute,
+    left_behind,
+    read_json,
+    remove,
+    sha256_file,
+    sync,
+    temporaries,
+    temporary_name,
+    write_json,
+    writing,
+)
+
+MANIFEST = "mmkit.json"
+FORMAT = 1
+_DOCUMENTS = {
+    "README.md",
+    "LICENSE",
+    "LICENSE.txt",
+    "LICENSE.md",
+}  # may be added to a folder, and say nothing to a reader
+_drafts: dict[Path, dict[str, Any]] = {}  # folders being filled -> their facts
+
+
+# ------------------------------------------------------------------------------------------------------------ writing
+
+
+@contextlib.contextmanager
+def new_folder(
+    path: str | os.PathLike[str],
+    kind: str,
+    facts: Mapping[str, Any] | None = None,
+    *,
+    keep: Iterable[str] = (),
+    replaces: Iterable[str] = (),
+) -> Iterator[Path]:
+    """Yield a hidden folder to fill; when the block ends without an error it is sealed and takes the place of `path`.
+
+    A writer may call other writers on the yielded folder: they add their files and facts to it.
+
+    Args:
+        path: where the folder goes. One of the same kind is replaced whole.
+        kind: what it holds, such as "adapter" or "backbone".
+        facts: JSON-friendly, written into `mmkit.json` beside kind and digests.
+        keep: names inside `path` that stay when the rest is replaced, such as the state of a run.
+        replaces: other kinds that may be replaced.
+
+    Raises:
+        InputError: `path` is a file, is or holds the working directory, holds another kind, or files that mmkit did not
+            write there.
+        StorageError: it could not be written; `path` is as it was and no temporary is left.
+    """
+    target = absolute(path)
+    if target in _drafts:
+        _drafts[target].update(facts or {})
+        yield target
+        return
+    target, keep, kinds = target.resolve(), tuple(keep), (kind, *replaces)
+    check_free(target, kinds, keep)
+    work = target.parent / temporary_name()
+    draft = work / "new"
+    with writing(target):
+        try:
+            draft.mkdir(parents=True)
+            (work / "name").write_text(target.name, encoding="utf-8")
+            _drafts[draft] = {"kind": kind, "format": FORMAT, "mmkit_version": __version__, **(facts or {})}
+            yield draft
+            _seal(draft, _drafts[draft], keep)
+            check_free(target, kinds, keep)  # others may have written meanwhile
+            _swap(work, target, keep)
+        finally:
+            _drafts.pop(draft, None)
+            _conclude(work)
+
+
+def check_free(path: str | os.PathLike[str], kinds: Iterable[str], keep: Iterable[str] = ()) -> None:
+    """Raise `InputError` unless a folder of one of `kinds` may be written at `path`; see `new_folder`."""
+    target = absolute(path).resolve()
+    recover(target)
+    if not os.path.lexists(target):
+        return
+    if not target.is_dir():
+        raise InputError(f"{target} is a file; give a folder.")
+    if Path.cwd().is_relative_to(target):
+        raise InputError(
+            f"{target} is the working directory or holds it and cannot be replaced; give a folder below it."
+        )
+    manifest = read_json(target / MANIFEST) if (target / MANIFEST).is_file() else {}
+    found = manifest.get("kind") if isinstance(manifest, dict) else None
+    if found is not None and found not in kinds:
+        raise InputError(
+            f"{target} holds {_a(found)}, not {_a(next(iter(kinds)))}. Choose another folder, or delete it."
+        )
+    known = manifest.get("files", {}) if found is not None else {}
+    strangers = sorted(_files(target).keys() - set(known) - {MANIFEST} - _below(target, keep))
+    if strangers:
+        raise InputError(
+            f"{target} holds files that would be lost: {_some(strangers)}. Choose another folder, or move them away."
+        )
+
+
+def _seal(draft: Path, manifest: dict[str, Any], keep: tuple[str, ...]) -> None:
+    """Have the disk hold everything, and write the manifest last."""
+    files = _files(draft)
+    files.pop(MANIFEST, None)
+    for file in files.values():
+        sync(file)
+    manifest["files"] = {name: sha256_file(files[name]) for name in sorted(files)}
+    if keep:
+        manifest["kept"] = list(keep)
+    write_json(draft / MANIFEST, manifest)
+    for folder in {file.parent for file in files.values()}:
+        sync(folder)
+
+
+def _swap(work: Path, target: Path, keep: tuple[str, ...]) -> None:
+    old, draft = work / "old", work / "new"
+    if target.exists():
+        shutil.copymode(target, draft)
+        os.replace(target, old)
+    os.replace(draft, target)
+    _move_kept(old, target, keep)
+    sync(target.parent)
+
+
+def _move_kept(old: Path, target: Path, keep: Iterable[str]) -> None:
+    for name in keep:
+        if (old / name).exists() and not (target / name).exists():
+            os.replace(old / name, target / name)
+
+
+def _conclude(work: Path) -> None:
+    """End a replacement wherever it stopped: the old folder goes back unless the new one is in place."""
+    old = work / "old"
+    if old.is_dir():
+        target = work.parent / (work / "name").read_text(encoding="utf-8")
+        if target.exists():
+            _move_kept(old, target, _manifest(target).get("kept", ()))
+        else:
+            os.replace(old, target)
+    remove(work)
+
+
+def recover(path: Path) -> None:
+    """Conclude what killed processes began beside `path`; wait while a living one is between its two renames."""
+    for _ in range(100):
+        works = [w for w in temporaries(path.parent) if w.is_dir()]
+        for work in filter(left_behind, works):
+            with writing(path):
+                _conclude(work)
+        if os.path.lexists(path) or not any((w / "old").is_dir() for w in works):
+            return
+        time.sleep(0.02)
+
+
+# ------------------------------------------------------------------------------------------------------------ reading
+
+
+def require_folder(path: str | os.PathLike[str]) -> Path:
+    """`path` as an absolute directory; raises `InputError` when it is not one."""
+    folder = absolute(path)
+    if not folder.is_dir():
+        recover(folder)
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder.")
+    return folder
+
+
+def open_folder(
+    path: str | os.PathLike[str], kind: str | tuple[str, ...] | None = None, *, required: bool = True
+) -> dict[str, Any] | None:
+    """The parsed `mmkit.json` of a folder, after every file was compared with its digest.
+
+    Args:
+        path: a folder written by `new_folder`.
+        kind: what it must hold; several are allowed, None takes any.
+        required: `False` returns None for a folder without `mmkit.json` (of another library, or an older mmkit).
+
+    Raises:
+        InputError: not a folder.
+        CheckpointError: no manifest, another kind, files missing, changed or added since; named.
+    """
+    folder = absolute(path)
+    recover(folder)
+    folder = require_folder(folder)
+    if not (folder / MANIFEST).is_file() and not required:
+        return None
+    manifest = _manifest(folder)
+    wanted = (kind,) if isinstance(kind, str) else kind
+    if wanted is not None and manifest["kind"] not in wanted:
+        raise CheckpointError(f"{folder} holds {_a(manifest['kind'])}; expected {' or '.join(map(_a, wanted))}.")
+    found = _files(folder)
+    listed = manifest["files"]
+    missing = sorted(listed.keys() - found.keys())
+    added = sorted(found.keys() - listed.keys() - {MANIFEST} - _DOCUMENTS - _below(folder, manifest.get("kept", ())))
+    changed = [name for name in sorted(listed.keys() & found.keys()) if sha256_file(found[name]) != listed[name]]
+    faults = [
+        f"{what}: {_some(names)}"
+        for what, names in (("missing", missing), ("changed", changed), ("not written with it", added))
+        if names
+    ]
+    if faults:
+        raise CheckpointError(
+            f"{folder} is not as it was saved ({'; '.join(faults)}). Save or copy the folder again, whole."
+        )
+    return manifest
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    manifest = read_json(path)
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("kind"), str):
+        raise CheckpointError(f"{path} does not say what the folder holds.")
+    if not isinstance(manifest.get("files"), dict):
+        raise CheckpointError(f"{path} lists no files.")
+    if not isinstance(manifest.get("format"), int) or manifest["format"] > FORMAT:
+        raise CheckpointError(
+            f"{path} has format {manifest.get('format')!r}; this mmkit reads up to {FORMAT}. Upgrade mmkit."
+        )
+    return manifest
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """Files below `folder` by relative name; hidden ones (.DS_Store, .gitattributes) belong to other programs."""
+    found = {p.relative_to(folder): p for p in folder.rglob("*") if p.is_file()}
+    return {n.as_posix(): p for n, p in found.items() if not any(part.startswith(".") for part in n.parts)}
+
+
+def _below(folder: Path, names: Iterable[str]) -> set[str]:
+    names = tuple(names)
+    return {n for n in _files(folder) if n.partition("/")[0] in names}
+
+
+def _a(kind: str) -> str:
+    return f"{'an' if kind[:1] in 'aeiou' else 'a'} {kind}"
+
+
+def _some(names: list[str], limit: int = 6) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

@@ -98,7 +98,7 @@ def explore(
         view.mask_image(VIEW),
         view.attention_image(size=VIEW),
         view.attention_image(masked=False, size=VIEW),
-        view.plot(),
+        view.profile_image(),
         view.predictions["trained"],
         view.predictions["edited"],
         view.predictions["no mask"],
@@ -172,8 +172,7 @@ def build() -> None:
             status = gr.Textbox(label="What you see", interactive=False, elem_id="gmm-status")
             with gr.Row():
                 with gr.Column(scale=2, min_width=320):
-                    gr.Markdown("#### Mask against distance")
-                    profile = gr.Plot(show_label=False, label="Mask against distance", elem_id="gmm-profile")
+                    profile = _heat_map("profile", "Mask against distance")
                 labels = [
                     _prediction(name, title)
                     for name, title in (

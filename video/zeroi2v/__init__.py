@@ -28,10 +28,7 @@ if TYPE_CHECKING:
         zeroi2v_from_official as zeroi2v_from_official,
     )
     from mmkit.video.zeroi2v.official import clip_vit as clip_vit
-    from mmkit.video.zeroi2v.pipeline import (
-        VideoClassification as VideoClassification,
-        VideoClassificationPipeline as VideoClassificationPipeline,
-        Window as Window,
-    )
+    from mmkit.video.zeroi2v.pipeline import VideoClassificationPipeline as VideoClassificationPipeline
+    from mmkit.video.zeroi2v.result import VideoClassification as VideoClassification, Window as Window
 
 __getattr__, __dir__, __all__ = door(__name__)

@@ -6,8 +6,6 @@ import copy
 import os
 import statistics
 import time
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,84 +16,12 @@ from tqdm import tqdm
 from mmkit.backbones import load_weights
 from mmkit.errors import InputError
 from mmkit.pipelines import Pipeline
-from mmkit.storage import write_json
 from mmkit.video.io import Clip, VideoReader
 from mmkit.video.samplers import DenseSampler, UniformSampler, window_starts
 from mmkit.video.transforms import ClipTransform
 from mmkit.video.zeroi2v.model import VideoClassifier
+from mmkit.video.zeroi2v.result import VideoClassification, Window
 from mmkit.weights import list_weights, weight_entry
-
-
-@dataclass(frozen=True)
-class Window:
-    """One stretch of the video: `start` and `end` in seconds, and the score of every class `(num_classes,)`."""
-
-    start: float
-    end: float
-    scores: np.ndarray[Any, Any]
-
-
-@dataclass(frozen=True)
-class VideoClassification:
-    """Answer for one video.
-
-    Attributes:
-        labels, scores: the best classes, best first, scores in 0..1, averaged over the windows.
-        windows: per window, in time order.
-        class_names: all classes.
-        strip: the frames the first window's clip is made of, uint8 `(T, H, W, 3)`, and `strip_seconds` their times.
-        path, duration, num_frames, fps, num_replaced: of the video.
-    """
-
-    labels: tuple[str, ...]
-    scores: tuple[float, ...]
-    windows: tuple[Window, ...]
-    class_names: tuple[str, ...]
-    strip: np.ndarray[Any, Any]
-    strip_seconds: np.ndarray[Any, Any]
-    path: str
-    duration: float
-    num_frames: int
-    fps: float
-    num_replaced: int = 0
-
-    @property
-    def label(self) -> str:
-        """The best class."""
-        return self.labels[0]
-
-    def segments(self) -> list[dict[str, Any]]:
-        """Per window its start, end (seconds), best label and score."""
-        best = [int(w.scores.argmax()) for w in self.windows]
-        return [
-            {"start": w.start, "end": w.end, "label": self.class_names[i], "score": float(w.scores[i])}
-            for w, i in zip(self.windows, best, strict=True)
-        ]
-
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write labels, scores and windows as JSON; returns the path."""
-        path = Path(path)
-        top = [{"label": a, "score": b} for a, b in zip(self.labels, self.scores, strict=True)]
-        facts = {"path": self.path, "duration": self.duration, "num_frames": self.num_frames, "fps": self.fps}
-        write_json(path, {**facts, "num_replaced": self.num_replaced, "top": top, "windows": self.segments()})
-        return path
-
-    def plot(self) -> Any:
-        """A figure: the sampled frames, and the best classes' scores over time."""
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(9, 4), layout="constrained")
-        top, bottom = figure.subplots(2, 1, height_ratios=(1, 1.4))
-        top.imshow(np.concatenate(list(self.strip), axis=1))
-        top.set_axis_off()
-        top.set_title(f"{Path(self.path).name}: {self.label} ({self.scores[0]:.0%})", loc="left")
-        for label in self.labels:
-            index = self.class_names.index(label)
-            times = [t for w in self.windows for t in (w.start, w.end)]
-            bottom.plot(times, [float(w.scores[index]) for w in self.windows for _ in range(2)], label=label)
-        bottom.set(xlabel="seconds", ylabel="score", ylim=(-0.03, 1.03), xlim=(0, max(self.duration, 1e-3)))
-        bottom.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
-        return figure
 
 
 class VideoClassificationPipeline(Pipeline):

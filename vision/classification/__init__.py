@@ -12,10 +12,8 @@ from mmkit.lazy import door
 
 if TYPE_CHECKING:
     from mmkit.vision.classification.demo import run_demo as run_demo
-    from mmkit.vision.classification.pipeline import (
-        ImageClassification as ImageClassification,
-        ImageClassificationPipeline as ImageClassificationPipeline,
-    )
+    from mmkit.vision.classification.pipeline import ImageClassificationPipeline as ImageClassificationPipeline
+    from mmkit.vision.classification.result import ImageClassification as ImageClassification
     from mmkit.vision.classification.training import (
         LEARNING_RATES as LEARNING_RATES,
         FinetuneResult as FinetuneResult,

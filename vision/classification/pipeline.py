@@ -4,60 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import nn
 
 from mmkit.data.images import ImageLike, load_image
 from mmkit.errors import InputError
 from mmkit.pipelines import Pipeline
-from mmkit.storage import write_json
-
-
-@dataclass
-class ImageClassification:
-    """Result of classifying one picture.
-
-    Attributes:
-        labels: class names, most probable first.
-        scores: their probabilities, 0..1.
-        image: the picture as it was read.
-    """
-
-    labels: list[str]
-    scores: list[float]
-    image: Image.Image
-
-    @property
-    def label(self) -> str:
-        """The most probable class."""
-        return self.labels[0]
-
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the labels and scores as JSON (`.json`), or the picture with its bars (any image suffix)."""
-        path = Path(path)
-        if path.suffix == ".json":
-            write_json(path, {"labels": self.labels, "scores": self.scores})
-        else:
-            self.plot().save(path)
-        return path
-
-    def plot(self, height: int = 240) -> Image.Image:
-        """The picture beside one bar per class."""
-        picture = self.image.resize((max(1, round(self.image.width * height / self.image.height)), height))
-        canvas = Image.new("RGB", (picture.width + 320, height), "white")
-        canvas.paste(picture, (0, 0))
-        pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(14)
-        step = height / max(len(self.labels), 1)
-        for i, (label, score) in enumerate(zip(self.labels, self.scores, strict=True)):
-            x, y = picture.width + 12, round(i * step + step / 2)
-            pen.rectangle((x, y - 9, x + 296 * score, y + 9), fill="#c7d7f5")
-            pen.text((x + 4, y), f"{label}  {100 * score:.1f} %", fill="#1b2a41", font=font, anchor="lm")
-        return canvas
+from mmkit.vision.classification.result import ImageClassification
 
 
 class ImageClassificationPipeline(Pipeline):

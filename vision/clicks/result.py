@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
+import io
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from PIL import Image
 from scipy import ndimage
 
 from mmkit.errors import InputError
-from mmkit.storage import atomic_write, write_json
+from mmkit.results import Result, json_text, png
 from mmkit.vision.clicks.prompts import numbers
 
 THRESHOLD = 0.0
@@ -22,7 +22,7 @@ THRESHOLD = 0.0
 
 
 @dataclass
-class Mask:
+class Mask(Result):
     """A predicted mask of one object.
 
     Attributes:
@@ -85,22 +85,14 @@ class Mask:
         estimate = self.iou if np.isfinite(self.iou) else None
         return {"segmentation": self.rle(), "polygons": self.polygons(), "predicted_iou": estimate}
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the mask; the suffix chooses: .png a cut-out (RGBA), .json the COCO RLE with polygons, .npy the bool array."""
-        path = Path(path)
-        if path.suffix == ".png":
-            with atomic_write(path) as temporary:
-                self.cutout().save(temporary, format="PNG")
-        elif path.suffix == ".json":
-            write_json(path, self.record())
-        elif path.suffix == ".npy":
-            with atomic_write(path) as temporary, open(temporary, "wb") as file:
-                np.save(file, self.binary)
-        else:
-            raise InputError(
-                f"{path.name}: the suffix must be .png (cut-out), .json (RLE and polygons) or .npy (mask)."
-            )
-        return path
+    def formats(self) -> dict[str, Callable[[], bytes]]:
+        """`.png`: a cut-out (RGBA); `.json`: the COCO RLE with polygons; `.npy`: the bool array."""
+        return {".png": lambda: png(self.cutout()), ".json": lambda: json_text(self.record()), ".npy": self._npy}
+
+    def _npy(self) -> bytes:
+        buffer = io.BytesIO()
+        np.save(buffer, self.binary)
+        return buffer.getvalue()
 
 
 def mask_to_rle(mask: np.ndarray) -> dict[str, Any]:

@@ -31,11 +31,7 @@ if TYPE_CHECKING:
         gmm_vit_d30 as gmm_vit_d30,
         gmm_vit_heat as gmm_vit_heat,
     )
-    from mmkit.vision.gmm.pipeline import (
-        SCOPES as SCOPES,
-        MaskExplorer as MaskExplorer,
-        MaskView as MaskView,
-        frame_patch as frame_patch,
-    )
+    from mmkit.vision.gmm.pipeline import SCOPES as SCOPES, MaskExplorer as MaskExplorer
+    from mmkit.vision.gmm.result import MaskView as MaskView, frame_patch as frame_patch
 
 __getattr__, __dir__, __all__ = door(__name__)

@@ -4,118 +4,26 @@ from __future__ import annotations
 
 import copy
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import Tensor, nn
 
 from mmkit.backbones import load_weights
 from mmkit.data.images import ImageLike, load_image
 from mmkit.errors import InputError
 from mmkit.pipelines import Pipeline
-from mmkit.storage import atomic_write, write_json
 from mmkit.vision.gmm.masks import GaussianMixtureMask
 from mmkit.vision.gmm.models.layers import pair
 from mmkit.vision.gmm.models.vit import GMMViT
+from mmkit.vision.gmm.result import MaskView
 from mmkit.weights import weight_entry
 
 SCOPES = ("head", "layer", "model")
 """How much of the model an edit reaches: one head, all heads of the layer, or every layer."""
-
-
-@dataclass
-class MaskView:
-    """What one head does at one patch. Arrays `(rows, columns)` lie on the patch grid.
-
-    Attributes:
-        picture: the input as the model sees it, `(H, W)` pixels.
-        patch: (row, column) of the patch that looks around.
-        mask, trained_mask: the mask of the head seen from `patch`, edited and as trained.
-        attention, plain_attention: attention weights of `patch` with the (edited) mask and without any mask; each sums
-        to 1. distances, profile, trained_profile: the mask as a function of the distance in patches, `(U,)` each.
-        predictions: "trained", "edited" and "no mask" -> class name -> probability.
-    """
-
-    picture: Image.Image
-    patch: tuple[int, int]
-    mask: np.ndarray[Any, Any]
-    trained_mask: np.ndarray[Any, Any]
-    attention: np.ndarray[Any, Any]
-    plain_attention: np.ndarray[Any, Any]
-    distances: np.ndarray[Any, Any]
-    profile: np.ndarray[Any, Any]
-    trained_profile: np.ndarray[Any, Any]
-    predictions: dict[str, dict[str, float]]
-
-    def mask_image(self, size: int = 384) -> Image.Image:
-        """The mask over the picture: red scales the logits up, blue turns attraction into repulsion, clear is near 0."""
-        limit = max(1e-6, float(np.abs(self.trained_mask).max()), float(np.abs(self.mask).max()))
-        return self._overlay(self.mask / limit, "RdBu_r", size)
-
-    def attention_image(self, masked: bool = True, size: int = 384) -> Image.Image:
-        """The attention weights over the picture; both pictures share one scale."""
-        limit = max(float(self.attention.max()), float(self.plain_attention.max()))
-        return self._overlay((self.attention if masked else self.plain_attention) / limit, "plasma", size)
-
-    def plot(self) -> Any:
-        """A matplotlib figure of the mask against the distance, as trained and edited."""
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(5, 3), layout="constrained")
-        axes = figure.subplots()
-        axes.axhline(0, color="0.8", linewidth=1)
-        axes.plot(self.distances, self.trained_profile, color="0.45", linestyle="--", label="as trained")
-        axes.plot(self.distances, self.profile, color="teal", linewidth=2, label="edited")
-        axes.set_xlabel("distance in patches")
-        axes.set_ylabel("factor on the attention logit")
-        axes.legend(frameon=False)
-        return figure
-
-    def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write mask.png, attention.png, attention_without_mask.png, profile.png and predictions.json into `folder`."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        pictures = {
-            "mask": self.mask_image(),
-            "attention": self.attention_image(),
-            "attention_without_mask": self.attention_image(masked=False),
-        }
-        for name, image in pictures.items():
-            with atomic_write(folder / f"{name}.png") as temporary:
-                image.save(temporary, format="PNG")
-        with atomic_write(folder / "profile.png") as temporary:
-            self.plot().savefig(temporary, format="png")
-        write_json(folder / "predictions.json", self.predictions)
-        return folder
-
-    def _overlay(self, values: np.ndarray[Any, Any], colors: str, size: int) -> Image.Image:
-        from matplotlib import colormaps
-
-        place = values / 2 + 0.5 if colors == "RdBu_r" else values
-        rgb = Image.fromarray((colormaps[colors](place)[..., :3] * 255).astype(np.uint8))
-        opacity = np.clip(0.1 + 0.6 * np.abs(values), 0, 0.7)
-        width, height = self.picture.size
-        shape = (size, round(size * height / width))
-        base = self.picture.convert("L").convert("RGB").resize(shape, Image.Resampling.BICUBIC)
-        blend = Image.fromarray((opacity * 255).astype(np.uint8)).resize(shape, Image.Resampling.NEAREST)
-        out = Image.composite(rgb.resize(shape, Image.Resampling.NEAREST), base, blend)
-        return frame_patch(out, self.patch, values.shape)
-
-
-def frame_patch(image: Image.Image, patch: tuple[int, int], grid: tuple[int, ...]) -> Image.Image:
-    """A copy of `image` with a white frame around one patch of the grid."""
-    out = image.copy()
-    height, width = out.height / grid[0], out.width / grid[1]
-    corner = (round(patch[1] * width), round(patch[0] * height))
-    box = (*corner, round(corner[0] + width) - 1, round(corner[1] + height) - 1)
-    pen = ImageDraw.Draw(out)
-    pen.rectangle(box, outline="black", width=5)
-    pen.rectangle(box, outline="white", width=3)
-    return out
 
 
 class MaskExplorer(Pipeline):

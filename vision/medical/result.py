@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import os
+import gzip
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from mmkit.errors import InputError
-from mmkit.storage import atomic_write, write_json
+from mmkit.results import Result, json_text, png
 from mmkit.vision.medical.metrics import dice
-from mmkit.vision.medical.volumes import VOLUME_SUFFIXES
 
 COLORS = (
     (0, 0, 0),
@@ -29,7 +28,7 @@ COLORS = (
 
 
 @dataclass
-class SegmentationResult:
+class SegmentationResult(Result):
     """What the pipeline found.
 
     Attributes:
@@ -108,48 +107,27 @@ class SegmentationResult:
         """The overlay at half opacity."""
         return self.overlay()
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the result and return its path.
-
-        `.png`: class numbers as a colored palette picture (2D only); `.nii` or `.nii.gz`: the mask with spacing and affine;
-        anything else: a folder with the mask, `overlay.png` and `measures.json`. Raises `InputError` for a suffix that
-        does not fit.
+    def formats(self) -> dict[str, Callable[[], bytes]]:
+        """`.nii` and `.nii.gz`: the mask with spacing and affine; `.png`: class numbers as a palette picture (pictures only);
+        `.json`: spacing and measures.
         """
-        path = Path(path).expanduser()
-        name = path.name.lower()
-        if name.endswith(VOLUME_SUFFIXES):
-            self._save_nifti(path, ".nii.gz" if name.endswith(".gz") else ".nii")
-        elif name.endswith(".png"):
-            if self.mask.ndim != 2:
-                raise InputError("A volume's mask cannot be a PNG; save it as .nii.gz or into a folder.")
-            picture = Image.fromarray(self.mask)
-            picture.putpalette([v for i in range(len(self.class_names)) for v in color_of(i)])
-            with atomic_write(path) as temporary:
-                picture.save(temporary, format="PNG")
-        elif path.suffix:
-            raise InputError(
-                f"Cannot save to {path.name!r}: use .png, .nii, .nii.gz or a folder name without a suffix."
-            )
-        else:
-            self.save(path / ("mask.png" if self.mask.ndim == 2 else "mask.nii.gz"))
-            with atomic_write(path / "overlay.png") as temporary:
-                self.overlay().save(temporary, format="PNG")
-            write_json(path / "measures.json", {"spacing": list(self.spacing), "classes": self.measures()})
-        return path
+        formats = {
+            ".nii.gz": lambda: gzip.compress(self._nifti(), mtime=0),
+            ".nii": self._nifti,
+            ".json": lambda: json_text({"spacing": list(self.spacing), "classes": self.measures()}),
+        }
+        return formats if self.mask.ndim == 3 else {".png": lambda: png(self._palette()), **formats}
 
-    def _save_nifti(self, path: Path, suffix: str) -> None:
+    def _palette(self) -> Image.Image:
+        picture = Image.fromarray(self.mask)
+        picture.putpalette([v for i in range(len(self.class_names)) for v in color_of(i)])
+        return picture
+
+    def _nifti(self) -> bytes:
         import nibabel
 
-        flat = self.mask.ndim == 2
-        data = self.mask.T[:, ::-1, None] if flat else self.mask
-        affine = np.eye(4) if self.affine is None else self.affine
-        with atomic_write(path) as temporary:
-            named = temporary.with_name(temporary.name + suffix)  # nibabel chooses the format by the suffix
-            try:
-                nibabel.save(nibabel.Nifti1Image(data, affine), named)
-                os.replace(named, temporary)
-            finally:
-                named.unlink(missing_ok=True)
+        data = self.mask.T[:, ::-1, None] if self.mask.ndim == 2 else self.mask
+        return nibabel.Nifti1Image(data, np.eye(4) if self.affine is None else self.affine).to_bytes()
 
 
 def color_of(label: int) -> tuple[int, int, int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -47,11 +49,15 @@ def test_edits_reach_their_scope_and_leave_the_model_alone(explorer, picture):
     assert abs(narrow.profile[-1]) < abs(narrow.trained_profile[-1])
 
 
-def test_saving_writes_pictures_and_predictions(explorer, picture, tmp_path):
-    folder = explorer(picture).save(tmp_path / "view")
-    names = {"mask.png", "attention.png", "attention_without_mask.png", "profile.png", "predictions.json"}
-    assert {f.name for f in folder.iterdir()} == names
-    assert Image.open(folder / "mask.png").size == (384, 384)
+def test_saving_writes_the_maps_side_by_side_or_their_numbers(explorer, picture, tmp_path):
+    view = explorer(picture)
+    record = json.loads(view.save(tmp_path / "view.json").read_text())
+    assert np.allclose(record["mask"], view.mask)
+    assert record["predictions"] == view.predictions
+    with Image.open(view.save(tmp_path / "view.png")) as saved:
+        assert saved.size == view.plot().size
+        assert saved.height == 384
+        assert np.array_equal(np.asarray(saved)[:, :384], np.asarray(view.mask_image()))
 
 
 @pytest.mark.parametrize(

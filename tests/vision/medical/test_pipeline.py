@@ -79,10 +79,9 @@ def test_picture_in_mask_out(tmp_path) -> None:
     assert row["class"] == "cell"
     assert row["pixels"] == row["area_px"] == int(truth.sum())
     assert (row["objects"], row["dice"]) == (1, 1.0)
-    folder = result.save(tmp_path / "out")
-    assert {f.name for f in folder.iterdir()} == {"mask.png", "overlay.png", "measures.json"}
-    assert np.array_equal(np.asarray(Image.open(folder / "mask.png")), result.mask)
-    assert json.loads((folder / "measures.json").read_text())["classes"][0]["objects"] == 1
+    assert np.array_equal(np.asarray(Image.open(result.save(tmp_path / "mask.png"))), result.mask)
+    record = json.loads(result.save(tmp_path / "new" / "measures.json").read_text())
+    assert record == {"spacing": [1.0, 1.0], "classes": result.measures()}
     painted = np.asarray(result.overlay(opacity=1.0))
     assert (painted[truth > 0] == (230, 75, 53)).all()
     assert np.array_equal(painted[truth == 0], result.image[truth == 0])

@@ -1,0 +1,137 @@
+"""One contract for everything a pipeline returns: `plot()` is a picture, `save(path)` does what the suffix says, or nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mmkit.errors import InputError
+from mmkit.registry import TASKS
+from mmkit.results import Result
+from mmkit.video import VideoClassification
+from mmkit.video.zeroi2v import Window
+from mmkit.vision.classification import ImageClassification
+from mmkit.vision.clicks import Mask
+from mmkit.vision.gmm import MaskView
+from mmkit.vision.medical import SegmentationResult
+
+
+def picture() -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 32, 3), np.uint8))
+
+
+def segmentation(*shape: int) -> SegmentationResult:
+    mask = np.zeros(shape, np.uint8)
+    mask[2:6] = 1
+    image = np.asarray(picture()) if len(shape) == 2 else np.linspace(0, 1, mask.size, dtype=np.float32).reshape(shape)
+    return SegmentationResult(
+        mask=mask,
+        probability=np.full(shape, 0.75, np.float32),
+        image=image,
+        class_names=("background", "cell"),
+        spacing=(1.0,) * len(shape),
+        affine=None,
+        seconds=0.1,
+    )
+
+
+def view() -> MaskView:
+    grid = np.linspace(-1, 1, 6).reshape(2, 3)
+    line = np.arange(4.0)
+    scores = {name: {"a": 0.5, "b": 0.5} for name in ("trained", "edited", "no mask")}
+    return MaskView(picture(), (0, 1), grid, grid, abs(grid), abs(grid), line, line, line, scores)
+
+
+def video() -> VideoClassification:
+    scores = np.array([0.25, 0.75])
+    return VideoClassification(
+        labels=("b", "a"),
+        scores=(0.75, 0.25),
+        windows=(Window(0.0, 1.0, scores), Window(1.0, 2.0, scores)),
+        class_names=("a", "b"),
+        strip=np.zeros((3, 8, 8, 3), np.uint8),
+        strip_seconds=np.arange(3.0),
+        path="clip.mp4",
+        duration=2.0,
+        num_frames=50,
+        fps=25.0,
+    )
+
+
+RESULTS = {
+    "image classification": lambda: ImageClassification(["cat", "dog"], [0.9, 0.1], picture()),
+    "mask": lambda: Mask(np.random.default_rng(1).normal(size=(24, 32)).astype(np.float32), float("nan"), picture()),
+    "mask view": view,
+    "segmented picture": lambda: segmentation(24, 32),
+    "segmented volume": lambda: segmentation(8, 9, 10),
+    "video classification": video,
+}
+
+
+@pytest.fixture(params=RESULTS, ids=lambda name: name.replace(" ", "-"))
+def result(request: pytest.FixtureRequest) -> Result:
+    return RESULTS[request.param]()
+
+
+def test_every_task_has_its_result_here():
+    assert len({type(make()) for make in RESULTS.values()}) == len(TASKS.names())
+
+
+def test_a_result_is_a_small_dataclass_that_plots_a_picture(result):
+    assert isinstance(result, Result)
+    assert dataclasses.is_dataclass(result)
+    drawn = result.plot()
+    assert isinstance(drawn, Image.Image)
+    assert drawn.mode == "RGB"
+    assert min(drawn.size) > 0
+
+
+def test_every_suffix_is_written_in_any_case_and_read_back(result, tmp_path):
+    for suffix in result.formats():
+        for name in (f"out{suffix}", f"UPPER{suffix.upper()}", f"with.dots{suffix.title()}"):
+            path = result.save(str(tmp_path / "new folder" / name))
+            assert isinstance(path, Path)
+            assert path == tmp_path / "new folder" / name
+            content = path.read_bytes()
+            if suffix == ".json":
+                json.loads(content, parse_constant=lambda value: pytest.fail(f"{value} is not JSON"))
+            elif suffix == ".png":
+                Image.open(path).load()
+            elif suffix == ".npy":
+                assert np.array_equal(np.load(path), result.binary)
+            else:
+                assert content[:2] == b"\x1f\x8b" if suffix == ".nii.gz" else content[344:347] == b"n+1"
+
+
+def test_another_suffix_is_refused_with_the_list_and_nothing_is_written(result, tmp_path):
+    for name in ("out", "out.txt", "out.mha", "png", "out.png.bak"):
+        with pytest.raises(InputError, match=re.escape(name)) as caught:
+            result.save(tmp_path / name)
+        assert all(suffix in str(caught.value) for suffix in result.formats())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_result_that_cannot_be_drawn_leaves_the_old_file_alone(result, tmp_path, monkeypatch):
+    for suffix in result.formats():
+        path = tmp_path / f"old{suffix}"
+        path.write_bytes(b"old")
+
+        def broken(suffix: str = suffix) -> dict:
+            def fail() -> bytes:
+                raise RuntimeError("cannot draw")
+
+            return {suffix: fail}
+
+        monkeypatch.setattr(result.__class__, "formats", lambda self, make=broken: make())
+        with pytest.raises(RuntimeError):
+            result.save(path)
+        assert path.read_bytes() == b"old"
+        assert [f.name for f in tmp_path.iterdir()] == [path.name]
+        path.unlink()
+        monkeypatch.undo()

@@ -15,7 +15,7 @@ from mmkit.errors import MMKitError
 from mmkit.registry import COMMANDS
 
 app = typer.Typer(
-    help="Adapt vision models: images, video, diffusion, 3D.", no_args_is_help=True, add_completion=False,
+    help="Adapt vision models for images and video.", no_args_is_help=True, add_completion=False,
     pretty_exceptions_enable=False,
 )  # fmt: skip
 

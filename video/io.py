@@ -482,9 +482,12 @@ def read_frames(
         VideoDecodeError: the file cannot be read.
 
     Example:
-        >>> from mmkit.video import UniformSampler, read_frames
-        >>> read_frames("clip.mp4", UniformSampler(8), size=224).frames.shape  # doctest: +SKIP
-        (8, 224, 298, 3)
+        >>> import tempfile
+        >>> from mmkit.video import UniformSampler, read_frames, write_video
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = write_video(f"{folder}/clip.mp4", np.zeros((30, 48, 64, 3), np.uint8))
+        ...     read_frames(path, UniformSampler(8), size=24).frames.shape
+        (8, 24, 32, 3)
     """
     with VideoReader(path, backend=backend, tolerance=tolerance) as reader:
         if hasattr(indices, "sample"):

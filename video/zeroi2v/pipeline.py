@@ -30,9 +30,15 @@ class VideoClassificationPipeline(Pipeline):
     With no model the bundled default answers in which direction the picture moves; see `mmkit.weights.weight_entry`.
 
     Example:
-        >>> pipe = mmkit.pipeline("video-classification")     # doctest: +SKIP
-        >>> result = pipe("clip.mp4", top_k=3, window=4.0)    # doctest: +SKIP
-        >>> result.label, result.segments()                   # doctest: +SKIP
+        >>> import mmkit, tempfile
+        >>> from mmkit.data.drawn.motion import drawn_motion
+        >>> from mmkit.video import write_video
+        >>> clips, _ = drawn_motion(1, torch.Generator().manual_seed(0), num_frames=24, label=1)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = write_video(f"{folder}/clip.mp4", (255 * clips[0]).byte().permute(0, 2, 3, 1))
+        ...     result = mmkit.pipeline("video-classification")(path, top_k=3)
+        >>> result.label
+        'moves right'
     """
 
     task = "video-classification"

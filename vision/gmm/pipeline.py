@@ -37,8 +37,11 @@ class MaskExplorer(Pipeline):
 
     Example:
         >>> import mmkit
-        >>> explorer = mmkit.pipeline("mask-explorer")           # doctest: +SKIP
-        >>> explorer("star.png", layer=1, head=2).mask_image()   # doctest: +SKIP
+        >>> from mmkit.data.drawn.pictures import draw
+        >>> explorer = mmkit.pipeline("mask-explorer")
+        >>> view = explorer(draw("star", np.random.default_rng(0)), layer=1, head=2)
+        >>> view.mask_image(size=256).size
+        (256, 256)
     """
 
     task: ClassVar[str] = "mask-explorer"

@@ -39,8 +39,12 @@ class MedicalSegmentationPipeline(Pipeline):
             patches: norms over a larger field see other statistics. Default: that of the bundled weights, else 256 (2D) or 64 (3D).
 
     Example:
-        >>> result = mmkit.pipeline("medical-segmentation")("cells.png")
-        >>> result.measures()[0]["objects"]
+        >>> import mmkit
+        >>> from mmkit.data.drawn.scans import sample_picture
+        >>> result = mmkit.pipeline("medical-segmentation")(sample_picture(7)[0])
+        >>> (nuclei,) = result.measures()
+        >>> nuclei["class"], nuclei["objects"] > 10
+        ('nucleus', True)
     """
 
     task: ClassVar[str] = "medical-segmentation"

@@ -44,6 +44,9 @@ class FitConfig:
         grad_accum: micro-batches per step.
         clip_grad: largest gradient norm, or None.
         label_smoothing: of the default loss.
+        mixup, cutmix: alpha of timm's mixup and CutMix, 0 for none (usual: 0.2 to 1). For the default loss; with both, each
+            batch gets one of them at random. Metrics stay those of whole pictures and hard labels.
+        mixup_prob: share of the batches that are mixed.
         drop_last: leave out the shorter last step of each epoch.
         patience: stop after this many evaluations without a better `monitor`; None never stops early.
         monitor: metric that says which weights are best; higher is better, with a "-" in front lower is better.
@@ -77,6 +80,9 @@ class FitConfig:
     grad_accum: int = 1
     clip_grad: float | None = 1.0
     label_smoothing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    mixup_prob: float = 1.0
     drop_last: bool = False
     patience: int | None = None
     monitor: str = "accuracy"
@@ -98,11 +104,12 @@ class FitConfig:
             self._require(name, getattr(self, name) >= 1, "at least 1")
         for name in ("max_steps", "steps_per_epoch", "patience", "checkpoint_every"):
             self._require(name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1, or None")
-        for name in ("min_lr", "weight_decay", "warmup_steps", "warmup_epochs", "num_workers"):
+        for name in ("min_lr", "weight_decay", "mixup", "cutmix", "warmup_steps", "warmup_epochs", "num_workers"):
             self._require(name, 0 <= getattr(self, name) < math.inf, "0 or more")
         self._require("max_seconds", self.max_seconds is None or self.max_seconds > 0, "above 0, or None")
         self._require("lr", 0 < self.lr < math.inf, "above 0")
         self._require("label_smoothing", 0 <= self.label_smoothing < 1, "in 0..1")
+        self._require("mixup_prob", 0 < self.mixup_prob <= 1, "above 0 and up to 1")
         self._require("ema_decay", self.ema_decay is None or 0 < self.ema_decay < 1, "between 0 and 1, or None")
         self._require("clip_grad", self.clip_grad is None or self.clip_grad > 0, "above 0, or None")
         self._require("schedule", self.schedule in ("cosine", "constant"), "'cosine' or 'constant'")

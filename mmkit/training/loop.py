@@ -105,7 +105,7 @@ def fit(
             state before that step is saved), memory ran out, or a process that reads data was killed.
     """
     config = FitConfig() if config is None else config
-    check_arguments(model, train, val, config)
+    check_arguments(model, train, val, loss_fn, config)
     while not _LOCK.acquire(timeout=0.2):
         if should_stop is not None and should_stop():
             return FitResult([], [], {}, {}, 0, "cancelled", None, 0.0, 0)
@@ -156,7 +156,8 @@ class _Run:
     ) -> None:
         self.model, self.val, self.config, self.adapter = model, val, config, adapter
         self.train = train if hasattr(train, "__getitem__") else Stream(train, config.seed)
-        self.loss_fn = loss_fn or CrossEntropyLoss(config.label_smoothing)
+        mixing = (config.mixup, config.cutmix, config.mixup_prob)
+        self.loss_fn = loss_fn or CrossEntropyLoss(config.label_smoothing, *mixing)
         self.metrics_fn, self.given_groups, self.collate_fn = metrics_fn, parameter_groups, collate_fn
         self.on_step, self.should_stop = hooks
         self.folder = None if output_dir is None else Path(output_dir).expanduser()

@@ -47,7 +47,9 @@ class TargetError(InputError):
         self.positions = positions
 
     def named(self, names: Sequence[str]) -> InputError:
-        """The same with the names of the examples."""
+        """The same with the names of the examples, if it is about some."""
+        if not names:
+            return InputError(str(self))
         more = f" and {len(names) - 4} more" if len(names) > 4 else ""
         return InputError(f"{self} Found at: {', '.join(names[:4])}{more}.")
 
@@ -80,11 +82,22 @@ class CrossEntropyLoss:
 
     The first batch shows K; from then on `check` can look at labels while they are still on the CPU, because a GPU would
     end the process over a wrong one.
+
+    Args:
+        label_smoothing: share of the target spread over all classes.
+        mixup, cutmix: alpha of timm's `Mixup`; 0 is off. With both, each batch gets one or the other at random.
+        mixup_prob: share of the batches that are mixed.
     """
 
-    def __init__(self, label_smoothing: float = 0.0) -> None:
-        self.label_smoothing = label_smoothing
+    def __init__(
+        self, label_smoothing: float = 0.0, mixup: float = 0.0, cutmix: float = 0.0, mixup_prob: float = 1.0
+    ) -> None:
+        self.label_smoothing, self.cutmix, self.mixup = label_smoothing, cutmix, None
         self.num_classes: int | None = None
+        if mixup or cutmix:
+            from timm.data import Mixup
+
+            self.mixup = Mixup(mixup, cutmix, prob=mixup_prob, label_smoothing=0.0)
 
     def check(self, batch: Any) -> None:
         """Raise `TargetError` when the labels of `batch` do not fit the model, as far as that is known."""
@@ -93,12 +106,33 @@ class CrossEntropyLoss:
 
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
         images, targets = split_batch(batch)
+        images, shares = self._mix(images) if self.mixup else (images, None)
         logits = _full_precision(logits_of(model(images)))
         if self.num_classes is None:
             self.num_classes = logits.shape[-1]
             check_targets(targets, self.num_classes)
-        targets = targets if targets.is_floating_point() else targets.long()
+        if not targets.is_floating_point():
+            targets = targets.long() if shares is None else F.one_hot(targets.long(), self.num_classes).to(logits.dtype)
+        if shares is not None:
+            targets = shares.to(targets.dtype) @ targets
         return F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing)
+
+    def _mix(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Mixed images, and how much of each target each of them holds `(B, B)`.
+
+        timm mixes pairs, the first with the last and so on: the last image of an odd batch stays as it is. It is asked to
+        mix the images' numbers in place of labels, so that the number of classes need not be known.
+        """
+        assert self.mixup is not None
+        if self.cutmix and images.ndim != 4:
+            raise InputError(f"cutmix needs images (B, C, H, W), not {tuple(images.shape)}; use mixup, or cutmix=0.")
+        pairs = self.mixup.num_classes = len(images) // 2 * 2
+        shares = torch.eye(len(images), device=images.device)
+        if pairs:
+            numbers = torch.arange(pairs, device=images.device)
+            mixed, shares[:pairs, :pairs] = self.mixup(images[:pairs].clone(), numbers)
+            images = torch.cat([mixed, images[pairs:]])
+        return images, shares
 
 
 def accuracy_sums(model: nn.Module, loader: Iterable[Any]) -> Tensor:

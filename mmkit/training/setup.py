@@ -164,12 +164,17 @@ def check_loss(loss: Any) -> None:
         )
 
 
-def check_arguments(model: Any, train: Any, val: Any, config: Any) -> None:
+def check_arguments(model: Any, train: Any, val: Any, loss_fn: Any, config: Any) -> None:
     """Raise `InputError` for what `fit` cannot work with, before anything is touched."""
     if not isinstance(model, nn.Module):
         raise InputError(f"model must be a torch.nn.Module, not {type(model).__name__}.")
     if not isinstance(config, FitConfig):
         raise InputError(f"config must be a FitConfig, not {type(config).__name__}; write FitConfig(epochs=3).")
+    if loss_fn is not None and (config.mixup or config.cutmix or config.label_smoothing):
+        raise InputError(
+            "mixup, cutmix and label_smoothing belong to the default loss: leave loss_fn out, or do it there "
+            "(timm.data.Mixup) and set them to 0."
+        )
     for name, data in (("train", train), ("val", val)):
         if isinstance(data, (str, bytes, os.PathLike, dict, DataLoader)):
             advice = {

@@ -9,7 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, default_collate, get_worker_info
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    Subset,
+    TensorDataset,
+    default_collate,
+    get_worker_info,
+)
 
 from mmkit.errors import InputError
 from mmkit.training.randomness import Untouched, example_seeder, mix_seed, seed_everything
@@ -124,6 +132,11 @@ class Stream:
             f"The iterable data set gave {self.position} examples and none when it was started again. Let its __iter__ "
             "begin anew (a generator cannot), or lower max_steps."
         )
+
+
+def is_map_style(data: Any) -> bool:
+    """Whether examples can be asked for by index: an `IterableDataset` inherits a `__getitem__` that only raises."""
+    return hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, IterableDataset)
 
 
 def epoch_listeners(data: Any) -> list[Callable[[int], None]]:

@@ -25,7 +25,7 @@ from mmkit.training.ema import MovingAverage
 from mmkit.training.evaluation import Evaluator, MetricsFn
 from mmkit.training.failures import explaining
 from mmkit.training.groups import ParameterGroups, describe_groups, parameter_groups
-from mmkit.training.loading import Batches, Collate, Stream, describe_examples, train_batches
+from mmkit.training.loading import Batches, Collate, Stream, describe_examples, is_map_style, train_batches
 from mmkit.training.logs import RunLog
 from mmkit.training.metrics import CrossEntropyLoss, TargetError
 from mmkit.training.randomness import kept_rng, mix_seed, seed_everything
@@ -155,7 +155,7 @@ class _Run:
         collate_fn: Collate | None,
     ) -> None:
         self.model, self.val, self.config, self.adapter = model, val, config, adapter
-        self.train = train if hasattr(train, "__getitem__") else Stream(train, config.seed)
+        self.train = train if is_map_style(train) else Stream(train, config.seed)
         mixing = (config.mixup, config.cutmix, config.mixup_prob)
         self.loss_fn = loss_fn or CrossEntropyLoss(config.label_smoothing, *mixing)
         self.metrics_fn, self.given_groups, self.collate_fn = metrics_fn, parameter_groups, collate_fn

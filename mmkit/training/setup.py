@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from mmkit.errors import InputError, nearest
 from mmkit.training.config import FitConfig
-from mmkit.training.loading import Batches
+from mmkit.training.loading import Batches, is_map_style
 
 
 class Trainee(nn.Module):
@@ -185,7 +185,7 @@ def check_arguments(model: Any, train: Any, val: Any, loss_fn: Any, config: Any)
             raise InputError(f"{name} must be a data set of examples, not {type(data).__name__}: {hint}.")
         if data is None and name == "val":
             continue
-        if hasattr(data, "__len__") and hasattr(data, "__getitem__"):
+        if is_map_style(data):
             if len(data) == 0:
                 raise InputError(f"The {name} data set is empty.")
         elif name == "val" or not hasattr(data, "__iter__"):

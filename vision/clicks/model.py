@@ -144,11 +144,6 @@ class SqueezeSAM(Model):
         """Channels of the patch embedding: RGB, box, positive clicks, and the optional extra prompts."""
         return 5 + self.negative_clicks + self.previous_mask + 3 * self.geodesic
 
-    @property
-    def low_res_size(self) -> int:
-        """Side of the logits before they are resized to the picture."""
-        return self.img_size // self.patch_size
-
     def official_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """The published keys are this class's keys; see `mmkit.vision.clicks.official.own_state`."""
         return own_state(state, self.in_chans)

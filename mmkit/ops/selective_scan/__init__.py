@@ -107,12 +107,6 @@ def _in_parts(
     return y, last
 
 
-def warm_up() -> None:
-    """Compile (or read from the disk cache) the CPU kernels now, so that the first real call does not wait for it."""
-    one = torch.zeros(1, 1, 1)
-    selective_scan(one, one, -one[0], one, one, backend="cpu")
-
-
 def _check(
     u: Tensor,
     delta: Tensor,

@@ -7,10 +7,11 @@ import shutil
 import stat
 import tempfile
 import zipfile
-import zlib
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
+from mmkit.data.listing import is_hidden
 from mmkit.errors import InputError
 
 MAX_FILES = 100_000
@@ -24,6 +25,7 @@ def extract_zip(
     suffixes: Iterable[str] | None = None,
     max_files: int = MAX_FILES,
     max_bytes: int = MAX_BYTES,
+    left_out: Counter[str] | None = None,
 ) -> Path:
     """Unpack `archive` into the new folder `folder`, which appears only when everything went well.
 
@@ -33,29 +35,37 @@ def extract_zip(
         suffixes: unpack only names that end so (lower case, with dot); other files are left out.
         max_files: more entries are refused.
         max_bytes: more unpacked bytes are refused, by the archive's own statement and while unpacking.
+        left_out: counts the files that `suffixes` leave out, by suffix.
 
     Raises:
         InputError: not a readable zip, encrypted, beyond a limit, a link, or an entry that points outside the folder.
     """
-    archive, folder = Path(archive).expanduser(), Path(folder).expanduser()
-    if not archive.is_file():
+    archive, folder = Path(os.path.expanduser(archive)), Path(os.path.expanduser(folder))
+    if not os.path.isfile(archive):
         raise InputError(f"{archive} does not exist or is not a file.")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} exists already and is not empty.")
     endings = None if suffixes is None else tuple(suffixes)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    except OSError as error:
+        raise InputError(f"{archive} cannot be unpacked into {folder}: {error}") from error
     try:
         with zipfile.ZipFile(archive) as source:
             left = max_bytes
             for entry, target in _checked_entries(source, archive, max_files, max_bytes):
                 if endings is None or target.suffix.lower() in endings:
                     left -= _extract_one(source, entry, temporary / target, left, archive, max_bytes)
+                elif left_out is not None:
+                    left_out[target.suffix.lower() or target.name] += 1
         if folder.exists():
             folder.rmdir()
         temporary.chmod(0o755)
         os.replace(temporary, folder)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, UnicodeError) as error:
+    except InputError:
+        raise
+    except Exception as error:  # a damaged zip fails anywhere inside zipfile and its decompressors
         raise InputError(f"{archive} is not a readable zip file: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -76,7 +86,7 @@ def _checked_entries(
     for entry in entries:
         name = entry.filename.replace("\\", "/")
         path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts or ":" in path.parts[0] or "\0" in name:
+        if not path.parts or path.is_absolute() or ".." in path.parts or ":" in path.parts[0] or "\0" in name:
             raise InputError(
                 f"{archive} holds {entry.filename!r}, which points outside the folder; nothing was unpacked."
             )
@@ -84,7 +94,7 @@ def _checked_entries(
             raise InputError(f"{archive} holds the link {entry.filename!r}; nothing was unpacked.")
         if entry.flag_bits & 0x1:
             raise InputError(f"{archive} is encrypted; unpack it and pass the folder.")
-        if any(part.startswith(".") or part == "__MACOSX" for part in path.parts):
+        if any(is_hidden(part) for part in path.parts):
             continue
         if path in seen:
             raise InputError(f"{archive} holds {entry.filename!r} twice; nothing was unpacked.")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import atexit
 import copy
-import csv
 import os
 import shutil
 import tempfile
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -20,20 +20,10 @@ from torch.utils.data import Dataset
 
 from mmkit.data.archive import MAX_BYTES, MAX_FILES, extract_zip
 from mmkit.data.images import MAX_PIXELS, SUFFIXES, load_image
+from mmkit.data.labels import Row, class_order, from_folders, from_table, near_twins, split_of
+from mmkit.data.listing import Folder, PathList, list_folder
 from mmkit.errors import InputError
 
-_SPLITS = {
-    "train": "train",
-    "training": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "dev": "val",
-    "test": "test",
-    "testing": "test",
-}
-_PATH_COLUMNS = ("path", "file", "filename", "file_name", "image", "image_path", "filepath")
-_LABEL_COLUMNS = ("label", "class", "category", "target", "class_name")
 _INDEX_NAMES = ("index.csv", "labels.csv", "metadata.csv", "data.csv")
 
 
@@ -48,16 +38,22 @@ class ImageDataset(Dataset[Any]):
         transform: applied to the upright RGB PIL image; None returns the PIL image itself.
         splits: "train", "val" or "test" for each file when the source says so, else None.
         skipped: `(path, reason)` of the files left out by `on_error="skip"`.
+        left_out: a sentence for everything else in the source that was not taken: empty classes, loose pictures, other files.
         max_pixels: larger pictures are refused before they are decoded.
     """
 
-    paths: list[Path]
+    paths: Sequence[Path]
     labels: list[int]
     class_names: list[str]
     transform: Callable[[Any], Any] | None = None
     splits: list[str] | None = None
     skipped: list[tuple[Path, str]] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
     max_pixels: int = MAX_PIXELS
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.paths, PathList):
+            self.paths = PathList(self.paths)
 
     @property
     def classes(self) -> list[str]:
@@ -86,13 +82,14 @@ class ImageDataset(Dataset[Any]):
         """A copy with only these examples, in this order; the classes stay."""
         indices = list(indices)
         other = copy.copy(self)
-        other.paths, other.labels = [self.paths[i] for i in indices], [self.labels[i] for i in indices]
+        names = self.paths.names  # type: ignore[attr-defined]
+        other.paths, other.labels = PathList(names[i] for i in indices), [self.labels[i] for i in indices]
         other.splits = None if self.splits is None else [self.splits[i] for i in indices]
         return other
 
     def split(self, name: str) -> Self:
         """The examples that the source assigns to "train", "val" or "test"; raises `InputError` when it has none."""
-        chosen = [i for i, s in enumerate(self.splits or ()) if s == _SPLITS.get(name.lower(), name)]
+        chosen = [i for i, s in enumerate(self.splits or ()) if s == (split_of(name) or name)]
         if not chosen:
             found = sorted(set(self.splits or ())) or "no splits"
             raise InputError(f"The data set has no {name!r} examples; it has {found}.")
@@ -121,10 +118,13 @@ def open_dataset(
 ) -> ImageDataset:
     """Open labelled pictures.
 
-    - A folder with one sub-folder per class; or `train/`, `val/`, `test/` folders that hold them.
+    - A folder with one sub-folder per class; or `train/`, `val/`, `test/` folders (also `training`, `valid`, `test_set` ...)
+      that hold them, whatever else lies beside.
     - A CSV file with the columns `path,label[,split]` (other usual names work), paths relative to it; or a folder that holds
       it as `index.csv`, `labels.csv`, `metadata.csv` or `data.csv`.
     - A zip of either.
+
+    Hidden and system files never count. What else is left out is said in one warning and in `dataset.left_out`.
 
     Args:
         path: the folder, `.csv` or `.zip`.
@@ -141,38 +141,45 @@ def open_dataset(
     """
     if on_error not in ("raise", "skip"):
         raise InputError(f"on_error must be 'raise' or 'skip', not {on_error!r}.")
-    source = Path(path).expanduser()
-    if not source.exists():
+    source = Path(os.path.abspath(os.path.expanduser(path)))
+    if not os.path.exists(source):
         raise InputError(f"{source} does not exist. Pass a folder with one sub-folder per class, a .csv or a .zip.")
-    root, confined = source, False
-    if source.is_file() and source.suffix.lower() == ".zip":
-        root = Path(extract_to) if extract_to is not None else _temporary_folder() / "data"
-        extract_zip(source, root, suffixes=(*SUFFIXES, ".csv"), max_files=max_files, max_bytes=max_bytes)
-        root, confined = _unwrap(root), True
-    index = _find_index(root)
-    if index is not None:
-        rows = _read_csv(index, confined)
-    elif root.is_dir():
-        rows = _read_folders(root, source)
+    if source.is_dir():
+        rows, notes = _read_folder(source)
+    elif source.suffix.lower() == ".zip":
+        root, others = _temporary_folder() / "data" if extract_to is None else Path(extract_to), Counter[str]()
+        endings = (*SUFFIXES, ".csv")
+        extract_zip(source, root, suffixes=endings, max_files=max_files, max_bytes=max_bytes, left_out=others)
+        rows, notes = _read_folder(root.absolute(), confined=True)
+        notes += [f"{count} other files in the zip ({suffix})" for suffix, count in others.most_common(8)]
+    elif source.suffix.lower() in (".csv", ".tsv"):
+        rows, notes = from_table(source, SUFFIXES)
     else:
         raise InputError(f"{source} is neither a folder nor a .csv or .zip file.")
     skipped: list[tuple[Path, str]] = []
     if verify:
-        skipped = find_unreadable([row[0] for row in rows], max_pixels=max_pixels)
+        skipped = find_unreadable(PathList(row[0] for row in rows), max_pixels=max_pixels)
         _report(skipped, len(rows), source, on_error)
-        gone = {p for p, _ in skipped}
+        gone = {str(p) for p, _ in skipped}
         rows = [row for row in rows if row[0] not in gone]
-    classes = sorted({label for _, label, _ in rows}, key=_natural)
-    if len(classes) < min_classes:
-        found = f"only the class {classes[0]!r}" if len(classes) == 1 else f"{len(classes)} classes"
+    class_names = class_order(label for _, label, _ in rows)
+    if len(class_names) < min_classes:
+        found = f"only the class {class_names[0]!r}" if len(class_names) == 1 else f"{len(class_names)} classes"
         raise InputError(f"{source} holds {found}; at least {min_classes} are needed, one sub-folder each.")
-    number = {name: i for i, name in enumerate(classes)}
+    number = {name: i for i, name in enumerate(class_names)}
     splits = [s for _, _, s in rows] if any(s for _, _, s in rows) else None
-    if splits is not None and not all(splits):
-        missing = next(row[0] for row in rows if not row[2])
-        raise InputError(f"{source}: some pictures have a split and others, such as {missing}, have none.")
+    if splits is not None:
+        if not all(splits):
+            missing = next(row[0] for row in rows if not row[2])
+            raise InputError(f"{source}: some pictures have a split and others, such as {missing}, have none.")
+        trained = {label for _, label, split in rows if split == "train"}
+        notes += [f"class {c!r} has no training pictures" for c in class_names if trained and c not in trained]
+    notes += near_twins(class_names)
+    if notes:
+        warnings.warn(f"{source}: {'; '.join(notes)}.", stacklevel=2)
     labels = [number[label] for _, label, _ in rows]
-    return ImageDataset([p for p, _, _ in rows], labels, classes, transform, splits, skipped, max_pixels)
+    paths = PathList(path for path, _, _ in rows)
+    return ImageDataset(paths, labels, class_names, transform, splits, skipped, notes, max_pixels)
 
 
 def find_unreadable(paths: Sequence[Path], *, max_pixels: int = MAX_PIXELS) -> list[tuple[Path, str]]:
@@ -246,98 +253,37 @@ def stratified_split(labels: Sequence[int], share: float, seed: int = 0) -> tupl
     return sorted(first), sorted(second)
 
 
-# ------------------------------------------------------------------------------------------------------------ readers
-
-_Row = tuple[Path, str, str]
-
-
-def _read_folders(root: Path, source: Path) -> list[_Row]:
-    """`(file, class, split)` from class folders, or from split folders that hold class folders."""
-    folders = _subfolders(root)
-    if folders and all(f.name.lower() in _SPLITS for f in folders) and any(_subfolders(f) for f in folders):
-        return [
-            (p, c, _SPLITS[f.name.lower()]) for f in folders for p, c, _ in _read_folders(f, source) if _subfolders(f)
-        ]
-    rows = [(p, f.name, "") for f in folders for p in _pictures(f)]
-    if not rows:
-        loose = sum(1 for p in root.iterdir() if p.suffix.lower() in SUFFIXES)
-        what = f"{loose} pictures but no sub-folders" if loose else "no pictures in sub-folders"
-        raise InputError(
-            f"{source} holds {what}. Put the pictures of each class into a sub-folder named after it, "
-            "or add an index.csv with the columns path,label."
-        )
-    return rows
-
-
-def _subfolders(folder: Path) -> list[Path]:
-    return sorted((f for f in folder.iterdir() if f.is_dir() and not f.name.startswith((".", "__"))), key=_by_name)
-
-
-def _pictures(folder: Path) -> list[Path]:
-    found = (p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-    return sorted((p for p in found if not p.name.startswith(".")), key=lambda p: p.relative_to(folder).as_posix())
-
-
-def _by_name(path: Path) -> Any:
-    return _natural(path.name)
-
-
-def _natural(name: str) -> tuple[Any, ...]:
-    """Sort "2" before "10", and otherwise by name."""
-    return (0, int(name), name) if name.isdecimal() else (1, 0, name)
-
-
-def _find_index(root: Path) -> Path | None:
-    if root.is_file():
-        return root if root.suffix.lower() in (".csv", ".tsv") else None
-    return next((root / n for n in _INDEX_NAMES if (root / n).is_file()), None)
-
-
-def _read_csv(path: Path, confined: bool) -> list[_Row]:
-    """Rows of a CSV; `confined` refuses paths outside its folder (it came from a zip)."""
+def _read_folder(root: Path, confined: bool = False) -> tuple[list[Row], list[str]]:
+    """Rows of a folder's index, or else of its class folders; `confined` refuses an index that points outside."""
+    top = list_folder(root, SUFFIXES)
+    strays: list[InputError] = []
+    for index in _indices(top):
+        try:
+            rows, notes = from_table(index, SUFFIXES, confined)
+            if not any(os.path.exists(path) for path, _, _ in rows[:100]):
+                raise InputError(f"{index} lists pictures that are not there: {rows[0][0]} does not exist.")
+            unlisted = set(top.paths()).difference(path for path, _, _ in rows)
+            if unlisted:
+                notes.append(f"{len(unlisted)} pictures are not listed in {index.name}, such as {min(unlisted)}")
+            return rows, notes
+        except InputError as error:
+            if index.name == "index.csv":
+                raise
+            strays.append(error)  # another table of that name is no obstacle where the folders tell the classes
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (UnicodeDecodeError, OSError) as error:
-        raise InputError(f"{path} cannot be read as a UTF-8 CSV file: {error}") from error
-    separator = max(",;\t", key=lines[0].count) if lines else ","
-    table = [row for row in csv.reader(lines, delimiter=separator) if any(cell.strip() for cell in row)]
-    if not table:
-        raise InputError(f"{path} is empty; expected the columns path,label.")
-    header = [cell.strip().lower() for cell in table[0]]
-    file_column = next((header.index(n) for n in _PATH_COLUMNS if n in header), None)
-    label_column = next((header.index(n) for n in _LABEL_COLUMNS if n in header), None)
-    split_column = header.index("split") if "split" in header else None
-    if file_column is None and label_column is None and Path(table[0][0].strip()).suffix.lower() in SUFFIXES:
-        file_column, label_column, table = 0, 1, [[], *table]  # no header
-    if file_column is None or label_column is None:
-        raise InputError(f"{path} has the columns {table[0]}; expected path,label and optionally split.")
-    root = path.parent.resolve()
-    rows: list[_Row] = []
-    for number, row in enumerate(table[1:], start=2):
-        columns = (file_column, label_column, *(() if split_column is None else (split_column,)))
-        cells = [row[c].strip() if c < len(row) else "" for c in columns]
-        if not cells[0] or not cells[1]:
-            raise InputError(f"{path}, row {number}: path or label is missing.")
-        split = cells[2].lower() if len(cells) > 2 else ""
-        if split and split not in _SPLITS:
-            raise InputError(f"{path}, row {number}: unknown split {split!r}; use train, val or test.")
-        target = root / cells[0]
-        if confined and not target.resolve().is_relative_to(root):
-            raise InputError(f"{path}, row {number}: {cells[0]!r} points outside the zip.")
-        rows.append((target, cells[1], _SPLITS.get(split, "")))
-    if not rows:
-        raise InputError(f"{path} lists no pictures.")
-    return rows
+        rows, notes = from_folders(top, "pictures")
+    except InputError as error:
+        raise (strays or [error])[0] from None
+    return rows, notes + [f"not used as an index: {error}" for error in strays]
 
 
-def _unwrap(root: Path) -> Path:
-    """Step into the single top folder that zip programs add."""
-    while _find_index(root) is None:
-        entries = [p for p in root.iterdir() if not p.name.startswith((".", "__"))] if root.is_dir() else []
-        if len(entries) != 1 or not entries[0].is_dir() or not (_subfolders(entries[0]) or _find_index(entries[0])):
-            break
-        root = entries[0]
-    return root
+def _indices(top: Folder) -> list[Path]:
+    """The tables that may list the pictures, also below the single top folder that zip programs add."""
+    while True:
+        found = [Path(top.path, name) for name in _INDEX_NAMES if os.path.isfile(os.path.join(top.path, name))]
+        if found or len(top.folders) != 1 or top.files:
+            return found
+        top = top.folders[0]
 
 
 def _temporary_folder() -> Path:

@@ -249,3 +249,237 @@ def test_real_clothing(data_dir):
     assert len(data.class_names) == 10
     assert [len(part) for part in split_dataset(data)] == [400, 120]
     assert len(data.split("test")) == 120
+
+
+# ------------------------------------------------------------------------------------------------ folders as people keep them
+
+
+def classes(root: Path, names: str = "a b", count: int = 2) -> None:
+    for name in names.split():
+        for i in range(count):
+            picture(root / name / f"{i}.png")
+
+
+@pytest.mark.parametrize(
+    "train,val,test",
+    [
+        ("train", "val", "test"),
+        ("Training", "valid", "testing"),
+        ("train_set", "validation_set", "test_set"),
+        ("train-images", "eval", "Test Data"),
+        ("train2017", "dev", "test1"),
+    ],
+)
+def test_splits_under_every_usual_name(tmp_path, train, val, test):
+    for name in (train, val, test):
+        classes(tmp_path / name)
+    data = open_dataset(tmp_path)
+    assert data.class_names == ["a", "b"]
+    assert data.left_out == []
+    assert [len(data.split(s)) for s in ("train", "val", "test", "validation")] == [4, 4, 4, 4]
+
+
+@pytest.mark.parametrize("extra", ["extra", "unlabelled pictures", "docs"])
+def test_splits_beside_other_folders_are_splits_and_the_others_are_named(tmp_path, extra):
+    for name in ("train", "test"):
+        classes(tmp_path / name)
+    if extra == "docs":
+        (tmp_path / extra).mkdir()
+    else:
+        picture(tmp_path / extra / "0.png")
+    with pytest.warns(UserWarning, match=f"'{extra}' holds (1 pictures in no split|no pictures)"):
+        data = open_dataset(tmp_path)
+    assert (data.class_names, set(data.splits)) == (["a", "b"], {"train", "test"})
+
+
+@pytest.mark.parametrize("name", ["test", "test_set", "val"])
+def test_an_unlabelled_split_is_left_out_and_named(tmp_path, name):
+    classes(tmp_path / "train")
+    picture(tmp_path / name / "0.png")
+    with pytest.warns(UserWarning, match=f"'{name}' holds 1 pictures without classes"):
+        data = open_dataset(tmp_path)
+    assert (data.class_names, set(data.splits)) == (["a", "b"], {"train"})
+    assert [len(part) for part in split_dataset(data, 0.5)] == [2, 2]
+
+
+def test_class_folders_beside_a_test_folder_are_the_training_part(tmp_path):
+    classes(tmp_path)
+    classes(tmp_path / "test", count=1)
+    data = open_dataset(tmp_path)
+    assert data.class_names == ["a", "b"]
+    assert sorted(data.splits) == ["test"] * 2 + ["train"] * 4
+
+
+def test_splits_inside_every_class_folder_are_splits(tmp_path):
+    for name in ("cup", "plate"):
+        classes(tmp_path / name, "train test", 3)
+    data = open_dataset(tmp_path)
+    assert data.class_names == ["cup", "plate"]
+    assert [len(data.split(s)) for s in ("train", "test")] == [6, 6]
+
+
+def test_a_class_called_train_is_a_class(tmp_path):
+    classes(tmp_path, "bus car train")
+    assert open_dataset(tmp_path).class_names == ["bus", "car", "train"]
+
+
+def test_train_and_test_without_classes_are_never_two_classes(tmp_path):
+    classes(tmp_path, "train test")
+    with pytest.raises(InputError, match="no class folders"):
+        open_dataset(tmp_path)
+
+
+def test_a_class_without_training_pictures_is_named(tmp_path):
+    classes(tmp_path / "train")
+    classes(tmp_path / "test", "a b c")
+    with pytest.warns(UserWarning, match="class 'c' has no training pictures"):
+        open_dataset(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "hidden", [".ipynb_checkpoints", ".thumbnails", "@eaDir", "__MACOSX", ".trash", "$RECYCLE.BIN", "lost+found"]
+)
+def test_hidden_and_system_folders_never_count(tmp_path, hidden):
+    classes(tmp_path / "train")
+    for place in ("", "train", "train/a"):
+        picture(tmp_path / place / hidden / "0.png")
+        picture(tmp_path / place / hidden / "a" / "0.png")
+    picture(tmp_path / "train" / "a" / "._0.png")
+    data = open_dataset(tmp_path)
+    assert (data.class_names, len(data), data.left_out) == (["a", "b"], 4, [])
+    archive = pack(tmp_path, tmp_path.parent / "hidden.zip")
+    assert len(open_dataset(archive)) == 4
+
+
+def test_links_are_followed_once_and_circles_end(tmp_path):
+    classes(tmp_path / "elsewhere")
+    root = tmp_path / "set"
+    classes(root, "c")
+    (root / "a").symlink_to(tmp_path / "elsewhere" / "a")
+    (root / "b").symlink_to(tmp_path / "elsewhere" / "b")
+    (root / "a0").symlink_to(root / "c")  # sorts before c, which keeps its pictures
+    (root / "c" / "up").symlink_to(root)
+    with pytest.warns(UserWarning, match="a0 leads to a folder that is listed already"):
+        data = open_dataset(root)
+    assert data.class_counts() == {"a": 2, "b": 2, "c": 2}
+
+
+def test_pictures_come_in_natural_order(tmp_path):
+    for i in (10, 9, 1, 2):
+        picture(tmp_path / "a" / f"frame {i}.png")
+        picture(tmp_path / f"class{i}" / "0.png")
+    data = open_dataset(tmp_path)
+    assert [p.stem for p in data.paths[:4]] == ["frame 1", "frame 2", "frame 9", "frame 10"]
+    assert data.class_names == ["a", "class1", "class2", "class9", "class10"]
+
+
+@pytest.mark.parametrize("other", ["cat", "café"])
+def test_classes_that_differ_only_in_case_or_accents_are_noticed(tmp_path, other):
+    twin = "Cat" if other == "cat" else "cafe\u0301"
+    for name in (twin, other):
+        picture(tmp_path / name / "0.png")
+    with pytest.warns(UserWarning, match="differ only in case"):
+        assert len(open_dataset(tmp_path).class_names) == 2
+
+
+def test_what_is_left_out_is_counted_and_named(tmp_path):
+    classes(tmp_path)
+    (tmp_path / "empty").mkdir()
+    picture(tmp_path / "loose.png")
+    for name in ("a/x.psd", "a/y.PSD", "b/readme.txt"):
+        (tmp_path / name).write_text("")
+    with pytest.warns(UserWarning, match="other files") as caught:
+        data = open_dataset(tmp_path)
+    text = str(caught[0].message)
+    for part in ("3 other files (.psd 2, .txt 1)", "'empty' holds no pictures", "1 pictures lie outside", "loose.png"):
+        assert part in text
+    assert len(data.left_out) == 3
+    archive = pack(tmp_path, tmp_path.parent / "left.zip")
+    with pytest.warns(UserWarning, match=r"2 other files in the zip \(\.psd\)"):
+        open_dataset(archive)
+
+
+@pytest.mark.parametrize("text", ["id,breed\n1,dog\n", "image,label\ngone.png,x\n", "", "path,label\n"])
+def test_a_stray_table_is_no_obstacle(tmp_path, text):
+    classes(tmp_path)
+    (tmp_path / "metadata.csv").write_text(text)
+    with pytest.warns(UserWarning, match=r"not used as an index: .*metadata\.csv"):
+        assert open_dataset(tmp_path).class_counts() == {"a": 2, "b": 2}
+    (tmp_path / "metadata.csv").rename(tmp_path / "index.csv")
+    with pytest.raises(InputError):
+        open_dataset(tmp_path)
+
+
+def test_pictures_that_an_index_does_not_list_are_counted(tmp_path):
+    classes(tmp_path)
+    (tmp_path / "index.csv").write_text("path,label\na/0.png,x\nb/0.png,y\n")
+    with pytest.warns(UserWarning, match="2 pictures are not listed in index.csv"):
+        open_dataset(tmp_path)
+
+
+def test_unlabelled_test_rows_do_not_stop_training(tmp_path):
+    classes(tmp_path)
+    (tmp_path / "index.csv").write_text(
+        "path,label,split\na/0.png,a,train\na/1.png,b,train\nb/0.png,,test\nb/1.png,,test\n"
+    )
+    with pytest.warns(UserWarning, match="2 test rows of .* have no label"):
+        data = open_dataset(tmp_path)
+    assert (len(data), data.splits) == (2, ["train", "train"])
+
+
+def test_class_order_is_the_same_from_folders_and_tables(tmp_path):
+    names = ["10", "2", "Zebra", "a", "x10", "x9"]
+    classes(tmp_path / "set", " ".join(names), 1)
+    rows = "\n".join(f"set/{name}/0.png,{name}" for name in names)
+    (tmp_path / "list.csv").write_text(f"path,label\n{rows}\n")
+    table = open_dataset(tmp_path / "list.csv").class_names
+    assert open_dataset(tmp_path / "set").class_names == table == ["2", "10", "Zebra", "a", "x9", "x10"]
+
+
+@pytest.mark.parametrize(
+    "content", [b"path,label\n" + b"x" * 200_000 + b",a\n", b"\xff\xfe\x00", b"path,label\n\x00,b\n"]
+)
+def test_damaged_tables_are_said(tmp_path, content):
+    (tmp_path / "list.csv").write_bytes(content)
+    with pytest.raises(InputError):
+        open_dataset(tmp_path / "list.csv")
+
+
+def test_a_table_in_utf_16_is_read(tmp_path):
+    classes(tmp_path)
+    (tmp_path / "list.csv").write_text("path;label\na/0.png;é\nb/0.png;y\n", encoding="utf-16")
+    assert open_dataset(tmp_path / "list.csv").class_names == ["y", "é"]
+
+
+@pytest.mark.parametrize("name", ["a\0b", "x" * 5000, "~nobody-of-this-name/set"])
+def test_names_that_no_file_can_have_are_missing_files(name):
+    with pytest.raises(InputError, match="does not exist"):
+        open_dataset(name)
+    with pytest.raises(InputError, match="does not exist"):
+        extract_zip(name, "out")
+
+
+def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path, monkeypatch):
+    import os
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied")
+
+    classes(tmp_path)
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(InputError, match="cannot be listed: Permission denied"):
+        open_dataset(tmp_path)
+
+
+def test_listing_opens_no_file_and_makes_no_path_objects(tmp_path):
+    import time
+
+    for c in range(10):
+        (tmp_path / f"c{c}").mkdir()
+        for i in range(500):
+            (tmp_path / f"c{c}" / f"{i}.jpg").touch()
+    start = time.process_time()
+    data = open_dataset(tmp_path, verify=False)
+    assert time.process_time() - start < 0.3  # 0.3 s is the limit for ten times as many
+    assert len(data) == 5000
+    assert data.paths[11].name == "11.jpg"

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mmkit.data import ImageTransform, load_image
+from mmkit.data import ImageTransform, load_image, open_dataset
 from mmkit.errors import InputError
 
 
@@ -89,6 +89,74 @@ def test_truncated_and_foreign_files(tmp_path):
 def test_bad_arrays(array, message):
     with pytest.raises(InputError, match=message):
         load_image(array)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int16", "uint16", "int32", "int64", "float32", "float64"])
+@pytest.mark.parametrize("shape", [(4, 4), (4, 4, 1), (4, 4, 3)])
+def test_values_up_to_255_are_8_bit_whatever_their_type(dtype, shape):
+    assert corner(load_image(np.full(shape, 200, dtype))) == (200, 200, 200)
+
+
+def test_integers_beyond_8_bit_are_16_bit_or_doubted():
+    assert corner(load_image(np.full((2, 2), 65535))) == (255, 255, 255)
+    assert corner(load_image(np.full((2, 2), 25700, np.int32))) == (100, 100, 100)
+    for top in (256, 1023, 4095, 65536, 2**31):
+        with pytest.raises(InputError, match=f"in {top}..{top}, which is neither 8-bit"):
+            load_image(np.full((2, 2), top))
+
+
+def test_floats_of_unclear_range_are_refused():
+    assert corner(load_image(np.full((2, 2), 0.5, np.float16))) == (128, 128, 128)
+    for array in (np.full((2, 2), 1.2), np.full((2, 2), 8.0), np.array([[-1.0, 1.0]])):
+        with pytest.raises(InputError, match=r"0\.\.1 or 0\.\.255"):
+            load_image(array)
+    for dtype in (complex, object, "U1"):
+        with pytest.raises(InputError, match="must hold numbers"):
+            load_image(np.zeros((2, 2), dtype))
+
+
+def test_mode_i_and_f_pictures_have_grey_levels(tmp_path):
+    for mode in ("I", "F"):
+        Image.new("L", (4, 4), 200).convert(mode).save(tmp_path / f"{mode}.tif")
+        assert corner(load_image(tmp_path / f"{mode}.tif")) == (200, 200, 200)
+        assert corner(load_image(Image.new("L", (4, 4), 200).convert(mode))) == (200, 200, 200)
+
+
+@pytest.mark.parametrize(
+    "kind,suffix", [("JPEG", ".jfif"), ("AVIF", ".avif"), ("WEBP", ".webp"), ("MPO", ".mpo"), ("TIFF", ".tif")]
+)
+def test_formats_of_cameras_and_the_web(tmp_path, kind, suffix):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        more = {"append_images": [Image.new("RGB", (16, 16), "red")], "save_all": True} if kind == "MPO" else {}
+        Image.new("RGB", (16, 16), (0, 0, 250)).save(tmp_path / name / f"0{suffix}", kind, **more)
+    data = open_dataset(tmp_path)
+    assert len(data) == 2
+    assert np.abs(np.array(corner(data[0][0])) - (0, 0, 250)).max() < 8
+
+
+def test_a_heic_picture_names_what_reads_it(monkeypatch):
+    monkeypatch.setattr("mmkit.data.images._formats", lambda: ("JPEG", "PNG"))
+    with pytest.raises(InputError, match="pip install pi-heif"):
+        load_image(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + b"\0" * 100)
+
+
+def test_postscript_never_reaches_an_interpreter(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+    with pytest.raises(InputError, match="cannot be read as a picture"):
+        load_image(tmp_path / "a.png")
+
+
+def test_a_damaged_exif_block_does_not_hide_the_picture():
+    buffer = io.BytesIO()
+    Image.new("RGB", (4, 4), "red").save(buffer, "PNG", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01")
+    assert corner(load_image(buffer.getvalue())) == (255, 0, 0)
+
+
+def test_the_callers_picture_is_not_handed_back():
+    mine = Image.new("RGB", (2, 2))
+    load_image(mine).putpixel((0, 0), (9, 9, 9))
+    assert corner(mine) == (0, 0, 0)
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])

@@ -8,25 +8,36 @@ Every method attaches, trains, saves, loads, merges and detaches the same way:
     adapter.merge()                                  # plain weights again, no overhead
 """
 
-from mmkit.adapters.core import (
-    Adapter,
-    AdapterConfig,
+from mmkit.adapters.api import (
     apply_adapter,
-    attached_adapters,
     list_adapters,
+    load_adapter,
+    merge_adapters,
     register_adapter,
+    save_adapter,
+    set_active_adapters,
 )
-from mmkit.adapters.files import load_adapter, save_adapter
+from mmkit.adapters.config import AdapterConfig, Edit
+from mmkit.adapters.context import ForwardContext, current_context, forward_context
+from mmkit.adapters.core import Adapter
 from mmkit.adapters.sites import SiteAdapter
+from mmkit.adapters.stack import ModuleGroup, attached_adapters
 
 __all__ = [
     "Adapter",
     "AdapterConfig",
+    "Edit",
+    "ForwardContext",
+    "ModuleGroup",
     "SiteAdapter",
     "apply_adapter",
     "attached_adapters",
+    "current_context",
+    "forward_context",
     "list_adapters",
     "load_adapter",
+    "merge_adapters",
     "register_adapter",
     "save_adapter",
+    "set_active_adapters",
 ]

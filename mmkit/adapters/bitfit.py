@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmkit.adapters.core import AdapterConfig, register_adapter
+from mmkit.adapters.api import register_adapter
+from mmkit.adapters.config import AdapterConfig
 from mmkit.adapters.sites import SiteAdapter
-from mmkit.adapters.ssf import affine_dim_axis
+from mmkit.adapters.trial import channel_axis
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,16 @@ class Shift(nn.Module):
 
     def forward(self, y: Tensor, args: Any = ()) -> Tensor:
         """(..., dim) or (B, dim, ...) -> the same shape and dtype."""
-        delta = self.delta.to(y.dtype)
-        return y + (delta.view(-1, *(1,) * (y.dim() - 2)) if self.axis == 1 and y.dim() > 2 else delta)
+        return y + along(self.delta.to(y.dtype), self.axis, y.dim())
+
+
+def along(vector: Tensor, axis: int, dim: int) -> Tensor:
+    """`vector` (C,) shaped to act along `axis` of a tensor with `dim` dimensions."""
+    if axis in (-1, dim - 1):
+        return vector
+    shape = [1] * dim
+    shape[axis] = -1
+    return vector.view(shape)
 
 
 @register_adapter("bitfit")
@@ -43,10 +52,10 @@ class BitFit(SiteAdapter):
     config_class = BitFitConfig
 
     def is_site(self, path: str, module: nn.Module) -> bool:
-        return affine_dim_axis(module) is not None and getattr(module, "bias", None) is not None
+        return getattr(module, "bias", None) is not None and channel_axis(module) is not None
 
     def make_site(self, path: str, module: nn.Module) -> nn.Module:
-        dim_axis = affine_dim_axis(module)
+        dim_axis = channel_axis(module)
         assert dim_axis is not None  # is_site
         return Shift(*dim_axis)
 

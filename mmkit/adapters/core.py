@@ -1,131 +1,51 @@
-"""The contract every adapter keeps: attach, train, disable, merge, unmerge, detach.
+"""The contract every adapter keeps: attach, train, disable, scale, merge, unmerge, detach.
 
 An adapter owns its own parameters and nothing else. While it is attached the model keeps its keys, module types and tensors;
 after `detach` it is bit-equal to before. A method that changes a module's output subclasses `SiteAdapter` (see
-`mmkit.adapters.sites`); a method that changes tokens, attention or the block graph subclasses `Adapter` and uses the primitives of
-`mmkit.adapters.hooks`.
+`mmkit.adapters.sites`); a method that changes tokens, attention or the block graph subclasses `Adapter` and links actions of
+`mmkit.adapters.hooks` to modules.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 import hashlib
+import itertools
 import json
-import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Self, TypeVar
+from collections.abc import Iterable, Iterator
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
-from mmkit.adapters import hooks
-from mmkit.errors import InputError, NotMergeableError, nearest
-from mmkit.registry import ADAPTERS
+from mmkit.adapters import hooks, trial
+from mmkit.adapters.attention import InProjection, make_explicit
+from mmkit.adapters.config import AdapterConfig, Edit
+from mmkit.adapters.files import AdapterFiles
+from mmkit.adapters.stack import AdapterStack, eval_mode, roots_of
+from mmkit.errors import CheckpointError, InputError, NotMergeableError
 
-T = TypeVar("T", bound=type)
-
-
-@dataclass(frozen=True)
-class AdapterConfig:
-    """What is needed to rebuild an adapter on another copy of the model. Frozen; converts to and from JSON.
-
-    Attributes:
-        targets: which modules to adapt: names, name endings ("qkv") or wildcards ("blocks.[0-5].*"); `None` lets the method choose.
-        modules_to_save: modules trained whole and stored beside the adapter, usually the head; "head" stands for the model's classifier.
-    """
-
-    method: ClassVar[str] = ""
-    targets: tuple[str, ...] | str | None = None
-    modules_to_save: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if isinstance(self.modules_to_save, str):
-            object.__setattr__(self, "modules_to_save", (self.modules_to_save,))
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-friendly fields, with the method's name."""
-        return {"method": self.method, **dataclasses.asdict(self)}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Rebuild from `to_dict`; a key this version does not know is dropped with a warning."""
-        known = {f.name for f in dataclasses.fields(cls)}
-        unknown = set(values) - known - {"method"}
-        if unknown:
-            warnings.warn(f"{cls.__name__}: ignoring unknown settings {sorted(unknown)}", stacklevel=2)
-        return cls(**{k: _tuples(v) for k, v in values.items() if k in known})
+_COUNT = itertools.count(1)
 
 
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
-
-
-class Edit(NamedTuple):
-    """One tensor a merge writes: `value` becomes parameter `name` of the module at `path`."""
-
-    path: str
-    name: str
-    value: Tensor
-
-
-class AdapterStack:
-    """What mmkit remembers on a model: its adapters in the order of attachment, and which parameters were trainable."""
-
-    def __init__(self) -> None:
-        self.adapters: dict[str, Adapter] = {}
-        self.trainable: dict[str, bool] | None = None
-
-    def live(self) -> list[str]:
-        """Names of the adapters that act through hooks: attached and not merged."""
-        return [name for name, adapter in self.adapters.items() if adapter.attached]
-
-    @staticmethod
-    def of(model: nn.Module) -> AdapterStack:
-        """The stack of `model`, created at first use (a plain attribute: it is not part of the state dict)."""
-        return model.__dict__.setdefault("_mmkit_adapters", AdapterStack())
-
-    def freeze(self, model: nn.Module) -> None:
-        """Stop gradients of the base; remembers the flags for `detach`."""
-        if self.trainable is None:
-            self.trainable = {k: p.requires_grad for k, p in model.named_parameters()}
-        own = {id(p) for a in self.adapters.values() for _, p in a.trainable_parameters()}
-        for p in model.parameters():
-            if id(p) not in own:
-                p.requires_grad_(False)
-
-    def forget(self, model: nn.Module, name: str) -> None:
-        """Drop an adapter; with the last one the model is as it was found."""
-        self.adapters.pop(name, None)
-        if not self.adapters:
-            for k, p in model.named_parameters():
-                if self.trainable and k in self.trainable:
-                    p.requires_grad_(self.trainable[k])
-            model.__dict__.pop("_mmkit_adapters", None)
-
-
-def attached_adapters(model: nn.Module) -> dict[str, Adapter]:
-    """The adapters on `model` (attached or merged), by name, in the order of attachment."""
-    stack = model.__dict__.get("_mmkit_adapters")
-    return dict(stack.adapters) if stack else {}
-
-
-class Adapter(nn.Module):
+class Adapter(AdapterFiles, nn.Module):
     """Base class of all methods.
 
-    Subclasses set `config_class`, create their parameters in `build(model)` with `add_site`, place hooks or overrides in
-    `install(model)`, and return what a merge writes from `merge_edits(model)`.
+    Subclasses set `config_class`, create their parameters in `build(model)` with `add_site`, place actions in `install(model)`
+    with `link`, and return what a merge writes from `merge_edits(model)`.
 
     Attributes:
         config: the frozen settings.
-        sites: module path -> the `nn.Module` that holds that site's parameters (keys with "/" for ".").
-        enabled: `False` inside `disabled()`.
+        sites: the `nn.Module`s that hold the method's parameters, by "<module path>" or "<module path>|<slot>" ("/" for ".").
+        saved: trained copies of whole modules, by path.
+        enabled: whether the adapter acts; `disabled()` and `set_active_adapters` change it.
     """
 
     method: ClassVar[str] = ""
     config_class: ClassVar[type[AdapterConfig]] = AdapterConfig
+    tasks: ClassVar[tuple[str, ...]] = ()
+    """Tasks the method is made for; empty: any."""
     lr_scale: ClassVar[float] = 1.0
     """Learning rate of the method's own parameters over the one `fit` is given, which heads and norms keep."""
     decays: ClassVar[bool] = True
@@ -137,9 +57,15 @@ class Adapter(nn.Module):
         self.name = name
         self.enabled = True
         self.merged = False
+        self.order = 0
         self.sites = nn.ModuleDict()
-        self._saved: list[str] = []  # paths in `sites` that are trained copies of whole modules
+        self.saved = nn.ModuleDict()
+        self.links: list[hooks.Link] = []
+        self._explicit = False
+        self._scale = 1.0
+        self._merge_order = 0
         self._backup: list[tuple[str, str, Tensor | None]] = []
+        self._hosts: dict[str, str] = {}
         self.__dict__["_model"] = None
 
     # --- what a method implements -----------------------------------------------------------------------------------
@@ -148,11 +74,15 @@ class Adapter(nn.Module):
         """Create this method's parameters for `model` with `add_site`."""
 
     def install(self, model: nn.Module) -> None:
-        """Place hooks and overrides into `model`."""
+        """Place the method's actions with `link`."""
 
     def merge_edits(self, model: nn.Module) -> list[Edit]:
         """The tensors a merge writes, computed without changing anything. Raises `NotMergeableError`."""
         raise NotMergeableError(f"{self.method!r} cannot be folded into weights; keep it attached.")
+
+    def starts_as_identity(self) -> bool:
+        """Whether a fresh adapter leaves the model as it is; tried on every kind of module when it is attached."""
+        return True
 
     # --- attaching ----------------------------------------------------------------------------------------------------
 
@@ -166,55 +96,152 @@ class Adapter(nn.Module):
 
     @property
     def attached(self) -> bool:
-        """Whether the adapter acts on a model through hooks (not when merged)."""
+        """Whether the adapter acts on a model un-merged."""
         return self.__dict__["_model"] is not None and not self.merged
 
+    @property
+    def placed(self) -> bool:
+        """Whether anything of the adapter acts through the calls of a model; also what some methods leave after a merge."""
+        return self.attached or any(not link.folds for link in self.links)
+
     def attach(self, model: nn.Module) -> Self:
-        """Place the adapter on `model`. On any error the model is left as it was.
+        """Place the adapter on `model`. On any error the model and the adapter are left as they were.
 
         Raises:
-            InputError: already attached, the name is taken, or no module matches.
+            InputError: already attached, the name is taken, no module matches, the adapter was made for another architecture,
+                or another adapter is in the way.
         """
         if self.__dict__["_model"] is not None:
             raise InputError(f"Adapter {self.name!r} is already attached; detach it first.")
-        stack = AdapterStack.of(model)
-        if self.name in stack.adapters:
+        stacks = [AdapterStack.of(root) for _, root in roots_of(model)]
+        if any(self.name in stack.adapters for stack in stacks):
             raise InputError(f"The model already has an adapter called {self.name!r}; pass another name=.")
+        before = {k: copy.copy(v) if isinstance(v, dict | list) else v for k, v in self.__dict__.items()}
         try:
-            if not len(self.sites):
-                self.build(model)
-                self._build_saved(model)
-            self._install_saved(model)
-            self.install(model)
+            self._place(model)
         except BaseException:
             hooks.remove(model, self)
-            stack.forget(model, "")
+            self.__dict__.clear()
+            self.__dict__.update(before)
+            for stack in stacks:
+                stack.forget()
             raise
         self.__dict__["_model"] = model
-        stack.adapters[self.name] = self
+        for stack in stacks:
+            stack.adapters[self.name] = self
+            stack.watching = True
+        hooks.forget_compiled()
         return self
+
+    def _place(self, model: nn.Module) -> None:
+        """Build (at the first time) and link everything, and make sure that it fits together."""
+        fresh = not self._hosts
+        self.order = next(_COUNT)
+        if self._explicit:
+            make_explicit(model, self)
+        if fresh:
+            self.sites, self.saved = nn.ModuleDict(), nn.ModuleDict()
+            self._build_saved(model)
+            self.build(model)
+            self._hosts = {path: _signature(model, path) for path in self.site_paths}
+        elif misfits := [p for p, s in self._hosts.items() if _signature(model, p) != s]:
+            raise InputError(
+                f"Adapter {self.name!r} was made for another model: {len(misfits)} of its {len(self._hosts)} modules are missing or "
+                f"of another shape here, such as {misfits[:4]}. Make a new one with apply_adapter."
+            )
+        self.links = []
+        self.install(model)
+        for path in self.saved_paths:
+            self.link(model, path, hooks.SavedAction(self.saved[path.replace(".", "/")]))
+        self._refuse_shadowed(model)
+        hooks.call_all_modules(model, self)
+        if fresh and self.starts_as_identity():
+            trial.require_identity(self, model)
 
     def detach(self) -> nn.Module:
         """Take the adapter off; the model is bit-equal to before. A merged adapter is unmerged first."""
         model = self.model
         if self.merged:
             self.unmerge()
-        self._remove(model)
-        AdapterStack.of(model).forget(model, self.name)
+        hooks.remove(model, self)
+        self.links = []
         self.__dict__["_model"] = None
+        for _, root in roots_of(model):
+            AdapterStack.of(root).forget(self.name)
+        hooks.forget_compiled()
         return model
 
-    def _remove(self, model: nn.Module) -> None:
-        hooks.remove(model, self)
+    def link(self, model: nn.Module, path: str, action: hooks.Action, *, slot: str = "", folds: bool = True) -> None:
+        """Let `action` take part in every call of the module at `path`.
+
+        Args:
+            slot: distinguishes several actions of one adapter at one module.
+            folds: whether a merge makes the action superfluous; `False` stays on the model.
+        """
+        module = hooks.get_module(model, path)
+        for inner in action.modules:  # dropout must not become live because it is new
+            inner.train(module.training)
+        link = hooks.Link(self, f"{path}|{slot}" if slot else path, action, folds=folds, axis=_row_axis(model, path))
+        action.bind(hooks.Under(link))
+        self.links.append(link)
+        hooks.add_link(module, link)
+
+    def make_explicit(self, model: nn.Module) -> None:
+        """Have every `nn.MultiheadAttention` of `model` call its projections, as `<path>.in_proj` and `<path>.out_proj`."""
+        self._explicit = True
+        make_explicit(model, self)
+
+    def _refuse_shadowed(self, model: nn.Module) -> None:
+        """Two adapters must not meet where one replaces a module whole and the other acts inside it."""
+        mine = {p for p in self.saved_paths}
+        for path in mine:
+            for name, inner in hooks.get_module(model, path).named_modules():
+                if name and any(link.owner is not self and link.key for link in hooks.links_at(inner)):
+                    raise InputError(
+                        f"modules_to_save {path!r} would replace {name!r} inside it, where another adapter acts: merge or detach "
+                        "that one first."
+                    )
+        for path in self.site_paths:
+            for above in _ancestors(path):
+                for link in hooks.links_at(hooks.get_module(model, above)):
+                    if isinstance(link.action, hooks.SavedAction) and link.owner is not self:
+                        raise InputError(
+                            f"{path!r} lies inside {above!r}, which adapter {link.owner.name!r} answers with a trained copy: merge "
+                            "that adapter first, or leave the module out of `targets`."
+                        )
+
+    # --- acting -------------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
-        """Inside the block the model behaves as if the adapter were not there."""
-        before, self.enabled = self.enabled, False
+        """Inside the block the model behaves as if the adapter were not there, merged or not.
+
+        Raises `InputError` when it is merged and a later adapter was merged on top of it.
+        """
+        enabled, merged = self.enabled, self.merged
+        if merged:
+            self.unmerge()
+        self.enabled = False
         try:
             yield
         finally:
-            self.enabled = before
+            self.enabled = enabled
+            if merged:
+                self._fold(self._plan(self._scale))
+
+    @property
+    def scale(self) -> float:
+        """Strength: 0 is the base, 1 the trained adapter; in between and beyond, outputs (and merged weights) are interpolated."""
+        return self._scale
+
+    @scale.setter
+    def scale(self, value: float) -> None:
+        merged = self.merged
+        if merged:
+            self.unmerge()
+        self._scale = float(value)
+        if merged:
+            self._fold(self._plan(self._scale))
 
     @contextlib.contextmanager
     def registered(self) -> Iterator[nn.Module]:
@@ -222,57 +249,91 @@ class Adapter(nn.Module):
 
         The submodule is called `mmkit_adapter_<name>`; the model's other keys stay as they are.
         """
-        key = f"mmkit_adapter_{self.name}"
-        self.model.add_module(key, self.sites)
+        key = f"mmkit_adapter_{self.name}".replace(".", "_")
+        self.model.add_module(key, nn.ModuleList([self.sites, self.saved]))
         try:
             yield self.model
         finally:
             self.model._modules.pop(key, None)
 
     def check(self, *inputs: Any, **kwargs: Any) -> None:
-        """Run the model once and make sure that every site was reached.
+        """Run the model once in eval mode and make sure that every site is reached.
 
-        Raises `InputError` naming the sites whose module is never called (its weights are read directly instead), where
-        training would silently do nothing.
+        Without arguments the backbone's own example input is used. Raises `InputError` naming the sites whose module is never
+        called (its weights are read directly instead), where training would silently do nothing.
         """
-        reached: set[str] = set()
-        handles = [
-            hooks.get_module(self.model, path).register_forward_hook(lambda *_, path=path: reached.add(path))
-            for path in self.site_paths
-        ]
-        training = self.model.training
-        try:
-            with torch.no_grad():
-                self.model.eval()(*inputs, **kwargs)
-        finally:
-            self.model.train(training)
-            for handle in handles:
-                handle.remove()
-        missed = sorted(set(self.site_paths) - reached)
+        model = self.model
+        if not inputs and not kwargs:
+            from mmkit.backbones import example_input
+
+            example = example_input(model)
+            if example is None:
+                raise InputError(
+                    f"Adapter {self.name!r} has not been seen at work yet: run the model once, or call adapter.check(*inputs)."
+                )
+            inputs, kwargs = example
+        with eval_mode(model), torch.no_grad():
+            model(*inputs, **kwargs)
+        self.require_reached(model)
+
+    def unreached(self, root: nn.Module) -> list[str]:
+        """Sites inside `root` whose module was not called since the adapter was attached."""
+        prefix = next((p for p, r in roots_of(self.model) if r is root), "")
+        return [link.key for link in self.links if not link.reached and link.key.startswith(prefix)]
+
+    def require_reached(self, root: nn.Module) -> None:
+        """Raise `InputError` unless all sites inside `root` were reached."""
+        missed = [k for k in self.unreached(root) if not _is_routed(k)]
         if missed:
+            endings = sorted({k.partition("|")[0].rpartition(".")[2] for k in missed})
             raise InputError(
-                f"Adapter {self.name!r} has no effect at {missed[:6]}: the model reads these weights without calling the "
-                "modules. Choose other `targets`."
+                f"Adapter {self.name!r} ({self.method}) has no effect at {len(missed)} of its modules, such as {missed[:4]}: the model "
+                f"never calls them, it reads their weights or skips them. Attach with other targets, or exclude={tuple(endings)!r}."
             )
 
     # --- parameters ---------------------------------------------------------------------------------------------------
 
-    def add_site(self, path: str, module: nn.Module) -> None:
-        """Own `module`'s parameters under the model path `path`."""
-        self.sites[path.replace(".", "/")] = module
+    def add_site(self, path: str, module: nn.Module, slot: str = "") -> None:
+        """Own `module`'s parameters for the module at `path` of the model (and `slot`, when it has several)."""
+        key = path.replace(".", "/") + (f"|{slot}" if slot else "")
+        if key in self.sites:
+            raise InputError(f"{self.method!r} has two sites at {path!r}; give them slots.")
+        self.sites[key] = module
 
-    def site(self, path: str) -> nn.Module:
+    def site(self, path: str, slot: str = "") -> nn.Module:
         """The parameters of the site at `path`."""
-        return self.sites[path.replace(".", "/")]
+        return self.sites[path.replace(".", "/") + (f"|{slot}" if slot else "")]
+
+    @property
+    def own_paths(self) -> list[str]:
+        """Model paths of the method's own sites."""
+        return list(dict.fromkeys(k.partition("|")[0].replace("/", ".") for k in self.sites))
+
+    @property
+    def saved_paths(self) -> list[str]:
+        """Model paths of the modules that are trained whole."""
+        return [k.replace("/", ".") for k in self.saved]
 
     @property
     def site_paths(self) -> list[str]:
         """Model paths this adapter acts at."""
-        return [k.replace("/", ".") for k in self.sites]
+        return list(dict.fromkeys([*self.own_paths, *self.saved_paths]))
+
+    def inside_saved(self, path: str) -> bool:
+        """Whether `path` is, or lies in, a module that is trained whole."""
+        return any(f"{path}.".startswith(f"{s}.") for s in self.saved_paths)
+
+    def _build_saved(self, model: nn.Module) -> None:
+        paths = _resolve_saved(model, self.config.modules_to_save)
+        for path in paths:
+            original = hooks.unwrap(hooks.get_module(model, path))
+            if not any(True for _ in original.parameters()):
+                raise InputError(f"modules_to_save: {path!r} has no parameters; build the model with num_classes=N.")
+            self.saved[path.replace(".", "/")] = hooks.plain_copy(original).requires_grad_(True)
 
     @staticmethod
     def _plain(key: str) -> str:
-        return key.removeprefix("sites.").replace("/", ".")
+        return key.removeprefix("sites.").removeprefix("saved.").replace("/", ".").replace("|", ".")
 
     def trainable_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """The parameters to optimise, named `<module path>.<parameter>`."""
@@ -280,8 +341,7 @@ class Adapter(nn.Module):
 
     def own_parameters(self) -> list[nn.Parameter]:
         """The method's own parameters, without the trained copies of whole modules (`modules_to_save`)."""
-        saved = {path.replace(".", "/") for path in self._saved}
-        return [p for key, site in self.sites.items() if key not in saved for p in site.parameters()]
+        return list(self.sites.parameters())
 
     def num_parameters(self) -> int:
         """Number of trainable values, saved modules included."""
@@ -297,44 +357,27 @@ class Adapter(nn.Module):
         return out
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-        """Load what `state_dict` returned."""
-        keys = {self._plain(k): k for k in super().state_dict()}
-        return super().load_state_dict({keys.get(k, k): v for k, v in state_dict.items()}, strict, assign)
+        """Load what `state_dict` returned; all or nothing.
+
+        Raises `InputError` while merged (the weights would keep the old values), `CheckpointError` when keys or shapes differ.
+        """
+        if self.merged:
+            raise InputError(f"Adapter {self.name!r} is merged: call unmerge() before loading other values.")
+        plain = {self._plain(k): k for k in super().state_dict()}
+        own = self.state_dict()
+        shapes = [k for k, v in state_dict.items() if k in own and own[k].shape != v.shape]
+        missing, unexpected = sorted(set(own) - set(state_dict)), sorted(set(state_dict) - set(own))
+        if shapes or (strict and (missing or unexpected)):
+            raise CheckpointError(
+                f"These tensors do not fit adapter {self.name!r}: {len(missing)} missing {missing[:3]}, {len(unexpected)} unexpected "
+                f"{unexpected[:3]}, {len(shapes)} of another shape {shapes[:3]}."
+            )
+        return super().load_state_dict({plain.get(k, k): v for k, v in state_dict.items()}, strict, assign)
 
     def digest(self) -> str:
-        """Fingerprint of the sites and their tensor shapes: equal for two models an adapter file can move between."""
+        """Identifies names and shapes of all tensors."""
         shapes = {k: list(v.shape) for k, v in sorted(self.state_dict().items())}
         return hashlib.sha256(json.dumps(shapes).encode()).hexdigest()
-
-    # --- modules trained whole ----------------------------------------------------------------------------------------
-
-    def _build_saved(self, model: nn.Module) -> None:
-        for path in self.config.modules_to_save:
-            if path == "head":
-                from mmkit.backbones import head_name
-
-                path = head_name(model)
-            try:
-                original = hooks.unwrap(hooks.get_module(model, path))
-            except AttributeError:
-                names = [n for n, _ in hooks.named_plain_modules(model) if n]
-                raise InputError(f"modules_to_save: the model has no {path!r}. {nearest(path, names)}") from None
-            if not any(True for _ in original.parameters()):
-                raise InputError(f"modules_to_save: {path!r} has no parameters; build the model with num_classes=N.")
-            self._saved.append(path)
-            self.add_site(path, copy.deepcopy(original).requires_grad_(True))
-
-    def _install_saved(self, model: nn.Module) -> None:
-        for path in self._saved:
-            hooks.add_hook(hooks.get_module(model, path), self, SavedModule(self.site(path)))
-
-    def _saved_edits(self, model: nn.Module) -> list[Edit]:
-        edits = []
-        for path in self._saved:
-            for name, value in self.site(path).state_dict().items():
-                inner, _, leaf = name.rpartition(".")
-                edits.append(Edit(f"{path}.{inner}" if inner else path, leaf, value))
-        return edits
 
     # --- merging --------------------------------------------------------------------------------------------------------
 
@@ -342,66 +385,120 @@ class Adapter(nn.Module):
     def mergeable(self) -> bool:
         """Whether `merge` would succeed now."""
         try:
-            self._plan()
-        except NotMergeableError:
+            self._plan(self._scale)
+        except (NotMergeableError, InputError):
             return False
         return True
 
-    def _plan(self) -> list[Edit]:
+    def _plan(self, scale: float) -> list[Edit]:
+        """What to write, tried numerically before anything is written."""
         model = self.model
         if self.merged:
             raise NotMergeableError(f"Adapter {self.name!r} is already merged.")
-        for other in attached_adapters(model).values():
-            if other is self:
-                break
-            shared = set(other.site_paths) & set(self.site_paths)
-            if shared and not other.merged:
-                raise NotMergeableError(
-                    f"Adapter {other.name!r} was attached before {self.name!r} and acts at the same modules; merge it first.",
-                    sorted(shared),
-                )
-        edits = self.merge_edits(model) + self._saved_edits(model)
+        if not self.enabled:
+            raise NotMergeableError(f"Adapter {self.name!r} is disabled; enable it to merge it.")
+        if any(self.unreached(root) for _, root in roots_of(model)):
+            self.check()
+        self._refuse_unmerged_below(model)
+        edits = self._scaled(model, self.merge_edits(model) + self._saved_edits(), scale)
         for edit in edits:
             if edit.value.is_floating_point() and not torch.isfinite(edit.value).all():
                 raise NotMergeableError(f"Merging would write NaN or infinite values to {edit.path}.", [edit.path])
         _refuse_shared(model, edits)
+        trial.require_equal_folds(self, model, edits, scale)
         return edits
 
-    def merge(self) -> nn.Module:
-        """Fold the adapter into the weights and take the hooks off. Returns the model. All or nothing.
+    def _refuse_unmerged_below(self, model: nn.Module) -> None:
+        for link in self.links:
+            for other in hooks.links_at(hooks.get_module(model, link.key.partition("|")[0])):
+                if other is link:
+                    break
+                if other.owner is not self and other.folds:
+                    raise NotMergeableError(
+                        f"Adapter {other.owner.name!r} was attached before {self.name!r} and acts at the same modules; merge it first.",
+                        [link.key],
+                    )
+
+    def _saved_edits(self) -> list[Edit]:
+        return [
+            Edit(*_owner_and_leaf(path, name), value)
+            for path in self.saved_paths
+            for name, value in self.saved[path.replace(".", "/")].state_dict().items()
+        ]
+
+    def _scaled(self, model: nn.Module, edits: list[Edit], scale: float) -> list[Edit]:
+        if scale == 1.0:
+            return edits
+        out = []
+        for path, name, value in edits:
+            if value.is_floating_point():
+                now = getattr(hooks.unwrap(hooks.get_module(model, path)), name, None)
+                if now is None:  # what a missing parameter stands for
+                    now = torch.ones_like(value) if name == "weight" else torch.zeros_like(value)
+                value = now.detach().to(value) + scale * (value - now.detach().to(value))
+            out.append(Edit(path, name, value))
+        return out
+
+    def merge(self, scale: float | None = None) -> nn.Module:
+        """Fold the adapter into the weights and take its links off. Returns the model. All or nothing.
+
+        Args:
+            scale: strength, kept as `adapter.scale`; default: the present one.
 
         Raises:
             NotMergeableError: a site cannot absorb the change (`.sites` names it), or an earlier adapter on the same modules
                 is not merged yet. The model is unchanged.
+            InputError: a site was not reached (see `check`).
         """
-        edits = self._plan()
+        scale = self._scale if scale is None else float(scale)
+        edits = self._plan(scale)
+        self._scale = scale
+        return self._fold(edits)
+
+    def _fold(self, edits: list[Edit]) -> nn.Module:
         model = self.model
-        self._remove(model)
-        self._backup = [_write(model, edit) for edit in edits]
+        hooks.remove(model, self)
+        self._backup = [trial.write(model, edit) for edit in edits]
         self.merged = True
+        self._merge_order = next(_COUNT)
+        self._relink(link for link in self.links if not link.folds)
+        hooks.forget_compiled()
         return model
 
+    def _relink(self, links: Iterable[hooks.Link]) -> None:
+        """Put `links` back, each at its place in the order of attachment."""
+        links = list(links)
+        if not links:
+            return
+        if self._explicit:
+            make_explicit(self.model, self)
+        for link in links:
+            hooks.add_link(hooks.get_module(self.model, link.key.partition("|")[0]), link)
+        hooks.call_all_modules(self.model, self)
+
     def unmerge(self) -> Self:
-        """Undo `merge` bit-exactly (from a copy, never by dividing) and attach again.
+        """Undo `merge` bit-exactly (from a copy, never by dividing) and act through links again.
 
         Raises:
-            InputError: not merged, or a later adapter on the same modules is still there.
+            InputError: not merged, or an adapter that was merged later on the same weights still is.
         """
         model = self.model
         if not self.merged:
             raise InputError(f"Adapter {self.name!r} is not merged.")
-        adapters = list(attached_adapters(model).values())
-        for other in adapters[adapters.index(self) + 1 :]:
-            if set(other.site_paths) & set(self.site_paths):
-                raise InputError(
-                    f"Adapter {other.name!r} came after {self.name!r} on the same modules; detach it first."
-                )
+        mine = {(path, name) for path, name, _ in self._backup}
+        for _, root in roots_of(model):
+            for other in AdapterStack.of(root).adapters.values():
+                if other.merged and other._merge_order > self._merge_order and mine & {b[:2] for b in other._backup}:
+                    raise InputError(
+                        f"Adapter {other.name!r} was merged after {self.name!r} into the same weights; unmerge or detach it first."
+                    )
+        hooks.remove(model, self)
         for path, name, value in reversed(self._backup):
-            _restore(model, path, name, value)
+            trial.restore(model, path, name, value)
         self._backup = []
         self.merged = False
-        self._install_saved(model)
-        self.install(model)
+        self._relink(self.links)
+        hooks.forget_compiled()
         return self
 
     def extra_repr(self) -> str:
@@ -409,29 +506,79 @@ class Adapter(nn.Module):
         return f"method={self.method!r}, name={self.name!r}, {state}, sites={len(self.sites)}"
 
 
-class SavedModule:
-    """Hook function: the trained copy of a module answers in its place."""
-
-    def __init__(self, site: nn.Module):
-        self.site = site
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        if self.site.training != module.training:
-            self.site.train(module.training)
-        dtype = next(self.site.parameters()).dtype
-        if isinstance(output, Tensor) and output.dtype != dtype and not torch.is_autocast_enabled(output.device.type):
-            args = tuple(a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
-            return self.site(*args).to(output.dtype)  # a half-precision model with a float32 head
-        return self.site(*args)
-
-
 # --- helpers ------------------------------------------------------------------------------------------------------------
+
+
+def _resolve_saved(model: nn.Module, names: tuple[str, ...]) -> list[str]:
+    """Paths of `modules_to_save`: "head" stands for the model's classifiers. None may lie in another."""
+    from mmkit.backbones import head_names
+
+    plain = dict(hooks.named_plain_modules(model))
+    paths: list[str] = []
+    for name in names:
+        if name == "head":
+            heads = list(head_names(model)) or ["head"] * ("head" in plain)
+            if not heads:
+                raise InputError(
+                    f"{type(model).__name__} has no classifier that could be found. Build it with num_classes=N, or name the "
+                    "module in modules_to_save."
+                )
+            paths += heads
+        elif name not in plain or not name:
+            raise InputError(f"modules_to_save: the model has no module {name!r}. {_nearest(name, plain)}")
+        else:
+            paths.append(name)
+    paths = list(dict.fromkeys(paths))
+    nested = [(a, b) for a in paths for b in paths if a != b and f"{b}.".startswith(f"{a}.")]
+    if nested:
+        raise InputError(f"modules_to_save: {nested[0][1]!r} lies inside {nested[0][0]!r}; name one of them.")
+    return paths
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    from mmkit.errors import nearest
+
+    return nearest(name, [k for k in known if k])
+
+
+def _signature(model: nn.Module, path: str) -> str:
+    """What a host must look like for an adapter to fit it: its kind and the shapes of its own tensors."""
+    try:
+        module = hooks.unwrap(hooks.get_module(model, path))
+    except AttributeError:
+        return "missing"
+    kind = "in_proj" if isinstance(module, InProjection) else type(module).__name__
+    return f"{kind} {sorted((k, tuple(p.shape)) for k, p in module.named_parameters())}"
+
+
+def _owner_and_leaf(path: str, key: str) -> tuple[str, str]:
+    inner, _, leaf = key.rpartition(".")
+    return (f"{path}.{inner}" if inner else path), leaf
+
+
+def _ancestors(path: str) -> list[str]:
+    parts = path.split(".")
+    return [".".join(parts[:i]) for i in range(1, len(parts))]
+
+
+def _is_routed(key: str) -> bool:
+    """Whether a site sits in an expert that a router may not have chosen."""
+    return any(part in ("experts", "expert") for part in key.split("."))
+
+
+def _row_axis(model: nn.Module, path: str) -> int:
+    """Which axis of a module's output counts rows of the batch: 1 inside attention that is not batch-first."""
+    for above in reversed(["", *_ancestors(path), path]):
+        batch_first = getattr(hooks.unwrap(hooks.get_module(model, above)), "batch_first", None)
+        if batch_first is not None:
+            return 0 if batch_first else 1
+    return 0
 
 
 def _refuse_shared(model: nn.Module, edits: list[Edit]) -> None:
     """A tensor used by several modules must not be folded into: the other module would change too."""
     users: dict[int, set[int]] = {}
-    for _, module in hooks.named_plain_modules(model):
+    for module in model.modules():
         for p in module._parameters.values():
             if p is not None:
                 users.setdefault(id(p), set()).add(id(module))
@@ -444,89 +591,3 @@ def _refuse_shared(model: nn.Module, edits: list[Edit]) -> None:
         raise NotMergeableError(
             f"Weights at {shared} are shared with another module and cannot be folded into.", shared
         )
-
-
-def _write(model: nn.Module, edit: Edit) -> tuple[str, str, Tensor | None]:
-    """Write one edit; returns what `_restore` needs."""
-    module = hooks.unwrap(hooks.get_module(model, edit.path))
-    current = getattr(module, edit.name, None)
-    if current is None:
-        like = next(module.parameters(), edit.value)
-        value = edit.value.detach().to(device=like.device, dtype=like.dtype)
-        module.register_parameter(edit.name, nn.Parameter(value, requires_grad=False))
-        return edit.path, edit.name, None
-    before = current.detach().clone()
-    current.data.copy_(edit.value)
-    return edit.path, edit.name, before
-
-
-def _restore(model: nn.Module, path: str, name: str, value: Tensor | None) -> None:
-    module = hooks.unwrap(hooks.get_module(model, path))
-    if value is None:
-        module._parameters[name] = None
-    else:
-        getattr(module, name).data.copy_(value)
-
-
-def register_adapter(name: str) -> Callable[[T], T]:
-    """Class decorator: make a method available as `apply_adapter(model, name)` and to `load_adapter`."""
-
-    def add(cls: T) -> T:
-        cls.method = name  # type: ignore[attr-defined]
-        cls.config_class.method = name  # type: ignore[attr-defined]
-        return ADAPTERS.register(name)(cls)
-
-    return add
-
-
-def list_adapters(pattern: str = "") -> list[str]:
-    """Names of the adapter methods; `pattern` is a substring or wildcard."""
-    return ADAPTERS.names(pattern)
-
-
-def apply_adapter(
-    model: nn.Module, config: Any = "ssf", *, name: str = "default", freeze: bool = True, **settings: Any
-) -> Adapter:
-    """Build the adapter of `config` and attach it to `model`.
-
-    Args:
-        model: any `nn.Module`.
-        config: a method's name (with its settings as keywords), an `AdapterConfig`, or a peft config such as `peft.LoraConfig`.
-        name: a model can carry several adapters under different names; they act in the order of attachment.
-        freeze: stop the gradients of everything but adapters. `detach` restores the flags.
-
-    Returns:
-        The attached adapter; optimise `adapter.parameters()`.
-
-    Raises:
-        InputError: unknown method or setting, or no module matches; the model is unchanged.
-
-    Example:
-        >>> import timm
-        >>> model = timm.create_model("vit_tiny_patch16_224", depth=2, num_classes=10)
-        >>> adapter = apply_adapter(model, "ssf", modules_to_save=("head",))
-        >>> sorted(adapter.state_dict())[-1]
-        'patch_embed.proj.shift'
-    """
-    if isinstance(config, str):
-        cls = ADAPTERS.get(config)
-        try:
-            config = cls.config_class(**settings)
-        except TypeError as error:
-            raise InputError(
-                f"{config!r}: {error}. Settings: {[f.name for f in dataclasses.fields(cls.config_class)]}"
-            ) from None
-    elif settings:
-        raise InputError(f"Settings {sorted(settings)} belong into the config; give a method's name to pass them here.")
-    elif isinstance(config, AdapterConfig):
-        cls = ADAPTERS.get(config.method)
-    elif hasattr(config, "peft_type"):
-        cls = ADAPTERS.get("peft")
-    else:
-        raise InputError(
-            f"config must be a method's name, an AdapterConfig or a peft config, not {type(config).__name__}."
-        )
-    adapter = cls(config, name=name).attach(model)
-    if freeze:
-        AdapterStack.of(model).freeze(model)
-    return adapter

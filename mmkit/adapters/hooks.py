@@ -1,120 +1,303 @@
-"""How an adapter reaches into a model without changing its keys, types or tensors.
+"""How an adapter reaches into a model without changing its keys, types or tensors: links around the forward of modules.
 
-Three reversible primitives, each marked with the adapter that owns it so that `remove(model, owner)` finds them again, also
-in a deep copy or after unpickling:
-
-- forward hooks and pre-hooks (`Hook`), for everything that acts on a module's inputs or output;
-- a forward override (`ForwardOverride`), for methods that change what happens inside a module;
-- explicit attention, an override of `nn.MultiheadAttention` that computes its projections by calling modules, because
-  the fused form reads the weights directly and would never run a hook.
+Every module an adapter acts at gets a `Chain` in front of its own forward. The chain holds one `Link` per action, in the order in
+which the adapters were attached; a link is given the call of everything below it and returns what the module answers. That is
+the only primitive: changing an output, changing the arguments, or computing something else altogether are three uses of it
+(`Action`). `remove(model, owner)` takes the links of one adapter out again, also in a deep copy or after unpickling.
 """
 
 from __future__ import annotations
 
+import copy
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmkit.adapters.context import current_context, gate_values
 
-class Hook:
-    """A forward hook that knows its owner. `fn(module, args, output)` returns the new output.
+Below = Callable[..., Any]
 
-    With `pre=True` it is a pre-hook with keyword arguments: `fn(module, args, kwargs)` returns the new `(args, kwargs)`.
-    A plain class rather than a closure, so that attached models can be pickled and deep-copied.
+
+class Action:
+    """What an adapter does at one module. Subclasses implement `run`; plain classes, so that models can be copied and pickled.
+
+    `modules` lists the `nn.Module`s whose train or eval mode follows the module's.
     """
 
-    def __init__(self, owner: Any, fn: Callable[..., Any]):
-        self.owner = owner
-        self.fn = fn
+    modules: tuple[nn.Module, ...] = ()
 
-    def __call__(self, module: nn.Module, *args: Any) -> Any:
-        return self.fn(module, *args) if self.owner.enabled else None
-
-
-def add_hook(module: nn.Module, owner: Any, fn: Callable[..., Any], *, pre: bool = False) -> None:
-    """Register `fn` on `module`, owned by `owner` (see `Hook`)."""
-    if pre:
-        module.register_forward_pre_hook(Hook(owner, fn), with_kwargs=True)
-    else:
-        module.register_forward_hook(Hook(owner, fn))
-
-
-class ForwardOverride:
-    """Stands in for `module.forward` while an adapter is attached; subclasses implement `run`.
-
-    Args:
-        owner: the adapter.
-        module: the module whose forward is replaced.
-    """
-
-    def __init__(self, owner: Any, module: nn.Module):
-        self.owner = owner
-        self.module = module
-        self.previous: ForwardOverride | None = module.__dict__.get("forward")
-
-    def original(self, *args: Any, **kwargs: Any) -> Any:
-        """The forward this override stands in front of."""
-        if self.previous is not None:
-            return self.previous(*args, **kwargs)
-        return type(self.module).forward(self.module, *args, **kwargs)
-
-    def run(self, *args: Any, **kwargs: Any) -> Any:
-        """What to compute instead (abstract)."""
+    def run(self, below: Below, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The module's answer; `below(*args, **kwargs)` is what it would be without this action."""
         raise NotImplementedError
 
+    def blended(self, below: Below, args: tuple[Any, ...], kwargs: dict[str, Any], strength: Strength) -> Any:
+        """Between the answer without (strength 0) and with this action (1), or beyond."""
+        return blend(below(*args, **kwargs), self.run(below, args, kwargs), strength)
+
+    def on(self, host: nn.Module) -> Action:
+        """The same action with copied parameters, for `host`, a copy of its module; used to try a merge."""
+        return copy.deepcopy(self)
+
+    def bind(self, below: Below) -> None:
+        """Told once what lies below, for actions whose modules call it themselves."""
+
+
+class SiteAction(Action):
+    """Calls `site(output, args)` with what the module computed."""
+
+    def __init__(self, site: nn.Module):
+        self.site = site
+        self.modules = (site,)
+
+    def run(self, below: Below, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self.site(below(*args, **kwargs), args)
+
+    def blended(self, below: Below, args: tuple[Any, ...], kwargs: dict[str, Any], strength: Strength) -> Any:
+        y = below(*args, **kwargs)  # computed once, unlike in general
+        return blend(y, self.site(y, args), strength)
+
+
+class SavedAction(Action):
+    """A trained copy of the module answers in its place; the module itself is not computed."""
+
+    def __init__(self, site: nn.Module):
+        self.site = site
+        self.modules = (site,)
+
+    def run(self, below: Below, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.is_floating_point()), None)
+        dtype = next((p.dtype for p in self.site.parameters() if p.is_floating_point()), None)
+        if given is None or dtype in (None, given.dtype) or torch.is_autocast_enabled(given.device.type):
+            return self.site(*args, **kwargs)
+        cast = _caster(dtype)  # a half-precision model with a float32 head
+        out = self.site(*map(cast, args), **{k: cast(v) for k, v in kwargs.items()})
+        return out.to(given.dtype) if isinstance(out, Tensor) else out
+
+
+def _caster(dtype: torch.dtype | None) -> Callable[[Any], Any]:
+    return lambda a: a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a
+
+
+Strength = Any  # a float, or `RowGate`
+
+
+class RowGate:
+    """A strength per row of the batch: `scale * gate`, shaped for an output when it is known."""
+
+    def __init__(self, gate: Tensor, scale: float, rows: int | None, axis: int):
+        self.gate, self.scale, self.rows, self.axis = gate, scale, rows, axis
+
+    def for_output(self, y: Tensor) -> Any:
+        """What multiplies a change of `y`."""
+        return gate_values(self.gate, y, self.rows, self.axis) * self.scale
+
+
+def blend(without: Any, within: Any, strength: Strength) -> Any:
+    """`without + strength * (within - without)` for tensors and the tuples, lists and dicts that hold them."""
+    if isinstance(without, Tensor) and isinstance(within, Tensor):
+        factor = strength.for_output(without) if isinstance(strength, RowGate) else strength
+        return without + factor * (within - without)
+    if isinstance(without, tuple | list) and isinstance(within, tuple | list):
+        return type(without)([blend(a, b, strength) for a, b in zip(without, within, strict=True)])
+    if isinstance(without, dict) and isinstance(within, dict):
+        return type(without)({k: blend(v, within[k], strength) for k, v in without.items()})
+    return within
+
+
+class Link:
+    """One action in a chain.
+
+    Attributes:
+        owner: the adapter: its `order` sorts the chain, `acting` and `scale` decide what happens.
+        key: name of the site, "<module path>" or "<module path>|<slot>".
+        folds: whether a merge replaces the link (a link that stays after a merge does not).
+        reached: whether the module has been called since the adapter was attached.
+        shape: shape of the first tensor it was called with.
+    """
+
+    def __init__(self, owner: Any, key: str, action: Action, *, folds: bool = True, axis: int = 0):
+        self.owner, self.key, self.action, self.folds, self.axis = owner, key, action, folds, axis
+        self.reached = False
+        self.shape: tuple[int, ...] | None = None
+        self.below: Below = _nothing
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        owner = self.owner
+        if not owner.enabled:
+            return self.below(*args, **kwargs)
+        if not self.reached:
+            self.reached = True
+            self.shape = next((tuple(a.shape) for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
+        for inner in self.action.modules:
+            if inner.training != module.training:
+                inner.train(module.training)
+        strength = self._strength()
+        if isinstance(strength, float) and strength == 1.0:
+            return self.action.run(self.below, args, kwargs)
+        return self.action.blended(self.below, args, kwargs, strength)
+
+    def _strength(self) -> Strength:
+        scale = self.owner.scale
+        context = current_context()
+        gate = context.gates.get(self.owner.name) if context is not None and context.gates else None
+        if gate is None:
+            return scale
+        if isinstance(gate, Tensor) and gate.dim():
+            return RowGate(gate, scale, context.rows, self.axis)  # type: ignore[union-attr]
+        return scale * float(gate) if not isinstance(gate, Tensor) else scale * gate
+
+
+def _nothing(*args: Any, **kwargs: Any) -> Any:
+    raise RuntimeError("this link is not part of a chain")
+
+
+class Under:
+    """What lies below a link at the time of the call; adapters that come and go change it."""
+
+    def __init__(self, link: Link):
+        self.link = link
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.run(*args, **kwargs) if self.owner.enabled else self.original(*args, **kwargs)
+        return self.link.below(*args, **kwargs)
 
 
-def override_forward(override: ForwardOverride) -> None:
-    """Put `override` in front of its module's forward."""
-    override.module.__dict__["forward"] = override
+class _Base:
+    """The module's own forward, or what another library had put in its place."""
+
+    def __init__(self, module: nn.Module, found: Any):
+        self.module, self.found = module, found
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.found is not None:
+            return self.found(*args, **kwargs)
+        return type(self.module).forward(self.module, *args, **kwargs)
 
 
-def owned_hooks(module: nn.Module, owner: Any) -> Iterator[tuple[Any, int]]:
-    """The hook tables of `module` and the ids in them that belong to `owner`."""
-    for table in (module._forward_hooks, module._forward_pre_hooks):
-        for key in [k for k, hook in table.items() if getattr(hook, "owner", None) is owner]:
-            yield table, key
+class _Step:
+    """Calls a link as a function of the module's arguments."""
+
+    def __init__(self, module: nn.Module, link: Link):
+        self.module, self.link = module, link
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.link(self.module, args, kwargs)
+
+
+class Chain:
+    """Stands in for `module.forward`: the links of all adapters, the first attached innermost.
+
+    Attributes:
+        base: what lies below all links: the module's own forward, or one that `needed_by` owners have put there.
+        needed_by: owners that need another base than the module's own (see `mmkit.adapters.attention`).
+    """
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+        self.found = module.__dict__.get("forward")
+        self.base: Below = _Base(module, self.found)
+        self.needed_by: list[Any] = []
+        self.links: list[Link] = []
+        self.top: Below = self.base
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.top(*args, **kwargs)
+
+    def rebuild(self, links: list[Link]) -> None:
+        """Take `links` as the chain, sorted by the order of attachment (links of one owner keep theirs)."""
+        self.links = sorted(links, key=lambda link: link.owner.order)
+        self.top = self.base
+        for link in self.links:
+            link.below = self.top
+            self.top = _Step(self.module, link)
+
+    def drop(self) -> None:
+        """Leave the module when nobody needs the chain any more."""
+        if not self.links and not self.needed_by and self.module.__dict__.get("forward") is self:
+            del self.module.__dict__["forward"]
+            if self.found is not None:
+                self.module.__dict__["forward"] = self.found
+
+
+def chain_of(module: nn.Module) -> Chain:
+    """The chain in front of `module`, made at first use."""
+    chain = module.__dict__.get("forward")
+    if not isinstance(chain, Chain):
+        chain = Chain(module)
+        module.__dict__["forward"] = chain
+    return chain
+
+
+def add_link(module: nn.Module, link: Link) -> None:
+    """Put `link` into the chain of `module`."""
+    chain = chain_of(module)
+    chain.rebuild([*chain.links, link])
+
+
+def links_at(module: nn.Module) -> list[Link]:
+    """The links of all adapters at `module`, innermost first."""
+    chain = module.__dict__.get("forward")
+    return list(chain.links) if isinstance(chain, Chain) else []
+
+
+class _NoFastPath:
+    """A pre-hook that does nothing: in eval mode `nn.TransformerEncoderLayer` reads its weights directly unless one is there."""
+
+    def __init__(self, owner: Any):
+        self.owner = owner
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        return None
+
+
+def call_all_modules(model: nn.Module, owner: Any) -> None:
+    """Make torch's transformer layers call the modules inside them, for as long as `owner` is there."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.register_forward_pre_hook(_NoFastPath(owner))
 
 
 def remove(model: nn.Module, owner: Any) -> None:
     """Take everything `owner` placed in `model` out again."""
     for module in list(model.modules()):
-        for table, key in owned_hooks(module, owner):
-            del table[key]
-            for flags in (module._forward_hooks_with_kwargs, module._forward_pre_hooks_with_kwargs):
-                flags.pop(key, None)
-        _remove_override(module, owner)
-        if isinstance(module, nn.MultiheadAttention):
-            release_attention(module, owner)
+        for key in [k for k, hook in module._forward_pre_hooks.items() if getattr(hook, "owner", None) is owner]:
+            del module._forward_pre_hooks[key]
+        chain = module.__dict__.get("forward")
+        if not isinstance(chain, Chain):
+            continue
+        if any(link.owner is owner for link in chain.links):
+            chain.rebuild([link for link in chain.links if link.owner is not owner])
+        if any(o is owner for o in chain.needed_by):
+            chain.needed_by = [o for o in chain.needed_by if o is not owner]
+            if not chain.needed_by:
+                chain.base.release()  # type: ignore[attr-defined]
+                chain.base = _Base(module, chain.found)
+                chain.rebuild(chain.links)
+        chain.drop()
 
 
-def _remove_override(module: nn.Module, owner: Any) -> None:
-    chain = []
-    override = module.__dict__.get("forward")
-    while isinstance(override, ForwardOverride):
-        chain.append(override)
-        override = override.previous
-    kept = [o for o in chain if o.owner is not owner]
-    if len(kept) == len(chain):
-        return
-    if kept:
-        for outer, inner in zip(kept, [*kept[1:], None], strict=True):
-            outer.previous = inner
-        module.__dict__["forward"] = kept[0]
-    else:
-        del module.__dict__["forward"]
+def plain_copy(module: nn.Module) -> nn.Module:
+    """A deep copy without anything that adapters placed in it."""
+    memo: dict[int, Any] = {}
+    for m in module.modules():
+        for placed in (m.__dict__.get("forward"), m.__dict__.get("_mmkit_adapters"), m._modules.get("in_proj")):
+            if isinstance(placed, Chain) or type(placed).__name__ in ("AdapterStack", "InProjection"):
+                memo[id(placed)] = None
+    copied = copy.deepcopy(module, memo)
+    for m in copied.modules():
+        for name in [k for k in ("forward", "_mmkit_adapters") if k in m.__dict__ and m.__dict__[k] is None]:
+            del m.__dict__[name]
+        if "in_proj" in m._modules and m._modules["in_proj"] is None:
+            del m._modules["in_proj"]
+    return copied
 
 
-def move_hooks(source: nn.Module, target: nn.Module) -> None:
-    """Hand the hooks of `source` to `target`; used when a wrapper around `target` is taken away."""
-    target._forward_hooks.update(source._forward_hooks)
-    target._forward_pre_hooks.update(source._forward_pre_hooks)
-    target._forward_pre_hooks_with_kwargs.update(source._forward_pre_hooks_with_kwargs)
+def forget_compiled() -> None:
+    """Let torch compile again: a graph made before an adapter came, went or was folded must never answer for it."""
+    if "torch._dynamo" in sys.modules:
+        sys.modules["torch._dynamo"].reset()
 
 
 # --- finding modules by path, also through peft's wrappers ------------------------------------------------------------
@@ -147,150 +330,20 @@ def get_module(model: nn.Module, path: str) -> nn.Module:
 
 
 def named_plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """`model.named_modules()` as the plain model would list it: peft wrappers are passed through, adapters left out."""
+    """`model.named_modules()` as the plain model would list it: others' peft wrappers are passed through, adapters left out.
+
+    A module under two names is listed once, under its first.
+    """
+    seen: set[int] = set()
 
     def walk(prefix: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         plain = unwrap(module)
+        if id(plain) in seen:
+            return
+        seen.add(id(plain))
         yield prefix, plain
         for name, child in plain._modules.items():
             if child is not None and not name.startswith("mmkit_adapter_"):
                 yield from walk(f"{prefix}.{name}" if prefix else name, child)
 
     yield from walk("", model)
-
-
-# --- explicit attention -------------------------------------------------------------------------------------------------
-
-
-class InProjection(nn.Module):
-    """The packed query/key/value projection of an `nn.MultiheadAttention`, as a module that hooks can sit on.
-
-    It holds no tensors: `weight` and `bias` are those of the attention, so the model's keys do not change.
-    """
-
-    def __init__(self, attention: nn.MultiheadAttention):
-        super().__init__()
-        self.__dict__["attention"] = attention
-
-    @property
-    def weight(self) -> Tensor:
-        """`in_proj_weight`, (3E, E)."""
-        return self.__dict__["attention"].in_proj_weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        """`in_proj_bias`, (3E,), or `None`."""
-        return self.__dict__["attention"].in_proj_bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., E) -> (..., 3E)."""
-        return F.linear(x, self.weight, self.bias)
-
-
-class ExplicitAttention:
-    """Stands in for `nn.MultiheadAttention.forward`: the same result, computed by calling `in_proj` and `out_proj`."""
-
-    def __init__(self, attention: nn.MultiheadAttention):
-        self.attention = attention
-        self.owners: list[Any] = []
-
-    def __call__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_padding_mask: Tensor | None = None,
-        need_weights: bool = True,
-        attn_mask: Tensor | None = None,
-        average_attn_weights: bool = True,
-        is_causal: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Arguments, shapes and result of `nn.MultiheadAttention.forward`; `is_causal` is a hint beside `attn_mask`."""
-        m = self.attention
-        batched = query.dim() == 3
-        if not batched:
-            query, key, value = (t.unsqueeze(0 if m.batch_first else 1) for t in (query, key, value))
-        q, k, v = self._project(query, key, value)
-        if not m.batch_first:
-            q, k, v = (t.transpose(0, 1) for t in (q, k, v))
-        B, L, E = q.shape
-        S = k.shape[1]
-        q, k, v = (t.reshape(B, -1, m.num_heads, m.head_dim).transpose(1, 2) for t in (q, k, v))  # (B, heads, N, D)
-        mask = _additive_mask(attn_mask, key_padding_mask, B, m.num_heads, L, S, q.dtype)
-        p = m.dropout if m.training else 0.0
-        weights = None
-        if need_weights:
-            scores = (q * m.head_dim**-0.5) @ k.transpose(-2, -1)
-            weights = (scores if mask is None else scores + mask).softmax(-1)
-            out = F.dropout(weights, p) @ v
-            weights = weights.mean(1) if average_attn_weights else weights
-        else:
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
-        out = m.out_proj(out.transpose(1, 2).reshape(B, L, E))
-        if not m.batch_first:
-            out = out.transpose(0, 1)
-        if not batched:
-            out = out.squeeze(0 if m.batch_first else 1)
-            weights = None if weights is None else weights.squeeze(0)
-        return out, weights
-
-    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        in_proj = self.attention.in_proj
-        packed = in_proj(query)
-        q, k, v = packed.chunk(3, -1)
-        if key is not query:
-            packed = in_proj(key)
-            k = packed.chunk(3, -1)[1]
-        if value is key:
-            v = packed.chunk(3, -1)[2]
-        elif value is not query:
-            v = in_proj(value).chunk(3, -1)[2]
-        return q, k, v
-
-
-def _additive_mask(
-    attn_mask: Tensor | None, padding: Tensor | None, B: int, heads: int, L: int, S: int, dtype: torch.dtype
-) -> Tensor | None:
-    """One additive mask that broadcasts to (B, heads, L, S); in both inputs `True` means "do not attend"."""
-    total: Tensor | None = None
-    for mask, shape in ((attn_mask, None), (padding, (B, 1, 1, S))):
-        if mask is None:
-            continue
-        if mask.dtype == torch.bool:
-            mask = torch.zeros_like(mask, dtype=dtype).masked_fill(mask, float("-inf"))
-        if shape is None:
-            shape = (B, heads, L, S) if mask.dim() == 3 else (1, 1, L, S)
-        mask = mask.to(dtype).reshape(shape)
-        total = mask if total is None else total + mask
-    return total
-
-
-def is_fused_attention(module: nn.Module) -> bool:
-    """Whether `module` is an `nn.MultiheadAttention` whose packed projection can be made explicit."""
-    return (
-        isinstance(module, nn.MultiheadAttention)
-        and module._qkv_same_embed_dim
-        and module.bias_k is None
-        and not module.add_zero_attn
-    )
-
-
-def explicit_attention(module: nn.MultiheadAttention, owner: Any) -> None:
-    """Compute `module` by calling `in_proj` and `out_proj` for as long as `owner` needs it. Keys and type stay."""
-    explicit = module.__dict__.get("forward")
-    if not isinstance(explicit, ExplicitAttention):
-        explicit = ExplicitAttention(module)
-        module.__dict__["forward"] = explicit
-        module._modules["in_proj"] = InProjection(module).train(module.training)
-    if not any(o is owner for o in explicit.owners):
-        explicit.owners.append(owner)
-
-
-def release_attention(module: nn.MultiheadAttention, owner: Any) -> None:
-    """The opposite of `explicit_attention`; the fused form returns when the last owner lets go."""
-    explicit = module.__dict__.get("forward")
-    if isinstance(explicit, ExplicitAttention):
-        explicit.owners = [o for o in explicit.owners if o is not owner]
-        if not explicit.owners:
-            del module.__dict__["forward"]
-            del module._modules["in_proj"]

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from mmkit.adapters.core import Adapter, AdapterConfig, Edit, register_adapter
+from mmkit.adapters.api import register_adapter
+from mmkit.adapters.config import AdapterConfig, Edit
+from mmkit.adapters.core import Adapter
 
 
 @dataclass(frozen=True)

@@ -25,15 +25,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmkit.adapters.core import AdapterConfig, Edit, register_adapter
-from mmkit.adapters.hooks import ForwardOverride, InProjection, named_plain_modules, override_forward
+from mmkit.adapters import hooks
+from mmkit.adapters.api import register_adapter
+from mmkit.adapters.bitfit import along
+from mmkit.adapters.config import AdapterConfig, Edit
 from mmkit.adapters.sites import SiteAdapter
+from mmkit.adapters.trial import channel_axis
 from mmkit.errors import NotMergeableError
 from mmkit.storage import load_state, read_tensors
 
-_CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_NORM = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
-_RMS = getattr(nn, "RMSNorm", ())
 
 
 @dataclass(frozen=True)
@@ -68,45 +68,27 @@ class ScaleShift(nn.Module):
     def forward(self, y: Tensor, args: Any = ()) -> Tensor:
         """(..., dim) or (B, dim, ...) -> the same shape and dtype."""
         scale, shift = self.scale.to(y.dtype), self.shift.to(y.dtype)
-        if self.axis == 1 and y.dim() > 2 and not (self.official_axis and y.shape[-1] == scale.numel()):
-            shape = (-1,) + (1,) * (y.dim() - 2)
-            scale, shift = scale.view(shape), shift.view(shape)
-        return torch.addcmul(shift, y, scale)
+        axis = -1 if self.official_axis and y.shape[-1] == scale.numel() else self.axis
+        return torch.addcmul(along(shift, axis, y.dim()), y, along(scale, axis, y.dim()))
 
 
-class OfficialNorm2d(ForwardOverride):
+class OfficialNorm2d(hooks.Action):
     """timm 0.6's `LayerNorm2d`: on an input that is not contiguous, the variance over channels is divided by C - 1."""
 
-    def run(self, x: Tensor) -> Tensor:
+    def __init__(self, norm: nn.Module):
+        self.norm = norm
+
+    def run(self, below: hooks.Below, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """(B, C, H, W) -> the same shape."""
+        (x,) = args
         if x.is_contiguous():
-            return self.original(x)
-        norm: Any = self.module
+            return below(x)
+        norm: Any = self.norm
         variance, mean = torch.var_mean(x, dim=1, correction=1, keepdim=True)
         y = (x - mean) * torch.rsqrt(variance + norm.eps)
         if norm.weight is not None:
             y = y * norm.weight.view(-1, 1, 1)
         return y if norm.bias is None else y + norm.bias.view(-1, 1, 1)
-
-
-def affine_dim_axis(module: nn.Module) -> tuple[int, int] | None:
-    """Output channels and channel axis of an affine layer, or `None` when the module is not (only) affine."""
-    if isinstance(module, (nn.Linear, InProjection)):
-        return module.weight.shape[0], -1
-    if isinstance(module, _CONV):
-        return module.out_channels, 1
-    if not isinstance(getattr(module, "act", None) or nn.Identity(), nn.Identity):
-        return None  # timm's fused norm + activation: what comes out is no longer affine
-    if isinstance(module, nn.LayerNorm):
-        channels_first = type(module).__name__ in ("LayerNorm2d", "LayerNormExp2d", "LayerNormFp32Conv2d")
-        return module.normalized_shape[-1], 1 if channels_first else -1
-    if _RMS and isinstance(module, _RMS):
-        return module.normalized_shape[-1], -1
-    if isinstance(module, nn.GroupNorm):
-        return module.num_channels, 1
-    if isinstance(module, nn.modules.batchnorm._BatchNorm):
-        return module.num_features, 1
-    return None
 
 
 @register_adapter("ssf")
@@ -116,7 +98,7 @@ class SSF(SiteAdapter):
     config_class = SSFConfig
 
     def is_site(self, path: str, module: nn.Module) -> bool:
-        return affine_dim_axis(module) is not None or isinstance(module, nn.Identity)
+        return channel_axis(module) is not None or isinstance(module, nn.Identity)
 
     def default_sites(self, model: nn.Module, candidates: dict[str, nn.Module]) -> list[str]:
         identities = _official_identity_sites(model) if self.config.identity_sites else []
@@ -130,7 +112,7 @@ class SSF(SiteAdapter):
         ]
 
     def make_site(self, path: str, module: nn.Module) -> nn.Module:
-        dim_axis = affine_dim_axis(module)
+        dim_axis = channel_axis(module)
         if dim_axis is None:  # an official site behind an Identity: ConvNeXt's is (B, C, H, W), ViT's (B, N, C)
             dim_axis = self._identity_dim, 1 if path == "norm_pre" else -1
         return ScaleShift(*dim_axis, self.config.init_std, self.config.official_axis)
@@ -140,10 +122,13 @@ class SSF(SiteAdapter):
         super().build(model)
 
     def install(self, model: nn.Module) -> None:
-        super().install(model)
         if self.config.official_norm:
-            for _, module in _norms_2d(model):
-                override_forward(OfficialNorm2d(self, module))
+            for path, module in _norms_2d(model):
+                self.link(model, path, OfficialNorm2d(module), slot="official_norm")
+        super().install(model)
+
+    def starts_as_identity(self) -> bool:
+        return self.config.init_std == 0 and not self.config.official_norm
 
     def merge_edits(self, model: nn.Module) -> list[Edit]:
         edits = super().merge_edits(model)
@@ -157,7 +142,7 @@ class SSF(SiteAdapter):
     def fold(self, site: nn.Module, module: nn.Module) -> dict[str, Tensor]:
         if isinstance(module, nn.Identity):
             raise NotMergeableError("an Identity has nothing to fold into")
-        if site.official_axis and site.axis == 1:
+        if site.official_axis and site.axis != -1:
             raise NotMergeableError("official_axis can make this site act on another axis than the layer's channels")
         pair: Any = site
         scale, shift = pair.scale.detach().double(), pair.shift.detach().double()
@@ -165,15 +150,18 @@ class SSF(SiteAdapter):
         if weight is None:  # a norm without affine parameters gets them
             return {"weight": scale, "bias": shift}
         w = weight.detach().double()
-        out = {"weight": w * scale.view(-1, *(1,) * (w.dim() - 1))}
-        if _RMS and isinstance(module, _RMS):
+        transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
+        if transposed and module.groups > 1:
+            raise NotMergeableError("a grouped transposed convolution mixes its output channels in one weight")
+        out = {"weight": w * along(scale, 1 if transposed else 0, w.dim())}
+        if isinstance(module, nn.RMSNorm):
             raise NotMergeableError("RMSNorm has no bias to take the shift")
         out["bias"] = shift if bias is None else bias.detach().double() * scale + shift
         return out
 
 
 def _norms_2d(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    return [(path, m) for path, m in named_plain_modules(model) if type(m).__name__ == "LayerNorm2d"]
+    return [(path, m) for path, m in hooks.named_plain_modules(model) if type(m).__name__ == "LayerNorm2d"]
 
 
 def _official_identity_sites(model: nn.Module) -> list[str]:

@@ -79,7 +79,13 @@ ADAPTERS = Registry(
         "zeroi2v": "mmkit.video.zeroi2v.adapter:ZeroI2V",
         "bitfit": "mmkit.adapters.bitfit:BitFit",
         "linear_probe": "mmkit.adapters.linear_probe:LinearProbe",
-        "peft": "mmkit.adapters.peft_bridge:PeftAdapter",
+        **{  # what peft's layers can do at single modules, see mmkit.adapters.peft
+            name: f"mmkit.adapters.peft:{name}"
+            for name in (
+                "lora", "dora", "beft", "boft", "c3a", "delora", "fourierft", "gralora", "hira", "hra", "ia3", "ln_tuning", "loha",
+                "lokr", "miss", "oft", "psoft", "randlora", "road", "shira", "waveft",
+            )
+        },  # fmt: skip
         "gmm": "mmkit.vision.gmm.adapter:GMMAdapter",
     },
     entry_point_group="mmkit.adapters",

@@ -86,7 +86,7 @@ def _resolve(config: Any, settings: dict[str, Any]) -> tuple[type[Adapter], Any]
     if isinstance(config, str):
         cls = ADAPTERS.get(config)
         try:
-            return cls, cls.config_class(**settings)
+            return cls, cls.configure(settings)
         except TypeError as error:
             known = [f.name for f in dataclasses.fields(cls.config_class)]
             raise InputError(f"{config!r}: {error}. Settings: {known}") from None

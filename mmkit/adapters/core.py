@@ -68,6 +68,11 @@ class Adapter(AdapterFiles, nn.Module):
         self._hosts: dict[str, str] = {}
         self.__dict__["_model"] = None
 
+    @classmethod
+    def configure(cls, settings: dict[str, Any]) -> Any:
+        """The config that keywords of `apply_adapter` stand for. Raises `TypeError` or `InputError` for unknown ones."""
+        return cls.config_class(**settings)
+
     # --- what a method implements -----------------------------------------------------------------------------------
 
     def build(self, model: nn.Module) -> None:
@@ -193,8 +198,7 @@ class Adapter(AdapterFiles, nn.Module):
 
     def _refuse_shadowed(self, model: nn.Module) -> None:
         """Two adapters must not meet where one replaces a module whole and the other acts inside it."""
-        mine = {p for p in self.saved_paths}
-        for path in mine:
+        for path in self.saved_paths:
             for name, inner in hooks.get_module(model, path).named_modules():
                 if name and any(link.owner is not self and link.key for link in hooks.links_at(inner)):
                     raise InputError(
@@ -302,7 +306,8 @@ class Adapter(AdapterFiles, nn.Module):
 
     def site(self, path: str, slot: str = "") -> nn.Module:
         """The parameters of the site at `path`."""
-        return self.sites[path.replace(".", "/") + (f"|{slot}" if slot else "")]
+        key = path.replace(".", "/") + (f"|{slot}" if slot else "")
+        return self.sites[key] if key in self.sites else self.saved[key]
 
     @property
     def own_paths(self) -> list[str]:

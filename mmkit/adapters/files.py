@@ -46,7 +46,13 @@ class AdapterFiles:
 
     @classmethod
     def from_files(
-        cls: Any, model: nn.Module, folder: Path, saved: dict[str, Any], tensors: dict[str, Tensor], name: str, strict: bool
+        cls: Any,
+        model: nn.Module,
+        folder: Path,
+        saved: dict[str, Any],
+        tensors: dict[str, Tensor],
+        name: str,
+        strict: bool,
     ) -> Adapter:
         """Rebuild the adapter that `write_files` wrote on `model`.
 

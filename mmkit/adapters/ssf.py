@@ -35,7 +35,6 @@ from mmkit.errors import NotMergeableError
 from mmkit.storage import load_state, read_tensors
 
 
-
 @dataclass(frozen=True)
 class SSFConfig(AdapterConfig):
     """Settings of SSF.

@@ -22,7 +22,9 @@ def match_targets(targets: Sequence[str] | str, paths: Iterable[str]) -> list[st
     patterns = (targets,) if isinstance(targets, str) else tuple(targets)
     for pattern in patterns:
         if not isinstance(pattern, str) or not 0 < len(pattern) <= MAX_PATTERN:
-            raise InputError(f"A target is a module's name, an ending or a wildcard pattern, not {str(pattern)[:60]!r}.")
+            raise InputError(
+                f"A target is a module's name, an ending or a wildcard pattern, not {str(pattern)[:60]!r}."
+            )
     plain = tuple(f".{p}" for p in patterns if not any(c in p for c in "*?["))
     # fnmatch writes every `*` as an atomic group, so that its expressions cannot backtrack
     wild = [re.compile(fnmatch.translate(p)) for p in patterns if any(c in p for c in "*?[")]
@@ -39,7 +41,9 @@ def _matches(pattern: re.Pattern[str], path: str) -> bool:
     return False
 
 
-def no_match(method: str, targets: Sequence[str] | str | None, candidates: Sequence[str], names: Sequence[str]) -> InputError:
+def no_match(
+    method: str, targets: Sequence[str] | str | None, candidates: Sequence[str], names: Sequence[str]
+) -> InputError:
     """The error for targets that name no module `method` can act on: says what exists under that name, else what is near."""
     if not candidates:
         return InputError(f"The model has no module that {method!r} can adapt (targets={targets!r}).")

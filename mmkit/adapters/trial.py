@@ -104,7 +104,7 @@ def _fold_problem(host: nn.Module, path: str, mine: list[hooks.Link], edits: lis
     links = hooks.links_at(host)
     last = max(links.index(link) for link in mine)
     later = [link for link in links[last + 1 :] if link.owner.enabled and link.key]
-    base = _double(host)
+    base = double_copy(host)
     folded = copy.deepcopy(base)
     for inner, name, value in _edits_of(host, path, edits):
         target = hooks.unwrap(hooks.get_module(folded, inner) if inner else folded)
@@ -119,7 +119,9 @@ def _fold_problem(host: nn.Module, path: str, mine: list[hooks.Link], edits: lis
 def _edits_of(host: nn.Module, path: str, edits: list[Edit]) -> list[tuple[str, str, Tensor]]:
     if isinstance(host, InProjection):  # its tensors belong to the attention around it
         parent = path.rpartition(".")[0]
-        return [("", e.name.removeprefix("in_proj_"), e.value) for e in edits if e.path == parent and "in_proj" in e.name]
+        return [
+            ("", e.name.removeprefix("in_proj_"), e.value) for e in edits if e.path == parent and "in_proj" in e.name
+        ]
     return [
         (e.path.removeprefix(path).lstrip("."), e.name, e.value) for e in edits if f"{e.path}.".startswith(f"{path}.")
     ]
@@ -134,7 +136,7 @@ def _difference(want: Tensor, got: Tensor, base: Tensor) -> str:
     return ""
 
 
-def _double(module: nn.Module) -> nn.Module:
+def double_copy(module: nn.Module) -> nn.Module:
     """A copy in eval mode and float64, without what adapters placed in it."""
     if isinstance(module, InProjection):
         plain = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
@@ -210,7 +212,7 @@ def require_identity(adapter: Adapter, model: nn.Module, tolerance: float = 1e-5
             continue
         tried[kind] = ""
         try:
-            base, x = _double(host), _input_like(host, None)
+            base, x = double_copy(host), _input_like(host, None)
             want, got = _answer(base, [], x), _answer(base, [(link, 1.0)], x)
         except (RuntimeError, ValueError, TypeError, IndexError, AttributeError):
             continue  # takes other input than one tensor of its kind
@@ -265,7 +267,9 @@ def _asked_axis(module: nn.Module, channels: int) -> int | None:
     height, columns = [size for size in (3, 5, 7) if size != channels][:2]
     for axis, shape in ((1, (2, channels, height, columns)), (-1, (2, height, columns, channels))):
         probe = hooks.plain_copy(module).float().eval()
-        x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(next(probe.parameters(), torch.zeros(0)).device)
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(
+            next(probe.parameters(), torch.zeros(0)).device
+        )
         try:
             before = probe(x)
             if getattr(probe, "weight", None) is None:

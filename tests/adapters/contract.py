@@ -66,7 +66,8 @@ ROWS = [
     Row("ssf", {"init_std": 0.0}),
     Row("bitfit"),
     Row("linear_probe", stackable=False),  # two copies of one head replace each other by definition
-    Row("peft", {"r": 2}, compile_breaks=("clip",)),  # peft merges and unmerges nn.MultiheadAttention at every call
+    Row("lora", {"r": 2}),
+    Row("dora", {"r": 2}),
     Row("gmm", families=("vit",), mergeable=False, random_scale=0.5),
     Row(
         "zeroi2v",

@@ -16,7 +16,6 @@ cut a head in two is refused; clips of another length interpolate the temporal e
 
 from __future__ import annotations
 
-import copy
 import math
 import warnings
 from collections.abc import Sequence
@@ -27,9 +26,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmkit.adapters import hooks
-from mmkit.adapters.core import Adapter, AdapterConfig, Edit, register_adapter
-from mmkit.adapters.sites import match_targets
+from mmkit.adapters import Adapter, AdapterConfig, Edit, current_context, hooks, register_adapter
+from mmkit.adapters.attention import InProjection
+from mmkit.adapters.targets import match_targets
 from mmkit.backbones import backbone_info
 from mmkit.errors import InputError, NotMergeableError
 
@@ -134,10 +133,9 @@ class LinearAdapter(nn.Module):
         for p in (self.down.bias, self.up.weight, self.up.bias):
             nn.init.zeros_(p)
 
-    def forward(self, x: Tensor, training: bool = False) -> Tensor:
-        """`training` is the state of the module it sits at."""
+    def forward(self, x: Tensor, args: Any = ()) -> Tensor:
         h = F.linear(x, self.down.weight.to(x.dtype), self.down.bias.to(x.dtype))
-        h = F.dropout(h, self.dropout, training)
+        h = F.dropout(h, self.dropout, self.training)
         return x + self.scale * F.linear(h, self.up.weight.to(x.dtype), self.up.bias.to(x.dtype))
 
     def affine(self) -> tuple[Tensor, Tensor]:
@@ -221,63 +219,62 @@ _LAYOUTS = (  # timm and open_clip
 )
 
 
-class _Shift:
-    """Hook on a packed projection: moves keys and values between frames."""
+class _Shift(hooks.Action):
+    """On a packed projection: moves keys and values between frames."""
 
     def __init__(self, adapter: ZeroI2V, offsets: tuple[int, ...]):
         self.adapter, self.offsets = adapter, offsets
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    def run(self, below: hooks.Below, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        output = below(*args, **kwargs)
         if output.dim() != 3:
             raise InputError(f"ZeroI2V needs tokens (B*T, N, D); this backbone computes {tuple(output.shape)}.")
         return shift_heads(output, self.offsets, self.adapter.clip_length(output.shape[0]))
 
 
-class _Before:
-    """Pre-hook: the site's adapter acts on the input of a linear layer, or the embedding on the tokens."""
+class _Embed(hooks.Action):
+    """The temporal embedding is added to the tokens that a module is given."""
 
     def __init__(self, adapter: ZeroI2V, site: nn.Module):
         self.adapter, self.site = adapter, site
+        self.modules = (site,)
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        x = args[0]
-        if isinstance(self.site, TemporalEmbedding):
-            return (self.site(x, self.adapter.clip_length(x.shape[0])), *args[1:]), kwargs
-        return (self.site(x, module.training), *args[1:]), kwargs
+    def run(self, below: hooks.Below, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return below(self.site(args[0], self.adapter.clip_length(args[0].shape[0])), *args[1:], **kwargs)
 
 
-class _After:
-    """Hook: the site's adapter acts on the output of a linear layer."""
+class _Before(hooks.Action):
+    """The site's adapter acts on the input of a linear layer."""
 
     def __init__(self, site: nn.Module):
         self.site = site
+        self.modules = (site,)
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        return self.site(output, module.training)
+    def run(self, below: hooks.Below, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return below(self.site(args[0]), *args[1:], **kwargs)
 
 
 @register_adapter("zeroi2v")
 class ZeroI2V(Adapter):
     """The adapter; see the module. Feed the backbone (B*T, C, H, W) with the frames of a clip in adjacent rows.
 
-    Attributes:
-        frames: clip length T of the coming calls; `None` means `config.num_frames`. `VideoClassifier` sets it.
+    Clips have `config.num_frames` frames unless the call says otherwise: `with forward_context(frames=T)`, as `VideoClassifier`
+    does. After a merge, attention across frames and the temporal embedding stay on the model; they cost nothing.
     """
 
     config_class = ZeroI2VConfig
-    frames: int | None = None
+    tasks = ("video-classification",)
 
     def clip_length(self, rows: int) -> int:
         """T for a batch of `rows` frames. Raises `InputError` when they are not whole clips."""
-        frames = self.config.num_frames if self.frames is None else self.frames
+        context = current_context()
+        frames = self.config.num_frames if context is None or context.frames is None else context.frames
         if rows % frames:
-            raise InputError(f"{rows} frames are not whole clips of {frames}; set adapter.frames to the clip length.")
+            raise InputError(f"{rows} frames are not whole clips of {frames}; give forward_context(frames=T).")
         return frames
 
-    @property
-    def attached(self) -> bool:
-        """Whether hooks act on a model; also after `merge`, which leaves attention across frames and the embedding."""
-        return self.__dict__["_model"] is not None
+    def starts_as_identity(self) -> bool:
+        return False  # heads look at other frames from the start
 
     def build(self, model: nn.Module) -> None:
         blocks = self._blocks(model)
@@ -294,34 +291,24 @@ class ZeroI2V(Adapter):
                         dim = _width(plain[path]) if place.endswith("in") else plain[path].weight.shape[0]
                         self.add_site(path, LinearAdapter(dim, c.bottleneck_ratio, c.scale, c.dropout))
         if c.train_norm and (norm := _final_norm(plain, _root(blocks[0].attn))):
-            self._saved.append(norm)
-            self.add_site(norm, copy.deepcopy(plain[norm]).requires_grad_(True))
+            self.saved[norm.replace(".", "/")] = hooks.plain_copy(plain[norm]).requires_grad_(True)
         self.to(plain[blocks[0].mlp_in].weight.device)
 
     def install(self, model: nn.Module) -> None:
         blocks = self._blocks(model)
-        sites = set(self.site_paths)
-        self._install_temporal(model)
+        if self.config.temporal_embedding:
+            entry = self._entry(model)
+            self.link(model, entry, _Embed(self, self.site(entry)), slot="frames", folds=False)
+        for block, offsets in zip(blocks, self.offsets(model), strict=True):
+            if any(offsets):
+                self.link(model, block.attn_in, _Shift(self, offsets), slot="frames", folds=False)
+        sites = set(self.own_paths)
         for block in blocks:
             for place in PLACES:
                 path = getattr(block, place)
                 if path in sites:
-                    hook = _Before(self, self.site(path)) if place.endswith("in") else _After(self.site(path))
-                    hooks.add_hook(hooks.get_module(model, path), self, hook, pre=place.endswith("in"))
-
-    def _install_temporal(self, model: nn.Module) -> None:
-        """What stays after a merge: the embedding and the attention across frames."""
-        if self.config.temporal_embedding:
-            entry = self._entry(model)
-            hooks.add_hook(hooks.get_module(model, entry), self, _Before(self, self.site(entry)), pre=True)
-        for block, offsets in zip(self._blocks(model), self.offsets(model), strict=True):
-            if any(offsets):
-                hooks.add_hook(hooks.get_module(model, block.attn_in), self, _Shift(self, offsets))
-
-    @property
-    def saved_norms(self) -> list[str]:
-        """Paths of the norms that are trained as copies."""
-        return list(self._saved)
+                    site = self.site(path)
+                    self.link(model, path, _Before(site) if place.endswith("in") else hooks.SiteAction(site))
 
     @property
     def added_biases(self) -> list[str]:
@@ -349,9 +336,7 @@ class ZeroI2V(Adapter):
 
     def _blocks(self, model: nn.Module) -> list[_Block]:
         """Paths of the blocks, `nn.MultiheadAttention` made explicit so that hooks act on it."""
-        for module in list(model.modules()):
-            if hooks.is_fused_attention(module):
-                hooks.explicit_attention(module, self)  # type: ignore[arg-type]
+        self.make_explicit(model)
         names = [n for n, _ in hooks.named_plain_modules(model)]
         known, found = set(names), []
         for path in backbone_info(model).blocks:
@@ -387,49 +372,26 @@ class ZeroI2V(Adapter):
         for block in self._blocks(model):
             for place in PLACES:
                 path = getattr(block, place)
-                if path in self.site_paths:
-                    edits += self._fold(path, hooks.unwrap(hooks.get_module(model, path)), place.endswith("in"))
+                if path in self.own_paths:
+                    edits += self._folded(path, hooks.unwrap(hooks.get_module(model, path)), place.endswith("in"))
         if not edits:
             raise NotMergeableError("There are no linear adapters to fold: the model is merged already.")
         return edits
 
-    def _fold(self, path: str, module: Any, before: bool) -> list[Edit]:
+    def _folded(self, path: str, module: Any, before: bool) -> list[Edit]:
         matrix, shift = self.site(path).affine()  # type: ignore[operator]
         weight = module.weight.detach().double()
         bias = torch.zeros_like(weight[:, 0]) if module.bias is None else module.bias.detach().double()
-        if module.bias is None and isinstance(module, hooks.InProjection):
+        if module.bias is None and isinstance(module, InProjection):
             raise NotMergeableError(f"{path} has no bias to fold into.", [path])
         if before:  # W (M x + m) + b
             weight, bias = weight @ matrix, weight @ shift + bias
         else:  # M (W x + b) + m
             weight, bias = matrix @ weight, matrix @ bias + shift
-        if isinstance(module, hooks.InProjection):  # it only shows the tensors of the attention around it
+        if isinstance(module, InProjection):  # it only shows the tensors of the attention around it
             path = path.rpartition(".")[0]
             return [Edit(path, "in_proj_weight", weight), Edit(path, "in_proj_bias", bias)]
         return [Edit(path, "weight", weight), Edit(path, "bias", bias)]
-
-    def merge(self) -> nn.Module:
-        """Fold the linear adapters and the trained norm into the weights. Returns the model.
-
-        What remains on the model costs nothing: attention across frames and the temporal embedding. Save it through
-        `VideoClassifier`, whose file carries both.
-
-        Raises:
-            NotMergeableError: merged already, or a site cannot absorb the change; the model is unchanged.
-        """
-        model = super().merge()
-        self._install_temporal(model)
-        return model
-
-    def unmerge(self) -> ZeroI2V:
-        """Undo `merge` bit-exactly."""
-        model = self.model
-        hooks.remove(model, self)
-        try:
-            return super().unmerge()
-        except InputError:
-            (self._install_temporal if self.merged else self.install)(model)
-            raise
 
 
 def _root(attn_path: str) -> str:

@@ -16,7 +16,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from mmkit.adapters import apply_adapter
+from mmkit.adapters import apply_adapter, forward_context
 from mmkit.backbones import create_backbone, image_info
 from mmkit.backbones.model import Model
 from mmkit.errors import CheckpointError, InputError
@@ -98,7 +98,7 @@ class VideoClassifier(Model):
     def _attach(self, settings: ZeroI2VConfig) -> None:
         adapter = apply_adapter(self.backbone, settings)
         self.__dict__["adapter"] = adapter  # not a submodule: its parameters are registered as `zeroi2v`
-        self.zeroi2v = adapter.sites
+        self.zeroi2v = _parameters_of(adapter)
         self.config["zeroi2v"] = _plain(settings)
 
     @classmethod
@@ -120,7 +120,7 @@ class VideoClassifier(Model):
         state = {k: v for k, v in backbone.state_dict().items() if k != "proj" and not k.startswith(heads)}
         load_state(model.backbone, state, source=info.name)
         if model.adapter is not None and model.adapter.config.train_norm:  # the trained copy of the norm starts equal
-            for path in model.adapter.saved_norms:
+            for path in model.adapter.saved_paths:
                 model.adapter.site(path).load_state_dict(model.backbone.get_submodule(path).state_dict())
         return model
 
@@ -131,12 +131,11 @@ class VideoClassifier(Model):
         if video.dim() != 5 or 0 in video.shape:
             raise InputError(f"A batch of clips must be (B, T, C, H, W), not {tuple(video.shape)}.")
         frames = video.shape[1]
-        if self.adapter is not None:
-            if frames != self.adapter.config.num_frames and not self._warned:
-                self.__dict__["_warned"] = True
-                warn_other_length(self.adapter.config.num_frames, frames)
-            self.adapter.frames = frames
-        features = self.backbone(video.flatten(0, 1))
+        if self.adapter is not None and frames != self.adapter.config.num_frames and not self._warned:
+            self.__dict__["_warned"] = True
+            warn_other_length(self.adapter.config.num_frames, frames)
+        with forward_context(frames=frames):
+            features = self.backbone(video.flatten(0, 1))
         if not isinstance(features, Tensor) or features.dim() != 2:
             raise InputError(f"{image_info(self.backbone).name} does not give one feature vector per picture.")
         return features.unflatten(0, (-1, frames))
@@ -176,7 +175,7 @@ class VideoClassifier(Model):
         """Undo `merge` bit-exactly; possible on the object that was merged, not on a reloaded file."""
         adapter = self._need_adapter()
         adapter.unmerge()
-        self.zeroi2v = adapter.sites
+        self.zeroi2v = _parameters_of(adapter)
         self.config["zeroi2v"] = _plain(adapter.config)
         self.config["added_biases"] = []
         return self
@@ -189,6 +188,11 @@ class VideoClassifier(Model):
     def official_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """See `mmkit.video.zeroi2v.official.own_state`."""
         return own_state(self, state)
+
+
+def _parameters_of(adapter: ZeroI2V) -> nn.ModuleDict:
+    """What the adapter trains, as one table: its own sites and the copy of the last norm."""
+    return nn.ModuleDict({**adapter.sites, **adapter.saved})
 
 
 def zeroi2v_from_official(

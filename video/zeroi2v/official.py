@@ -82,7 +82,7 @@ def own_state(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
             out[key] = out[key].reshape(1, -1, out[key].shape[-1])
     if not any(k.startswith("cls_head.") for k in state):
         out |= {f"head.{k}": v.detach() for k, v in model.head.state_dict().items()}
-    for path in model.adapter.saved_norms if model.adapter is not None else ():
+    for path in model.adapter.saved_paths if model.adapter is not None else ():
         out |= {
             f"zeroi2v.{path}.{k}": out[f"backbone.{path}.{k}"]
             for k in ("weight", "bias")

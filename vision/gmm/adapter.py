@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmkit.adapters import hooks
-from mmkit.adapters.core import Adapter, AdapterConfig, register_adapter
-from mmkit.adapters.sites import match_targets
+from mmkit.adapters import Adapter, AdapterConfig, current_context, hooks, register_adapter
+from mmkit.adapters.targets import match_targets
 from mmkit.errors import InputError, nearest
 from mmkit.vision.gmm.attention import masked_attention, sum_masks
 from mmkit.vision.gmm.masks import GaussianMixtureMask, check_grid
@@ -50,19 +50,23 @@ class GMMAdapter(Adapter):
         config = self.config
         if config.attn_backend not in ("eager", "flex"):
             raise InputError(f"attn_backend must be 'eager' or 'flex', not {config.attn_backend!r}.")
-        path, backbone = _find_backbone(model)
-        prefix = f"{path}." if path else ""
+        backbones = _find_backbones(model)
         candidates = {
-            p: m for p, m in hooks.named_plain_modules(model) if p.startswith(prefix) and _is_timm_attention(m)
+            p: (m, backbone)
+            for path, backbone in backbones.items()
+            for p, m in hooks.named_plain_modules(model)
+            if p.startswith(f"{path}." if path else "") and _is_timm_attention(m)
         }
-        names = list(candidates) if config.targets is None else match_targets(config.targets, list(candidates))
+        names = list(candidates) if config.targets is None else match_targets(config.targets, candidates)
+        left_out = set(match_targets(config.exclude, names))
+        names = [n for n in names if n not in left_out]
         if not names:
-            hint = (
-                nearest(str(config.targets), candidates) if candidates else NO_ATTENTION.format(type(backbone).__name__)
-            )
+            kinds = " and ".join(sorted({type(b).__name__ for b in backbones.values()}))
+            hint = nearest(str(config.targets), candidates) if candidates else NO_ATTENTION.format(kinds)
             raise InputError(f"'gmm' matches no attention with targets={config.targets!r}. {hint}")
         for name in names:
-            attention: Any = candidates[name]
+            attention: Any
+            attention, backbone = candidates[name]
             mask = GaussianMixtureMask(
                 attention.num_heads,
                 _grid_size(backbone),
@@ -74,22 +78,20 @@ class GMMAdapter(Adapter):
             self.add_site(name, mask.to(next(attention.parameters()).device))
 
     def install(self, model: nn.Module) -> None:
-        _, backbone = _find_backbone(model)
-        reader = GridReader()
-        hooks.add_hook(backbone.patch_embed, self, reader)
+        for path in _find_backbones(model):
+            self.link(model, f"{path}.patch_embed" if path else "patch_embed", ReadGrid(), slot="grid")
         for path in self.mask_paths:
-            module = hooks.unwrap(hooks.get_module(model, path))
-            present = module.__dict__.get("forward")
-            if present is not None and not isinstance(present, MaskedForward):
+            module = hooks.get_module(model, path)
+            if any(not isinstance(link.action, MaskedAttention) for link in hooks.links_at(module)):
                 raise InputError(
                     f"The attention at {path!r} is already replaced by another adapter; detach that one first."
                 )
-            hooks.override_forward(MaskedForward(self, module, self.mask(path), reader, self.config.attn_backend))
+            self.link(model, path, MaskedAttention(hooks.unwrap(module), self.mask(path), self.config.attn_backend))
 
     @property
     def mask_paths(self) -> list[str]:
         """Paths of the masked attention modules."""
-        return [p for p in self.site_paths if p not in self._saved]
+        return self.own_paths
 
     def mask(self, path: str) -> GaussianMixtureMask:
         """The mask of the attention at `path`."""
@@ -118,14 +120,20 @@ def _is_timm_attention(module: nn.Module) -> bool:
     return type(module).forward is Attention.forward
 
 
-def _find_backbone(model: nn.Module) -> tuple[str, Any]:
+def _find_backbones(model: nn.Module) -> dict[str, Any]:
+    """The vision transformers in `model` (itself, or several inside it), by path."""
+    found: dict[str, Any] = {}
     for path, module in hooks.named_plain_modules(model):
-        if hasattr(getattr(module, "patch_embed", None), "grid_size"):
-            return path, module
-    raise InputError(
-        f"'gmm' needs a timm vision transformer with a patch grid (`patch_embed.grid_size`), which a "
-        f"{type(model).__name__} has not."
-    )
+        if hasattr(getattr(module, "patch_embed", None), "grid_size") and not any(
+            path.startswith(f"{p}.") for p in found
+        ):
+            found[path] = module
+    if not found:
+        raise InputError(
+            f"'gmm' needs a timm vision transformer with a patch grid (`patch_embed.grid_size`), which a "
+            f"{type(model).__name__} has not."
+        )
+    return found
 
 
 def _grid_size(backbone: Any) -> tuple[int, int]:
@@ -137,39 +145,45 @@ def _grid_size(backbone: Any) -> tuple[int, int]:
     return check_grid(tuple(grid))
 
 
-class GridReader:
-    """Hook on the patch embedding: remembers the patch grid of the batch that is passing through."""
+class ReadGrid(hooks.Action):
+    """At the patch embedding: notes the patch grid of the batch that is passing through in the context of the call."""
 
-    def __init__(self) -> None:
-        self.grid: tuple[int, int] | None = None
+    def run(self, below: hooks.Below, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """timm gives `(B, rows, columns, C)` with `dynamic_img_size`, else `(B, N, C)` on the grid it was built for."""
+        y = below(*args, **kwargs)
+        context = current_context()
+        if context is not None:
+            context.grid = (y.shape[1], y.shape[2]) if y.dim() == 4 else None
+        return y
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        """timm gives `(B, rows, columns, C)` with `dynamic_img_size`, else `(B, N, C)` on the fixed grid."""
-        self.grid = (output.shape[1], output.shape[2]) if output.dim() == 4 else tuple(module.grid_size)  # type: ignore[arg-type]
+    def blended(
+        self, below: hooks.Below, args: tuple[Any, ...], kwargs: dict[str, Any], strength: hooks.Strength
+    ) -> Tensor:
+        return self.run(below, args, kwargs)  # nothing to blend: it only looks
 
 
-class MaskedForward(hooks.ForwardOverride):
+class MaskedAttention(hooks.Action):
     """timm's attention with masked logits, computed by calling the module's own layers."""
 
-    def __init__(self, owner: Any, module: nn.Module, mask: GaussianMixtureMask, reader: GridReader, backend: str):
-        super().__init__(owner, module)
-        self.mask, self.reader, self.backend = mask, reader, backend
+    def __init__(self, module: nn.Module, mask: GaussianMixtureMask, backend: str):
+        self.module, self.mask, self.backend = module, mask, backend
+        self.modules = (mask,)
 
-    def run(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    def run(self, below: hooks.Below, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """`(B, N, C)` -> `(B, N, C)`; several gmm adapters on one attention multiply."""
+        return self._attend(*args, **kwargs)
+
+    def _attend(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         m: Any = self.module
         if is_causal:
             raise InputError("'gmm' masks act in both directions and cannot be combined with is_causal=True.")
         factor: Tensor | None = None
-        layer: hooks.ForwardOverride | None = self
-        while isinstance(layer, MaskedForward):
-            if layer.owner.enabled:
-                matrix = layer.current_matrix(x.shape[1])
-                if layer.mask.mode == "bias":
-                    attn_mask = sum_masks(matrix.to(x.dtype), attn_mask, x.dtype)
-                else:
-                    factor = matrix if factor is None else factor * matrix
-            layer = layer.previous
+        for mask in self._masks_up_to_mine():
+            matrix = self._matrix(mask, x.shape[1])
+            if mask.mode == "bias":
+                attn_mask = sum_masks(matrix.to(x.dtype), attn_mask, x.dtype)
+            else:
+                factor = matrix if factor is None else factor * matrix
         if factor is None:
             return type(m).forward(m, x, attn_mask=attn_mask)
         B, N, _ = x.shape
@@ -191,12 +205,24 @@ class MaskedForward(hooks.ForwardOverride):
             out = out * m.gate(x).sigmoid()
         return m.proj_drop(m.proj(out))
 
-    def current_matrix(self, tokens: int) -> Tensor:
+    def _masks_up_to_mine(self) -> list[GaussianMixtureMask]:
+        """The masks of the gmm adapters that act here, the first attached first, up to this one."""
+        masks = []
+        for link in hooks.links_at(self.module):
+            if isinstance(link.action, MaskedAttention) and link.owner.enabled:
+                link.reached = True
+                masks.append(link.action.mask)
+            if link.action is self:
+                break
+        return masks
+
+    def _matrix(self, mask: GaussianMixtureMask, tokens: int) -> Tensor:
         """The mask `(num_heads, N, N)` for the batch that is passing through."""
-        m: Any = self.module
-        if self.mask.training != m.training:
-            self.mask.train(m.training)
-        if self.reader.grid is not None and self.reader.grid != self.mask.grid:
-            self.mask.set_grid(self.reader.grid)
-        self.mask.check(m.num_heads, tokens)
-        return self.mask.matrix()
+        context = current_context()
+        extra = 0 if context is None else context.extra_tokens
+        if context is not None and context.grid is not None and context.grid != mask.grid:
+            mask.set_grid(context.grid)
+        mask.check(self.module.num_heads, tokens - extra)  # type: ignore[arg-type]
+        matrix = mask.matrix()
+        # tokens that another adapter has put in front have no place on the grid, like the class token
+        return F.pad(matrix, (extra, 0, extra, 0), value=0.0 if mask.mode == "bias" else 1.0) if extra else matrix

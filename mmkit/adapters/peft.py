@@ -1,0 +1,437 @@
+"""LoRA and its relatives: Hugging Face peft's layers under the mmkit contract, in peft's own file format.
+
+peft would replace modules by wrappers. Here its layers are made on a skeleton that holds stand-ins for the chosen modules (same
+class, same parameters) and take part in the calls of the real ones like any other adapter: keys, types and whatever others put on
+the model stay as they are, and attaching, switching, merging and detaching are the same as everywhere.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import re
+import sys
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from mmkit.adapters import hooks
+from mmkit.adapters.attention import is_fused_attention
+from mmkit.adapters.config import AdapterConfig
+from mmkit.adapters.core import Adapter
+from mmkit.adapters.files import CONFIG_NAME, TENSORS_NAME
+from mmkit.adapters.sites import SiteAdapter
+from mmkit.adapters.targets import match_targets, no_match
+from mmkit.adapters.trial import double_copy
+from mmkit.errors import CheckpointError, InputError, NotMergeableError
+from mmkit.storage import read_json, write_json, write_safetensors
+
+KEY = "default"
+METHODS: dict[str, dict[str, Any]] = {  # settings that differ from peft's defaults
+    "lora": {"lora_alpha": 16},
+    "dora": {"lora_alpha": 16, "use_dora": True},
+    "beft": {},
+    "boft": {},
+    "c3a": {},
+    "delora": {},
+    "fourierft": {},
+    "gralora": {},
+    "hira": {},
+    "hra": {},
+    "ia3": {"feedforward_modules": []},
+    "ln_tuning": {},
+    "loha": {},
+    "lokr": {},
+    "miss": {},
+    "oft": {},
+    "psoft": {},
+    "randlora": {},
+    "road": {},
+    "shira": {},
+    "waveft": {},
+}
+"""The methods of peft that act at single modules, by mmkit's name, which is peft's in lower case ("dora" is a setting of LoRA)."""
+
+_RESOLVED = (
+    "target_modules",
+    "exclude_modules",
+    "modules_to_save",
+    "layers_to_transform",
+    "layers_pattern",
+    "inference_mode",
+)
+_ATTENTION = (
+    "qkv", "q_proj", "k_proj", "v_proj", "to_q", "to_k", "to_v", "to_out.0", "query", "key", "value", "attn.proj", "in_proj", "out_proj",
+)  # fmt: skip
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "eva", "lora_ga")
+
+
+@dataclass(frozen=True)
+class PeftMethodConfig(AdapterConfig):
+    """Settings of a peft method.
+
+    Attributes:
+        targets: `None`: the projections of the attention blocks, or all linear layers where there are none (norms for
+            "ln_tuning").
+        settings: fields of the method's peft config, for example {"r": 8, "lora_alpha": 16}. In `apply_adapter` they are
+            keywords of their own; `alpha` and `dropout` stand for `lora_alpha` and `lora_dropout`.
+    """
+
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+class PeftAction(hooks.Action):
+    """A peft layer answers for its module; it calls what lies below as its base layer."""
+
+    def __init__(self, layer: nn.Module):
+        self.layer = layer
+        self.modules = (layer,)
+
+    def run(self, below: hooks.Below, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self.layer(*args, **kwargs)
+
+    def bind(self, below: hooks.Below) -> None:
+        self.layer.__dict__["base_layer"].__dict__["forward"] = below
+
+    def on(self, host: nn.Module) -> PeftAction:
+        layer = _copied(self.layer)
+        layer.__dict__["base_layer"] = _stand_in(hooks.unwrap(host))
+        return PeftAction(layer)
+
+
+class PeftAdapter(SiteAdapter):
+    """Any method of `METHODS`; see the module docstring. `peft_config` is what peft was given."""
+
+    config_class: ClassVar[type[PeftMethodConfig]] = PeftMethodConfig
+    peft_config: Any = None
+
+    @classmethod
+    def configure(cls, settings: dict[str, Any]) -> PeftMethodConfig:
+        """The config of keywords: mmkit's own fields, the rest are peft's. Raises `InputError` listing the known ones."""
+        own = {f.name for f in dataclasses.fields(AdapterConfig)}
+        fields = {f.name for f in dataclasses.fields(_peft_class(cls.method))} - set(_RESOLVED)
+        theirs = {}
+        for key, value in settings.items():
+            if key in own:
+                continue
+            name = key if key in fields else f"lora_{key}"
+            if name not in fields:
+                raise InputError(f"{cls.method!r} has no setting {key!r}. Settings: {sorted(own | fields)}.")
+            theirs[name] = value
+        return cls.config_class(**{k: v for k, v in settings.items() if k in own}, settings=theirs)
+
+    # --- attaching ------------------------------------------------------------------------------------------------------
+
+    def is_site(self, path: str, module: nn.Module) -> bool:
+        if self.method == "ln_tuning":
+            return isinstance(module, nn.LayerNorm | nn.RMSNorm | nn.GroupNorm)
+        return isinstance(module, nn.Linear | nn.Embedding | nn.Conv1d | nn.Conv2d | nn.Conv3d)
+
+    def default_sites(self, model: nn.Module, candidates: dict[str, nn.Module]) -> list[str]:
+        paths = super().default_sites(model, candidates)
+        if self.method == "ln_tuning":
+            return paths
+        layers = [
+            p for p in paths if not isinstance(candidates[p], nn.Embedding) and getattr(candidates[p], "groups", 1) == 1
+        ]
+        return match_targets(_ATTENTION, [p for p in layers if isinstance(candidates[p], nn.Linear)]) or layers
+
+    def choose_sites(self, model: nn.Module) -> dict[str, nn.Module]:
+        if isinstance(self.config.targets, _Regex):
+            plain = dict(hooks.named_plain_modules(model))
+            chosen = {p: m for p, m in plain.items() if self.is_site(p, m) and re.fullmatch(self.config.targets, p)}
+            if not chosen:
+                raise no_match(self.method, self.config.targets, [], list(plain))
+            return chosen
+        fused = [p for p, m in hooks.named_plain_modules(model) if is_fused_attention(m)]
+        if self.config.targets is None or not fused:
+            return super().choose_sites(model)
+        plain = dict(hooks.named_plain_modules(model))  # naming an attention, as peft does, means its two projections
+        candidates = {p: m for p, m in plain.items() if p and not self.inside_saved(p) and self.is_site(p, m)}
+        named = match_targets(self.config.targets, [*candidates, *fused])
+        chosen = {q for p in named for q in ((f"{p}.in_proj", f"{p}.out_proj") if p in fused else (p,))}
+        chosen -= set(match_targets(self.config.exclude, list(chosen)))
+        if not chosen:
+            raise no_match(self.method, self.config.targets, list(candidates), list(plain))
+        return {p: m for p, m in candidates.items() if p in chosen}
+
+    def build(self, model: nn.Module) -> None:
+        from peft import inject_adapter_in_model
+
+        self.make_explicit(model)
+        chosen = self.choose_sites(model)
+        self.peft_config = self._make_config(list(chosen))
+        tree = nn.Module()
+        for path, module in chosen.items():
+            _plant(tree, path, _stand_in(module))
+        flags = [(p, p.requires_grad) for m in chosen.values() for p in m.parameters()]
+        try:
+            inject_adapter_in_model(copy.deepcopy(self.peft_config), tree, adapter_name=KEY)
+        except (ValueError, TypeError, RuntimeError, NotImplementedError, AttributeError, KeyError) as error:
+            raise InputError(
+                f"peft cannot put {self.method!r} on these modules of {type(model).__name__}: {error} "
+                "Choose others with targets= or exclude=."
+            ) from error
+        finally:  # whether the base is frozen is not peft's to decide
+            for p, flag in flags:
+                p.requires_grad_(flag)
+        for path in chosen:
+            self.add_site(path, _without_base(tree.get_submodule(path), path))
+        self.__dict__["_tree"] = tree
+
+    def _make_config(self, paths: list[str]) -> Any:
+        settings = {**METHODS[self.method], **self.config.settings}
+        init = settings.get("init_lora_weights")
+        if isinstance(init, str) and init.lower().startswith(_CHANGES_BASE):
+            raise InputError(
+                f"init_lora_weights={init!r} would change the base weights, which an adapter leaves alone."
+            )
+        try:
+            return _peft_class(self.method)(**settings, target_modules=list(paths), modules_to_save=None)
+        except (ValueError, TypeError) as error:
+            raise InputError(f"peft refuses the settings {settings} of {self.method!r}: {error}") from error
+
+    def install(self, model: nn.Module) -> None:
+        for path in self.own_paths:
+            plain = hooks.unwrap(hooks.get_module(model, path))
+            layer = self.site(path)
+            layer.__dict__["base_layer"] = _stand_in(plain)
+            self.link(model, path, PeftAction(layer))
+
+    def starts_as_identity(self) -> bool:
+        return all(self.config.settings.get(k, True) is not False for k in ("init_lora_weights", "init_weights"))
+
+    def fold(self, site: nn.Module, module: nn.Module) -> dict[str, Tensor]:
+        layer, base = _copied(site), double_copy(module)
+        layer.base_layer = base
+        try:
+            layer.double().merge(adapter_names=[KEY])  # type: ignore[operator]
+        except (ValueError, TypeError, RuntimeError, AttributeError, NotImplementedError, KeyError) as error:
+            raise NotMergeableError(f"peft: {error}") from error
+        merged = layer.get_base_layer()  # type: ignore[operator]
+        return {k: v.detach() for k, v in merged.named_parameters() if k in ("weight", "bias")}
+
+    # --- tensors and files ------------------------------------------------------------------------------------------------
+
+    def state_dict(
+        self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False
+    ) -> dict[str, Any]:  # type: ignore[override]
+        """Tensors as peft names them in its files, less "base_model.model."; saved modules under their own keys."""
+        out = destination if destination is not None else {}
+        out.update({prefix + short: value for short, (_, value) in self._tensors(keep_vars).items()})
+        return out
+
+    def _tensors(self, keep_vars: bool = False) -> dict[str, tuple[str, Tensor]]:
+        """peft's name of each tensor, with the name it has in this module and its value."""
+        found = {}
+        for name, value in nn.Module.state_dict(self, keep_vars=keep_vars).items():
+            plain = self._plain(name)
+            if name.startswith("sites."):
+                plain = ".".join(part for part in plain.split(".") if part != KEY)
+            found[plain] = (name, value)
+        return found
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """Load what `state_dict` returned; see `Adapter.load_state_dict`."""
+        names = {short: self._plain(name) for short, (name, _) in self._tensors().items()}
+        return super().load_state_dict({names.get(k, k): v for k, v in state_dict.items()}, strict, assign)
+
+    def write_files(self, folder: Path) -> None:
+        """The files peft's `save_pretrained` would write."""
+        attentions = self._whole_attentions()
+        state = {f"base_model.model.{_to_peft(k, attentions)}": v for k, v in self.state_dict().items()}
+        write_safetensors(folder / TENSORS_NAME, state)
+        config = copy.deepcopy(self.peft_config)
+        inside = tuple(f"{a}." for a in attentions)
+        config.target_modules = [p for p in self.own_paths if not p.startswith(inside)] + attentions
+        config.modules_to_save = self.saved_paths or None
+        config.inference_mode = True
+        config.save_pretrained(folder)
+        write_json(folder / CONFIG_NAME, read_json(folder / CONFIG_NAME))
+
+    def _whole_attentions(self) -> list[str]:
+        """Attention modules of which both projections are adapted: peft knows them as one target."""
+        if not self.method.endswith("ora"):
+            return []
+        paths = set(self.own_paths)
+        roots = [p.removesuffix(".in_proj") for p in paths if p.endswith(".in_proj")]
+        return sorted(r for r in roots if f"{r}.out_proj" in paths)
+
+    @classmethod
+    def from_files(
+        cls: Any,
+        model: nn.Module,
+        folder: Path,
+        saved: dict[str, Any],
+        tensors: dict[str, Tensor],
+        name: str,
+        strict: bool,
+    ) -> Adapter:
+        """Load a folder written by peft or `save_adapter`. Which modules it adapts is read from its tensors, not from patterns."""
+        from peft import PeftConfig
+
+        if "peft_type" not in saved:
+            return super().from_files(model, folder, saved, tensors, name, strict)
+        try:
+            theirs = PeftConfig.from_pretrained(str(folder))
+        except (ValueError, TypeError, KeyError, OSError) as error:
+            raise CheckpointError(f"{folder}/{CONFIG_NAME} cannot be read by peft: {error}") from error
+        for pattern in [
+            *(getattr(theirs, "rank_pattern", None) or ()),
+            *(getattr(theirs, "alpha_pattern", None) or ()),
+        ]:
+            if not re.fullmatch(r"[\w.]{1,300}", str(pattern)):
+                raise CheckpointError(f"{folder}/{CONFIG_NAME}: {str(pattern)[:60]!r} is not a plain module name.")
+        state = {_from_peft(k.removeprefix("base_model.model.")): v for k, v in tensors.items()}
+        sites, whole = _sites_of(model, state, theirs.modules_to_save or ())
+        method, config = _from_config(theirs, sites, whole)
+        try:
+            adapter = method(config, name=name).attach(model)
+        except InputError as error:
+            raise CheckpointError(f"The peft adapter in {folder} does not fit this model: {error}") from error
+        fused = {p for p, m in hooks.named_plain_modules(model) if is_fused_attention(m)}
+        state = {_into_projection(k, fused): v for k, v in state.items()}
+        return adapter.fill(state, f"The peft adapter in {folder}", strict)
+
+
+def from_peft_config(config: Any) -> tuple[type[PeftAdapter], PeftMethodConfig]:
+    """The method and our config for a peft config that a user made.
+
+    Its `target_modules` mean what they mean to peft: a list of names and endings, or one regular expression.
+    """
+    targets = config.target_modules
+    if isinstance(targets, str):
+        targets = "*" if targets == "all-linear" else _Regex(targets)
+    return _from_config(config, None if targets is None else targets, config.modules_to_save or ())
+
+
+class _Regex(str):
+    """A regular expression that a caller wrote (never one from a file) in place of target names."""
+
+
+def _from_config(theirs: Any, targets: Any, saved: Any) -> tuple[type[PeftAdapter], PeftMethodConfig]:
+    kind = str(getattr(theirs.peft_type, "value", theirs.peft_type)).lower()
+    kind = "dora" if kind == "lora" and getattr(theirs, "use_dora", False) else kind
+    if kind not in METHODS:
+        raise InputError(f"peft's {kind.upper()} does not act at single modules; mmkit takes {sorted(METHODS)}.")
+    defaults = type(theirs)()
+    settings = {
+        f.name: getattr(theirs, f.name)
+        for f in dataclasses.fields(theirs)
+        if f.init
+        and f.name not in (*_RESOLVED, *_FACTS)
+        and getattr(theirs, f.name) != getattr(defaults, f.name)
+    }
+    settings = {
+        **{k: getattr(defaults, k) for k in METHODS[kind] if k not in settings and hasattr(defaults, k)},
+        **settings,
+    }
+    settings = {k: sorted(v) if isinstance(v, set) else v for k, v in settings.items()}
+    targets = targets if isinstance(targets, str) or targets is None else tuple(sorted(targets))
+    cls = _method_class(kind)
+    return cls, cls.config_class(targets=targets, modules_to_save=tuple(saved), settings=settings)
+
+
+# --- helpers ------------------------------------------------------------------------------------------------------------
+
+
+def _peft_class(method: str) -> type:
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    found = {str(getattr(k, "value", k)).lower(): v for k, v in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    kind = "lora" if method == "dora" else method
+    if kind not in found:
+        raise InputError(f"The installed peft has no {method!r}: pip install -U peft")
+    return found[kind]
+
+
+def _stand_in(module: nn.Module) -> nn.Module:
+    """A module of the same class with the same parameters (the same table of them) that calls nothing of the original's."""
+    stand_in = copy.copy(module)
+    for table in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+        stand_in.__dict__[table] = OrderedDict()
+    stand_in.__dict__.pop("forward", None)
+    return stand_in
+
+
+def _plant(tree: nn.Module, path: str, module: nn.Module) -> None:
+    *parents, leaf = path.split(".")
+    for part in parents:
+        tree = tree._modules.setdefault(part, nn.Module())  # type: ignore[assignment]
+    tree._modules[leaf] = module
+
+
+def _without_base(layer: nn.Module, path: str) -> nn.Module:
+    """The peft layer with its base layer as a plain attribute: the base's parameters are not the adapter's."""
+    if "base_layer" not in layer._modules:
+        raise InputError(f"peft left {path!r} as it is; leave it out of the targets.")
+    layer.__dict__["base_layer"] = layer._modules.pop("base_layer")
+    return layer
+
+
+def _copied(layer: nn.Module) -> nn.Module:
+    """A copy of a peft layer without its base layer."""
+    copied = copy.deepcopy(layer, {id(layer.__dict__["base_layer"]): None})
+    copied.__dict__.pop("base_layer", None)
+    return copied
+
+
+def _to_peft(key: str, attentions: list[str]) -> str:
+    """peft's key for a tensor of an `nn.MultiheadAttention`: the packed projection is the attention's own."""
+    for a in attentions:
+        if key.startswith(f"{a}.in_proj."):
+            return f"{a}.{key.removeprefix(f'{a}.in_proj.')}"
+        if key.startswith(f"{a}.out_proj."):
+            return f"{a}.base_layer.{key.removeprefix(f'{a}.')}"
+    return key
+
+
+def _from_peft(key: str) -> str:
+    return key.replace(".base_layer.", ".")
+
+
+def _into_projection(key: str, fused: set[str]) -> str:
+    for a in fused:
+        rest = key.removeprefix(f"{a}.")
+        if rest != key and not rest.startswith(("in_proj.", "out_proj.")):
+            return f"{a}.in_proj.{rest}"
+    return key
+
+
+def _sites_of(model: nn.Module, state: dict[str, Tensor], saved: Any) -> tuple[list[str], list[str]]:
+    """The modules that the tensors of a peft file belong to: adapted ones, and those that were trained whole."""
+    plain = {p: m for p, m in hooks.named_plain_modules(model) if p}
+    whole = (
+        [p for p in match_targets(tuple(saved), plain) if any(k.startswith(f"{p}.") for k in state)] if saved else []
+    )
+    sites: list[str] = []
+    for key in state:
+        if any(key.startswith(f"{p}.") for p in whole):
+            continue
+        parts = key.split(".")
+        path = next((p for i in range(len(parts) - 1, 0, -1) if (p := ".".join(parts[:i])) in plain), None)
+        if path is None:
+            raise CheckpointError(f"The model has no module for {key!r} of the peft file: it is for another model.")
+        if path not in sites:
+            sites.append(path)
+    return sites, whole
+
+
+@functools.cache
+def _method_class(name: str) -> type[PeftAdapter]:
+    config = type(f"{name}Config", (PeftMethodConfig,), {"method": name, "__module__": __name__})
+    body = {"method": name, "config_class": config, "__module__": __name__, "__qualname__": name}
+    setattr(sys.modules[__name__], f"{name}Config", config)  # so that both can be pickled by name
+    return type(name, (PeftAdapter,), body)
+
+
+def __getattr__(name: str) -> Any:
+    if name in METHODS:
+        return _method_class(name)
+    if name.removesuffix("Config") in METHODS:
+        return _method_class(name.removesuffix("Config")).config_class
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

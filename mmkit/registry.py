@@ -82,8 +82,27 @@ ADAPTERS = Registry(
         **{  # what peft's layers can do at single modules, see mmkit.adapters.peft
             name: f"mmkit.adapters.peft:{name}"
             for name in (
-                "lora", "dora", "beft", "boft", "c3a", "delora", "fourierft", "gralora", "hira", "hra", "ia3", "ln_tuning", "loha",
-                "lokr", "miss", "oft", "psoft", "randlora", "road", "shira", "waveft",
+                "lora",
+                "dora",
+                "beft",
+                "boft",
+                "c3a",
+                "delora",
+                "fourierft",
+                "gralora",
+                "hira",
+                "hra",
+                "ia3",
+                "ln_tuning",
+                "loha",
+                "lokr",
+                "miss",
+                "oft",
+                "psoft",
+                "randlora",
+                "road",
+                "shira",
+                "waveft",
             )
         },  # fmt: skip
         "gmm": "mmkit.vision.gmm.adapter:GMMAdapter",

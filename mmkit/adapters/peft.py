@@ -322,9 +322,7 @@ def _from_config(theirs: Any, targets: Any, saved: Any) -> tuple[type[PeftAdapte
     settings = {
         f.name: getattr(theirs, f.name)
         for f in dataclasses.fields(theirs)
-        if f.init
-        and f.name not in (*_RESOLVED, *_FACTS)
-        and getattr(theirs, f.name) != getattr(defaults, f.name)
+        if f.init and f.name not in (*_RESOLVED, *_FACTS) and getattr(theirs, f.name) != getattr(defaults, f.name)
     }
     settings = {
         **{k: getattr(defaults, k) for k in METHODS[kind] if k not in settings and hasattr(defaults, k)},

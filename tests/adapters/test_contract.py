@@ -16,15 +16,18 @@ import torch
 from contract import CASES, FAMILIES, IDS, ROWS, Row
 from torch import nn
 
-from mmkit.adapters.peft import METHODS as PEFT_METHODS
 from mmkit.adapters import apply_adapter, attached_adapters, list_adapters, load_adapter, save_adapter
-from mmkit.errors import InputError, NotMergeableError
+from mmkit.adapters.peft import METHODS as PEFT_METHODS
+from mmkit.errors import NotMergeableError
 
 cases = pytest.mark.parametrize(("family", "row"), CASES, ids=IDS)
 
 
 def count_hooks(model: nn.Module) -> int:
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + any(k.startswith("forward") for k in m.__dict__) for m in model.modules())
+    return sum(
+        len(m._forward_hooks) + len(m._forward_pre_hooks) + any(k.startswith("forward") for k in m.__dict__)
+        for m in model.modules()
+    )
 
 
 def frozen(model: nn.Module) -> nn.Module:

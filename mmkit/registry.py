@@ -104,7 +104,7 @@ ADAPTERS = Registry(
                 "shira",
                 "waveft",
             )
-        },  # fmt: skip
+        },
         "gmm": "mmkit.vision.gmm.adapter:GMMAdapter",
     },
     entry_point_group="mmkit.adapters",

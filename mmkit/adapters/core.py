@@ -135,6 +135,7 @@ class Adapter(AdapterFiles, nn.Module):
         for stack in stacks:
             stack.adapters[self.name] = self
             stack.watching = True
+            stack.settle()
         hooks.forget_compiled()
         return self
 
@@ -473,13 +474,14 @@ class Adapter(AdapterFiles, nn.Module):
     def _relink(self, links: Iterable[hooks.Link]) -> None:
         """Put `links` back, each at its place in the order of attachment."""
         links = list(links)
-        if not links:
-            return
-        if self._explicit:
+        if links and self._explicit:
             make_explicit(self.model, self)
         for link in links:
             hooks.add_link(hooks.get_module(self.model, link.key.partition("|")[0]), link)
-        hooks.call_all_modules(self.model, self)
+        if links:
+            hooks.call_all_modules(self.model, self)
+        for _, root in roots_of(self.model):
+            AdapterStack.of(root).settle()
 
     def unmerge(self) -> Self:
         """Undo `merge` bit-exactly (from a copy, never by dividing) and act through links again.

@@ -64,6 +64,7 @@ _RESOLVED = (
     "layers_pattern",
     "inference_mode",
 )
+_FACTS = ("peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision", "task_type")
 _ATTENTION = (
     "qkv", "q_proj", "k_proj", "v_proj", "to_q", "to_k", "to_v", "to_out.0", "query", "key", "value", "attn.proj", "in_proj", "out_proj",
 )  # fmt: skip

@@ -59,10 +59,7 @@ class AdapterStack:
         self.trainable: dict[str, bool] | None = None
         self.watching = False
         self._buffers = {k: b.detach().clone() for k, b in _own_buffers(root)}
-        entry = _Entry(self, Call(root))
-        hooks.add_link(root, hooks.Link(self, "", entry))
-        for method in _entry_methods(root):
-            root.__dict__[method] = _EntryMethod(entry, method)
+        self._entry = _Entry(self, Call(root))
 
     @staticmethod
     def of(root: nn.Module) -> AdapterStack:
@@ -74,6 +71,20 @@ class AdapterStack:
     def live(self) -> list[str]:
         """Names of the adapters that act through the model's calls, so that its weights alone are not the whole model."""
         return [name for name, adapter in self.adapters.items() if adapter.placed]
+
+    def settle(self) -> None:
+        """Open a context in each call as long as an adapter acts through calls; merged ones cost nothing."""
+        chain = hooks.chain_of(self.root)
+        present = any(link.owner is self for link in chain.links)
+        if self.live() and not present:
+            chain.rebuild([*chain.links, hooks.Link(self, "", self._entry)])
+            for method in _entry_methods(self.root):
+                self.root.__dict__[method] = _EntryMethod(self._entry, method)
+        elif present and not self.live():
+            chain.rebuild([link for link in chain.links if link.owner is not self])
+            for method in [k for k, v in self.root.__dict__.items() if isinstance(v, _EntryMethod)]:
+                del self.root.__dict__[method]
+        chain.drop()
 
     def freeze(self) -> None:
         """Stop the gradients of everything but adapters, and the running statistics of what is frozen."""
@@ -89,6 +100,7 @@ class AdapterStack:
         """Drop an adapter; with the last one the model is as it was found."""
         if name is not None:
             self.adapters.pop(name, None)
+        self.settle()
         if self.adapters:
             return
         for k, p in self.root.named_parameters():
@@ -101,11 +113,6 @@ class AdapterStack:
             kept = self._buffers.get(key)
             if self.trainable is not None and kept is not None and kept.shape == buffer.shape:
                 buffer.copy_(kept)
-        for method in [k for k, v in self.root.__dict__.items() if isinstance(v, _EntryMethod)]:
-            del self.root.__dict__[method]
-        chain = hooks.chain_of(self.root)
-        chain.rebuild([link for link in chain.links if link.owner is not self])
-        chain.drop()
         self.root.__dict__.pop(KEY, None)
 
 

@@ -201,8 +201,11 @@ def _input_like(host: nn.Module, seen: tuple[int, ...] | None) -> Tensor:
 
 
 @torch.no_grad()
-def require_identity(adapter: Adapter, model: nn.Module, tolerance: float = 1e-5) -> None:
-    """Raise `InputError` when a fresh site changes its module's answer; one module of each kind is tried."""
+def require_identity(adapter: Adapter, model: nn.Module) -> None:
+    """Raise `InputError` when a fresh site changes its module's answer; one module of each kind is tried.
+
+    An answer may differ by 1e-5 of its size, or by what the weights' type rounds off.
+    """
     tried: dict[Any, str] = {}
     for link in adapter.links:
         path = link.key.partition("|")[0]
@@ -216,6 +219,8 @@ def require_identity(adapter: Adapter, model: nn.Module, tolerance: float = 1e-5
             want, got = _answer(base, [], x), _answer(base, [(link, 1.0)], x)
         except (RuntimeError, ValueError, TypeError, IndexError, AttributeError):
             continue  # takes other input than one tensor of its kind
+        dtypes = [p.dtype for p in hooks.unwrap(host).parameters() if p.is_floating_point()]
+        tolerance = max([1e-5, *(4 * torch.finfo(d).eps for d in dtypes)])
         if want.shape == got.shape and float((want - got).abs().max()) > tolerance * max(1.0, float(want.abs().max())):
             tried[kind] = f"{path} ({type(hooks.unwrap(host)).__name__}, by {float((want - got).abs().max()):.1e})"
     wrong = [t for t in tried.values() if t]

@@ -47,7 +47,8 @@ class Row:
 
     `random_scale` is the size of the noise that stands for training. `compile_breaks` names families where torch cannot
     compile the engine behind the method, so that it has to be merged first. `stackable=False`: two of the kind on one
-    model make no sense. `stays_after_merge`: part of the method has no parameters and keeps acting (heads that look at
+    model make no sense. `depends_on_weights`: the change is a function of the weights below, so that an earlier adapter on the
+    same module cannot be folded under a later one. `stays_after_merge`: part of the method has no parameters and keeps acting (heads that look at
     other frames).
     """
 
@@ -60,6 +61,7 @@ class Row:
     compile_breaks: tuple[str, ...] = ()
     stackable: bool = True
     stays_after_merge: bool = False
+    depends_on_weights: bool = False
 
 
 ROWS = [
@@ -67,7 +69,7 @@ ROWS = [
     Row("bitfit"),
     Row("linear_probe", stackable=False),  # two copies of one head replace each other by definition
     Row("lora", {"r": 2}),
-    Row("dora", {"r": 2}),
+    Row("dora", {"r": 2}, depends_on_weights=True),
     Row("gmm", families=("vit",), mergeable=False, random_scale=0.5),
     Row(
         "zeroi2v",

@@ -165,7 +165,11 @@ def test_two_adapters_act_in_the_order_of_attachment(family: str, row: Row) -> N
     assert (both - alone).abs().max() > 1e-5
     with second.disabled():
         torch.testing.assert_close(contract.run(model, x), alone, atol=1e-5, rtol=1e-4)
-    if row.mergeable:
+    if row.depends_on_weights:
+        with pytest.raises(NotMergeableError, match="would not do what the adapter does"):
+            first.merge()
+        assert torch.equal(contract.run(model, x), both)
+    elif row.mergeable:
         with pytest.raises(NotMergeableError, match="merge it first"):
             second.merge()
         first.merge()  # sequential application: the second now acts on a model that the first has become

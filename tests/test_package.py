@@ -42,7 +42,7 @@ def test_public_names_resolve() -> None:
         assert getattr(mmkit, name) is not None
     with pytest.raises(AttributeError):
         _ = mmkit.no_such_name
-    assert {"ssf", "bitfit", "linear_probe", "peft"} <= set(mmkit.list_adapters())
+    assert {"ssf", "bitfit", "linear_probe", "lora"} <= set(mmkit.list_adapters())
     assert "image-classification" in mmkit.list_tasks()
 
 

@@ -17,7 +17,7 @@ from mmkit.adapters.files import read_adapter_config, read_adapter_tensors
 from mmkit.adapters.stack import AdapterStack, ModuleGroup, attached_adapters, roots_of
 from mmkit.errors import CheckpointError, InputError, nearest
 from mmkit.registry import ADAPTERS
-from mmkit.storage import require_folder
+from mmkit.storage import new_folder, open_folder, require_folder
 
 T = TypeVar("T", bound=type)
 
@@ -117,8 +117,6 @@ def save_adapter(adapter: Adapter, folder: str | os.PathLike[str], *, extra: dic
     Returns:
         The folder.
     """
-    from mmkit.storage import new_folder
-
     with new_folder(folder, kind="adapter", facts={"extra": extra or {}}) as temporary:
         adapter.write_files(temporary)
     return Path(folder).expanduser()
@@ -145,6 +143,7 @@ def load_adapter(
         CheckpointError: missing, truncated, damaged or unsafe files, an unknown method, or an adapter for another model (the
             differing sites are listed).
     """
+    open_folder(folder, required=False)  # every file as it was saved; peft's own folders carry no digests
     folder = require_folder(folder)
     saved = read_adapter_config(folder)
     method = saved.get("method") or saved["peft_type"].lower()

@@ -50,6 +50,8 @@ class Adapter(AdapterFiles, nn.Module):
     """Learning rate of the method's own parameters over the one `fit` is given, which heads and norms keep."""
     decays: ClassVar[bool] = True
     """Whether weight decay applies to the method's own parameters."""
+    rows_at_once: int = 1
+    """The least number of rows a call needs (frames of a clip)."""
 
     def __init__(self, config: AdapterConfig | None = None, name: str = "default"):
         super().__init__()
@@ -271,7 +273,7 @@ class Adapter(AdapterFiles, nn.Module):
         if not inputs and not kwargs:
             from mmkit.backbones import example_input
 
-            example = example_input(model)
+            example = example_input(model, self.rows_at_once)
             if example is None:
                 raise InputError(
                     f"Adapter {self.name!r} has not been seen at work yet: run the model once, or call adapter.check(*inputs)."
@@ -403,14 +405,14 @@ class Adapter(AdapterFiles, nn.Module):
             raise NotMergeableError(f"Adapter {self.name!r} is already merged.")
         if not self.enabled:
             raise NotMergeableError(f"Adapter {self.name!r} is disabled; enable it to merge it.")
-        if any(self.unreached(root) for _, root in roots_of(model)):
-            self.check()
         self._refuse_unmerged_below(model)
         edits = self._scaled(model, self.merge_edits(model) + self._saved_edits(), scale)
         for edit in edits:
             if edit.value.is_floating_point() and not torch.isfinite(edit.value).all():
                 raise NotMergeableError(f"Merging would write NaN or infinite values to {edit.path}.", [edit.path])
         _refuse_shared(model, edits)
+        if any(self.unreached(root) for _, root in roots_of(model)):
+            self.check()
         trial.require_equal_folds(self, model, edits, scale)
         return edits
 

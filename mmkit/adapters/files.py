@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mmkit import __version__
 from mmkit.errors import CheckpointError, InputError
-from mmkit.storage import read_json, read_tensors, require_folder, write_json, write_safetensors
-
-if TYPE_CHECKING:
-    from mmkit.adapters.core import Adapter
+from mmkit.storage import open_folder, read_json, read_tensors, require_folder, write_json, write_safetensors
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +50,7 @@ class AdapterFiles:
         tensors: dict[str, Tensor],
         name: str,
         strict: bool,
-    ) -> Adapter:
+    ) -> Any:
         """Rebuild the adapter that `write_files` wrote on `model`.
 
         Args:
@@ -72,7 +69,7 @@ class AdapterFiles:
             ) from error
         return adapter.fill(tensors, f"The adapter in {folder} (made for {saved.get('base_model')!r})", strict)
 
-    def fill(self: Any, tensors: dict[str, Tensor], source: str, strict: bool) -> Adapter:
+    def fill(self: Any, tensors: dict[str, Tensor], source: str, strict: bool) -> Any:
         """Put `tensors` into this freshly attached adapter; takes it off again when they do not fit."""
         own = self.state_dict()
         missing = sorted(k for k in own if k not in tensors)
@@ -121,3 +118,10 @@ def read_adapter_tensors(folder: Path) -> dict[str, Tensor]:
     if bad:
         raise CheckpointError(f"{folder / TENSORS_NAME} holds NaN or infinite values in {bad[:4]}.")
     return tensors
+
+
+def read_adapter_extra(folder: Any) -> dict[str, Any]:
+    """What was given to `save_adapter` as `extra`; empty for a folder that peft wrote. Raises `CheckpointError`."""
+    manifest = open_folder(folder, required=False)
+    extra = (manifest or {}).get("extra", {})
+    return extra if isinstance(extra, dict) else {}

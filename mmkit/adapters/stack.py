@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,6 @@ from torch import Tensor, nn
 from mmkit.adapters import hooks
 from mmkit.adapters.context import Call
 from mmkit.errors import InputError
-
-if TYPE_CHECKING:
-    from mmkit.adapters.core import Adapter
 
 KEY = "_mmkit_adapters"
 
@@ -55,7 +52,7 @@ class AdapterStack:
 
     def __init__(self, root: nn.Module) -> None:
         self.root = root
-        self.adapters: dict[str, Adapter] = {}
+        self.adapters: dict[str, Any] = {}
         self.trainable: dict[str, bool] | None = None
         self.watching = False
         self._buffers = {k: b.detach().clone() for k, b in _own_buffers(root)}
@@ -116,12 +113,12 @@ class AdapterStack:
         self.root.__dict__.pop(KEY, None)
 
 
-def attached_adapters(model: nn.Module) -> dict[str, Adapter]:
+def attached_adapters(model: nn.Module) -> dict[str, Any]:
     """The adapters on `model` (attached or merged) by name, in the order of attachment.
 
     Adapters that were put on a module inside `model` are listed as "<its path>.<name>".
     """
-    found: dict[str, Adapter] = {}
+    found: dict[str, Any] = {}
     for path, module in model.named_modules():
         stack = module.__dict__.get(KEY)
         for name, adapter in stack.adapters.items() if stack else ():

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,6 @@ from mmkit.adapters import hooks
 from mmkit.adapters.attention import InProjection
 from mmkit.adapters.config import Edit
 from mmkit.errors import InputError, NotMergeableError
-
-if TYPE_CHECKING:
-    from mmkit.adapters.core import Adapter
 
 _CONV = nn.modules.conv._ConvNd
 _BATCH_NORM = nn.modules.batchnorm._BatchNorm
@@ -71,7 +68,7 @@ def _nearest_parameter(model: nn.Module, module: nn.Module) -> Tensor | None:
 # --- merged equals adapted ------------------------------------------------------------------------------------------------
 
 
-def require_equal_folds(adapter: Adapter, model: nn.Module, edits: list[Edit], scale: float) -> None:
+def require_equal_folds(adapter: Any, model: nn.Module, edits: list[Edit], scale: float) -> None:
     """Raise `NotMergeableError` unless every folded module answers as the adapted one does, later adapters included."""
     refused = {}
     for path, links in _folding(adapter, scale).items():
@@ -90,7 +87,7 @@ def require_equal_folds(adapter: Adapter, model: nn.Module, edits: list[Edit], s
         )
 
 
-def _folding(adapter: Adapter, scale: float) -> dict[str, list[hooks.Link]]:
+def _folding(adapter: Any, scale: float) -> dict[str, list[hooks.Link]]:
     """The links a merge takes away, by module; a trained copy is the module itself unless it is scaled."""
     found: dict[str, list[hooks.Link]] = {}
     for link in adapter.links:
@@ -194,14 +191,14 @@ def _input_like(host: nn.Module, seen: tuple[int, ...] | None) -> Tensor:
         shape = (2, found[0], 3, 5) if found[1] == 1 else (2, 3, found[0])
     else:
         raise ValueError("its input is not known")
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(device)
+    return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").to(device)
 
 
 # --- a fresh adapter is the identity ----------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def require_identity(adapter: Adapter, model: nn.Module) -> None:
+def require_identity(adapter: Any, model: nn.Module) -> None:
     """Raise `InputError` when a fresh site changes its module's answer; one module of each kind is tried.
 
     An answer may differ by 1e-5 of its size, or by what the weights' type rounds off.
@@ -211,7 +208,10 @@ def require_identity(adapter: Adapter, model: nn.Module) -> None:
         path = link.key.partition("|")[0]
         host = hooks.get_module(model, path)
         kind = _kind(host, link.action)
-        if kind in tried or isinstance(link.action, hooks.SavedAction):
+        weights = [
+            t for t in (getattr(hooks.unwrap(host), k, None) for k in ("weight", "bias")) if isinstance(t, Tensor)
+        ]
+        if kind in tried or isinstance(link.action, hooks.SavedAction) or any(t.is_meta for t in weights):
             continue
         tried[kind] = ""
         try:
@@ -219,8 +219,7 @@ def require_identity(adapter: Adapter, model: nn.Module) -> None:
             want, got = _answer(base, [], x), _answer(base, [(link, 1.0)], x)
         except (RuntimeError, ValueError, TypeError, IndexError, AttributeError):
             continue  # takes other input than one tensor of its kind
-        dtypes = [p.dtype for p in hooks.unwrap(host).parameters() if p.is_floating_point()]
-        tolerance = max([1e-5, *(4 * torch.finfo(d).eps for d in dtypes)])
+        tolerance = max([1e-5, *(4 * torch.finfo(t.dtype).eps for t in weights if t.is_floating_point())])
         if want.shape == got.shape and float((want - got).abs().max()) > tolerance * max(1.0, float(want.abs().max())):
             tried[kind] = f"{path} ({type(hooks.unwrap(host)).__name__}, by {float((want - got).abs().max()):.1e})"
     wrong = [t for t in tried.values() if t]
@@ -271,10 +270,14 @@ def channel_axis(module: nn.Module) -> tuple[int, int] | None:
 def _asked_axis(module: nn.Module, channels: int) -> int | None:
     height, columns = [size for size in (3, 5, 7) if size != channels][:2]
     for axis, shape in ((1, (2, channels, height, columns)), (-1, (2, height, columns, channels))):
-        probe = hooks.plain_copy(module).float().eval()
-        x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(
-            next(probe.parameters(), torch.zeros(0)).device
-        )
+        probe = hooks.plain_copy(module).eval()
+        if any(p.is_meta for p in probe.parameters()):
+            probe = probe.to_empty(device="cpu")
+        probe = probe.float()
+        for p in probe.parameters():
+            nn.init.normal_(p)
+        device = next((p.device for p in probe.parameters()), torch.device("cpu"))
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(0), device="cpu").to(device)
         try:
             before = probe(x)
             if getattr(probe, "weight", None) is None:

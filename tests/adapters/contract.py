@@ -45,11 +45,11 @@ HEADS = {"vit": "head", "resnet": "fc", "unet": "conv_out", "clip": "head"}
 class Row:
     """One adapter method: its settings that start as an identity, where it applies, and what it cannot do.
 
-    `random_scale` is the size of the noise that stands for training. `compile_breaks` names families where torch cannot
-    compile the engine behind the method, so that it has to be merged first. `stackable=False`: two of the kind on one
-    model make no sense. `depends_on_weights`: the change is a function of the weights below, so that an earlier adapter on the
-    same module cannot be folded under a later one. `stays_after_merge`: part of the method has no parameters and keeps acting (heads that look at
-    other frames).
+    `random_scale` is the size of the noise that stands for training. `compile_breaks` names families where torch cannot compile the
+    engine behind the method, so that it has to be merged first. `stackable=False`: two of the kind on one model make no sense.
+    `depends_on_weights`: the change is a function of the weights below, so that an earlier adapter on the same module cannot be
+    folded under a later one. `stays_after_merge`: part of the method has no parameters and keeps acting (heads that look at other
+    frames).
     """
 
     method: str

@@ -40,7 +40,7 @@ def test_unknown_setting_lists_the_known_ones() -> None:
         apply_adapter(contract.build("vit"), "ssf", init_sd=0)
 
 
-@pytest.mark.parametrize("method", ["ssf", "bitfit", "peft"])
+@pytest.mark.parametrize("method", ["ssf", "bitfit", "lora"])
 def test_targets_that_match_nothing_name_the_nearest(method: str) -> None:
     model = contract.build("vit")
     with pytest.raises(InputError, match="qkv"):
@@ -53,19 +53,21 @@ def test_targets_choose_sites() -> None:
     assert adapter.site_paths == ["blocks.0.attn.qkv", "blocks.0.mlp.fc1", "blocks.1.mlp.fc1"]
 
 
-def test_lora_on_the_output_projection_of_fused_attention_is_refused() -> None:
-    model = contract.build("clip")
-    with pytest.raises(InputError, match="no effect"):
-        apply_adapter(model, "peft", targets=("out_proj",))
-    _untouched(model)
-
-
-def test_attention_that_reads_its_weights_directly_is_refused() -> None:
+@pytest.mark.parametrize("method", ["ssf", "lora"])
+@pytest.mark.parametrize("training", [False, True])
+def test_attention_that_reads_its_weights_directly_is_named_in_the_first_call(method: str, training: bool) -> None:
     import timm
 
     model = timm.create_model("beit_base_patch16_224", img_size=32, patch_size=16, embed_dim=32, depth=1, num_heads=2)
+    model.train(training)
+    adapter = apply_adapter(model, method, targets=("qkv", "fc1"))
+    with pytest.raises(InputError, match=r"no effect at 1 of its modules, such as .*attn\.qkv"):
+        model(torch.zeros(1, 3, 32, 32))
     with pytest.raises(InputError, match="no effect"):
-        apply_adapter(model, "ssf", targets=("qkv",))
+        adapter.merge()
+    adapter.detach()
+    apply_adapter(model, method, targets=("qkv", "fc1"), exclude=("qkv",))
+    model(torch.zeros(1, 3, 32, 32))
 
 
 def test_check_finds_modules_that_are_never_called() -> None:
@@ -105,7 +107,8 @@ def test_transformer_encoder_fast_path_does_not_skip_the_adapter() -> None:
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("batch_first", [False, True])
 def test_explicit_attention_equals_torch(masked: bool, batch_first: bool) -> None:
-    from mmkit.adapters.hooks import explicit_attention, release_attention
+    from mmkit.adapters import hooks
+    from mmkit.adapters.attention import make_explicit
 
     attention = nn.MultiheadAttention(16, 4, batch_first=batch_first).eval()
     q, k = torch.randn(3, 3, 16), torch.randn(3, 3, 16)
@@ -116,9 +119,9 @@ def test_explicit_attention_equals_torch(masked: bool, batch_first: bool) -> Non
     for weights in (True, False):
         for args in ((q, q, q), (q, k, k), (q, k, q)):
             expected = attention(*args, need_weights=weights, **options)
-            explicit_attention(attention, self := object())
+            make_explicit(attention, self := object())
             got = attention(*args, need_weights=weights, **options)
-            release_attention(attention, self)
+            hooks.remove(attention, self)
             torch.testing.assert_close(got[0], expected[0], atol=1e-5, rtol=1e-4)
             if weights:
                 torch.testing.assert_close(got[1], expected[1], atol=1e-5, rtol=1e-4)
@@ -195,7 +198,7 @@ def test_a_failed_save_leaves_the_old_adapter(saved: Path, monkeypatch: pytest.M
 def test_names_are_unique_on_a_model() -> None:
     model = contract.build("vit")
     apply_adapter(model, "ssf")
-    for method in ("bitfit", "peft"):
+    for method in ("bitfit", "lora"):
         with pytest.raises(InputError, match="already has an adapter"):
             apply_adapter(model, method)
 

@@ -273,6 +273,11 @@ class ZeroI2V(Adapter):
             raise InputError(f"{rows} frames are not whole clips of {frames}; give forward_context(frames=T).")
         return frames
 
+    @property
+    def rows_at_once(self) -> int:  # type: ignore[override]
+        """Frames of one clip."""
+        return self.config.num_frames
+
     def starts_as_identity(self) -> bool:
         return False  # heads look at other frames from the start
 

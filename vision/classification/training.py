@@ -14,13 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmkit.adapters import Adapter, apply_adapter, load_adapter, save_adapter
-from mmkit.adapters.files import CONFIG_NAME, read_adapter_config
+from mmkit.adapters import Adapter, apply_adapter, list_adapters, load_adapter, save_adapter
+from mmkit.adapters.files import CONFIG_NAME, read_adapter_extra
 from mmkit.backbones import create_backbone, example_input, image_info, save_backbone
 from mmkit.data import ImageDataset, ImageTransform, open_dataset, split_dataset
 from mmkit.errors import CheckpointError, InputError, nearest
-from mmkit.registry import ADAPTERS
-from mmkit.storage import read_json, require_folder, write_json
+from mmkit.storage import new_folder, read_json, require_folder, write_json
 from mmkit.training import FitConfig, FitResult, StepInfo, fit
 
 LEARNING_RATES = {"linear_probe": 3e-2, "ssf": 2e-2, "bitfit": 2e-2, "lora": 5e-3, "full": 5e-4}
@@ -28,8 +27,8 @@ LEARNING_RATES = {"linear_probe": 3e-2, "ssf": 2e-2, "bitfit": 2e-2, "lora": 5e-
 
 
 def finetune_methods() -> list[str]:
-    """Names `finetune` takes as `adapter`: every registered adapter, "lora", and "full" for all weights."""
-    return sorted({*ADAPTERS.names(), "lora", "full"} - {"peft"})
+    """Names `finetune` takes as `adapter`: every method that suits pictures, and "full" for all weights."""
+    return sorted({*list_adapters(task="image-classification"), "full"})
 
 
 @dataclass
@@ -125,7 +124,7 @@ def prepare(
     Raises:
         InputError: unusable data (empty, one class, unreadable files), unknown names or settings.
     """
-    if adapter not in finetune_methods() and adapter != "peft":
+    if adapter not in finetune_methods():
         raise InputError(f"Unknown adapter {adapter!r}. {nearest(adapter, finetune_methods())}")
     dataset = data if isinstance(data, ImageDataset) else open_dataset(data, on_error=on_error)
     if len(dataset.class_names) < 2:
@@ -148,8 +147,7 @@ def prepare(
     model.__dict__["backbone_info"] = info
     attached = None
     if adapter != "full":
-        name = "peft" if adapter == "lora" else adapter
-        attached = apply_adapter(model, name, **{"modules_to_save": info.heads, **(settings or {})})
+        attached = apply_adapter(model, adapter, **{"modules_to_save": info.heads, **(settings or {})})
         args, kwargs = example_input(model)
         attached.check(*args, **kwargs)
     plain = info.preprocessing()
@@ -212,22 +210,20 @@ def train_prepared(
     )
     result = FinetuneResult(prepared, run, accuracy=run.best_metrics.get("accuracy", 0.0))
     result.merge_error = merge_error(prepared)
-    if folder is None:
-        with tempfile.TemporaryDirectory() as temporary:
-            result.file_size = _save(prepared, Path(temporary))
-    else:
-        result.file_size = _save(prepared, folder)
-        result.folder = folder
     result.report = prepared.describe() | {
         "accuracy": result.accuracy,
         "seconds": round(run.seconds, 2),
-        "file_size": result.file_size,
         "merge_error": result.merge_error,
         "stopped": run.stopped,
         "steps": run.steps,
     }
-    if folder is not None:
-        write_json(folder / "report.json", result.report | {"history": run.history})
+    if folder is None:
+        with tempfile.TemporaryDirectory() as temporary:
+            result.file_size = _save(prepared, Path(temporary) / "model")
+    else:
+        result.file_size = _save(prepared, folder, result.report | {"history": run.history})
+        result.folder = folder
+    result.report["file_size"] = result.file_size
     return result
 
 
@@ -256,23 +252,26 @@ def finetune(
     return train_prepared(prepared, output_dir=output_dir, epochs=epochs, lr=lr, batch_size=batch_size, seed=seed)
 
 
-def _save(prepared: Prepared, folder: Path) -> int:
-    """Save what the backbone's name alone does not bring back; returns its size in bytes."""
-    backbone = dict(prepared.backbone)
-    if prepared.adapter is None:
-        save_backbone(prepared.model, folder, class_names=tuple(prepared.class_names))
-        return sum((folder / f).stat().st_size for f in ("config.json", "model.safetensors"))
-    if prepared.keep_backbone:  # the adapter is useless without these very weights
-        live = prepared.adapter
-        model = live.detach()
-        try:
-            save_backbone(model, folder / "backbone")
-        finally:
-            live.attach(model)
-        backbone = {"name": "backbone", "overrides": {}}
-    save_adapter(prepared.adapter, folder, extra={"backbone": backbone, "class_names": prepared.class_names})
-    files = (CONFIG_NAME, "adapter_model.safetensors", "mmkit_extra.json")
-    return sum((folder / f).stat().st_size for f in files if (folder / f).exists())
+def _save(prepared: Prepared, folder: Path, report: dict[str, Any] | None = None) -> int:
+    """Save what the backbone's name alone does not bring back, and the report; returns the size of the former in bytes."""
+    with new_folder(folder, kind="finetuned", keep=("training",), replaces=("adapter", "backbone")) as draft:
+        backbone = dict(prepared.backbone)
+        if prepared.adapter is None:
+            save_backbone(prepared.model, draft, class_names=tuple(prepared.class_names))
+        else:
+            if prepared.keep_backbone:  # the adapter is useless without these very weights
+                live = prepared.adapter
+                model = live.detach()
+                try:
+                    save_backbone(model, draft / "backbone")
+                finally:
+                    live.attach(model)
+                backbone = {"name": "backbone", "overrides": {}}
+            save_adapter(prepared.adapter, draft, extra={"backbone": backbone, "class_names": prepared.class_names})
+        size = sum(f.stat().st_size for f in draft.iterdir() if f.is_file())
+        if report is not None:
+            write_json(draft / "report.json", report | {"file_size": size})
+    return size
 
 
 def load_finetuned(folder: str | os.PathLike[str], *, backbone: str | os.PathLike[str] | None = None) -> nn.Module:
@@ -288,9 +287,7 @@ def load_finetuned(folder: str | os.PathLike[str], *, backbone: str | os.PathLik
     folder = require_folder(folder)
     if not (folder / CONFIG_NAME).exists():
         return create_backbone(folder).eval()
-    saved = read_adapter_config(folder)
-    extra_file = folder / "mmkit_extra.json"
-    extra = read_json(extra_file) if extra_file.exists() else saved.get("extra") or {}
+    extra = read_adapter_extra(folder)
     spec = extra.get("backbone") or {}
     classes = extra.get("class_names") or []
     if backbone is None:

@@ -110,35 +110,28 @@ ADAPTERS = Registry(
     entry_point_group="mmkit.adapters",
 )
 
+
+def _from(room: str, *names: str) -> dict[str, str]:
+    """Rows for names that a room's door lists."""
+    return {name: f"{room}:{name}" for name in names}
+
+
 MODELS = Registry(
     "model",
     {
-        "gmm_vit": "mmkit.vision.gmm.models.vit:gmm_vit",
-        "gmm_vit_base": "mmkit.vision.gmm.models.vit:gmm_vit_base",
-        "gmm_vit_heat": "mmkit.vision.gmm.models.vit:gmm_vit_heat",
-        "gmm_vit_d6": "mmkit.vision.gmm.models.vit:gmm_vit_d6",
-        "gmm_vit_d15": "mmkit.vision.gmm.models.vit:gmm_vit_d15",
-        "gmm_vit_d30": "mmkit.vision.gmm.models.vit:gmm_vit_d30",
-        "gmm_cait": "mmkit.vision.gmm.models.cait:gmm_cait",
-        "gmm_cait_tiny": "mmkit.vision.gmm.models.cait:gmm_cait_tiny",
-        "gmm_t2t": "mmkit.vision.gmm.models.t2t:gmm_t2t",
-        "gmm_pit": "mmkit.vision.gmm.models.pit:gmm_pit",
-        "gmm_swin": "mmkit.vision.gmm.models.swin:gmm_swin",
-        "squeeze_sam_base": "mmkit.vision.clicks.model:squeeze_sam_base",
-        "squeeze_sam_small": "mmkit.vision.clicks.model:squeeze_sam_small",
-        "squeeze_sam_tiny": "mmkit.vision.clicks.model:squeeze_sam_tiny",
-        "squeeze_sam_photo": "mmkit.vision.clicks.model:squeeze_sam_photo",
-        "lightm_unet_2d": "mmkit.vision.medical.model:lightm_unet_2d",
-        "lightm_unet_3d": "mmkit.vision.medical.model:lightm_unet_3d",
-        "lightm_unet_2d_tiny": "mmkit.vision.medical.model:lightm_unet_2d_tiny",
-        "lightm_unet_3d_tiny": "mmkit.vision.medical.model:lightm_unet_3d_tiny",
-        "video_classifier": "mmkit.video.zeroi2v.model:VideoClassifier",
-        "zeroi2v_clip_b16_8f": "mmkit.video.zeroi2v.model:zeroi2v_clip_b16_8f",
-        "zeroi2v_clip_b16_16f_ssv2": "mmkit.video.zeroi2v.model:zeroi2v_clip_b16_16f_ssv2",
-        "zeroi2v_clip_b16_32f": "mmkit.video.zeroi2v.model:zeroi2v_clip_b16_32f",
-        "zeroi2v_clip_l14_8f": "mmkit.video.zeroi2v.model:zeroi2v_clip_l14_8f",
-        "zeroi2v_clip_l14_32f": "mmkit.video.zeroi2v.model:zeroi2v_clip_l14_32f",
-        "zeroi2v_clip_l14_32f_ssv2": "mmkit.video.zeroi2v.model:zeroi2v_clip_l14_32f_ssv2",
+        **_from(
+            "mmkit.vision.gmm", "gmm_vit", "gmm_vit_base", "gmm_vit_heat", "gmm_vit_d6", "gmm_vit_d15", "gmm_vit_d30"
+        ),
+        **_from("mmkit.vision.gmm", "gmm_cait", "gmm_cait_tiny", "gmm_t2t", "gmm_pit", "gmm_swin"),
+        **_from(
+            "mmkit.vision.clicks", "squeeze_sam_base", "squeeze_sam_small", "squeeze_sam_tiny", "squeeze_sam_photo"
+        ),
+        **_from(
+            "mmkit.vision.medical", "lightm_unet_2d", "lightm_unet_3d", "lightm_unet_2d_tiny", "lightm_unet_3d_tiny"
+        ),
+        **_from("mmkit.video.zeroi2v", "zeroi2v_clip_b16_8f", "zeroi2v_clip_b16_16f_ssv2", "zeroi2v_clip_b16_32f"),
+        **_from("mmkit.video.zeroi2v", "zeroi2v_clip_l14_8f", "zeroi2v_clip_l14_32f", "zeroi2v_clip_l14_32f_ssv2"),
+        "video_classifier": "mmkit.video.zeroi2v:VideoClassifier",
     },
     entry_point_group="mmkit.models",
 )
@@ -146,11 +139,11 @@ MODELS = Registry(
 TASKS = Registry(
     "task",
     {
-        "mask-explorer": "mmkit.vision.gmm.pipeline:MaskExplorer",
-        "medical-segmentation": "mmkit.vision.medical.pipeline:MedicalSegmentationPipeline",
-        "interactive-segmentation": "mmkit.vision.clicks.pipeline:InteractiveSegmenter",
-        "image-classification": "mmkit.vision.classification.pipeline:ImageClassificationPipeline",
-        "video-classification": "mmkit.video.zeroi2v.pipeline:VideoClassificationPipeline",
+        "mask-explorer": "mmkit.vision.gmm:MaskExplorer",
+        "medical-segmentation": "mmkit.vision.medical:MedicalSegmentationPipeline",
+        "interactive-segmentation": "mmkit.vision.clicks:InteractiveSegmenter",
+        "image-classification": "mmkit.vision.classification:ImageClassificationPipeline",
+        "video-classification": "mmkit.video.zeroi2v:VideoClassificationPipeline",
     },
 )
 
@@ -168,8 +161,8 @@ APPS = Registry(
 COMMANDS = Registry(  # what `mmkit <command>` runs, so that the core need not know the domains
     "command",
     {
-        "demo": "mmkit.vision.classification.demo:run_demo",
-        "finetune": "mmkit.vision.classification.training",
-        "studio": "mmkit.apps.frame:launch_studio",
+        "demo": "mmkit.vision.classification:run_demo",
+        "finetune": "mmkit.vision.classification",
+        "studio": "mmkit.apps:launch_studio",
     },
 )

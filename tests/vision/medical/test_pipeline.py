@@ -16,8 +16,7 @@ from mmkit.errors import InputError
 from mmkit.vision.medical.metrics import dice, dice_per_class
 from mmkit.vision.medical.model import LightMUNet
 from mmkit.vision.medical.result import SegmentationResult
-from mmkit.vision.medical.training import Patches, dice_ce_loss
-from mmkit.vision.medical.volumes import Volume, load_labels, load_volume, normalize
+from mmkit.vision.medical.volumes import Volume
 from mmkit.vision.medical.windows import sliding_window
 
 
@@ -111,39 +110,6 @@ def test_volume_keeps_spacing_and_affine(tmp_path) -> None:
         result.save(tmp_path / "mask.mha")
 
 
-def test_unusable_volumes_are_named(tmp_path) -> None:
-    good = tmp_path / "good.nii.gz"
-    nibabel.save(nibabel.Nifti1Image(np.random.default_rng(0).random((30, 30, 30)).astype(np.float32), np.eye(4)), good)
-    (tmp_path / "cut.nii.gz").write_bytes(good.read_bytes()[:4000])
-    (tmp_path / "text.nii").write_text("not a volume")
-    for name, message in [("cut.nii.gz", "truncated"), ("text.nii", "cannot be read"), ("none.nii", "does not exist")]:
-        with pytest.raises(InputError, match=message):
-            load_volume(tmp_path / name)
-    plain = tmp_path / "plain.nii"
-    nibabel.save(nibabel.Nifti1Image(np.zeros((4, 4, 4), np.float32), np.eye(4)), plain)
-    for name, place, value in [("type", 70, 1234), ("size", 42, -5), ("end", 42, 40)]:
-        damaged = bytearray(plain.read_bytes())
-        damaged[place : place + 2] = value.to_bytes(2, "little", signed=True)
-        (tmp_path / f"{name}.nii").write_bytes(damaged)
-        with pytest.raises(InputError, match="cannot be read"):
-            load_volume(tmp_path / f"{name}.nii")
-    nan = np.zeros((4, 4, 4), np.float32)
-    nan[1, 1, 1:3] = np.nan, np.inf
-    with pytest.raises(InputError, match="2 NaN or infinite"):
-        load_volume(nan)
-    with pytest.raises(InputError, match="2 NaN or infinite"):
-        load_volume(Volume(nan, (1.0, 1.0, 1.0), np.eye(4)))
-    with pytest.raises(InputError, match="spacing"):
-        load_volume(np.zeros((4, 4, 4)), spacing=(1, float("nan"), 1))
-    with pytest.raises(InputError, match="one time point"):
-        load_volume(np.zeros((4, 4, 4, 3)))
-    assert load_volume(np.zeros((4, 5, 6, 1))).data.shape == (4, 5, 6)
-    with pytest.raises(InputError, match="spacing"):
-        load_volume(np.zeros((4, 4, 4)), spacing=(1, 0, 1))
-    with pytest.raises(InputError, match="real numbers"):
-        load_volume(np.zeros((4, 4, 4), complex))
-
-
 def test_a_picture_for_a_volume_network_and_the_reverse() -> None:
     with pytest.raises(InputError, match="segments pictures"):
         segmenter()(np.zeros((8, 8, 8)))
@@ -157,52 +123,6 @@ def test_a_picture_for_a_volume_network_and_the_reverse() -> None:
         segmenter(window=(8, 8, 8))
     with pytest.raises(InputError, match="lacks the attribute"):
         mmkit.pipeline("medical-segmentation", nn.Identity())
-
-
-def test_labels_and_dice(tmp_path) -> None:
-    ids = np.arange(12, dtype=np.uint16).reshape(3, 4) * 100
-    Image.fromarray(ids).save(tmp_path / "ids.png")
-    assert load_labels(tmp_path / "ids.png", 2).sum() == 11
-    with pytest.raises(InputError, match=r"0\.\.2"):
-        load_labels(ids, 3)
-    a = np.array([[1, 1, 0, 2]])
-    assert dice(a, np.array([[1, 0, 0, 2]]), 1) == pytest.approx(2 / 3)
-    assert dice(a, a, 5) == 1.0
-    with pytest.raises(InputError, match="must be equal"):
-        dice(a, a.T, 1)
-
-
-def test_loss_is_zero_for_a_perfect_guess_and_counts_foreground_only() -> None:
-    labels = torch.tensor([[[0, 1], [2, 0]]])
-    perfect = 50 * nn.functional.one_hot(labels, 3).movedim(-1, 1).float()
-    assert dice_ce_loss(perfect, labels) < 1e-4
-    uniform = torch.zeros(1, 3, 2, 2)
-    soft = 2 * (1 / 3) / (4 / 3 + 1)
-    assert dice_ce_loss(uniform, labels).item() == pytest.approx(np.log(3) + 1 - soft, abs=1e-4)
-
-
-def test_patches_are_cut_consistently_and_find_rare_foreground() -> None:
-    labels = torch.zeros(64, 40, dtype=torch.long)
-    labels[50, 3] = 1
-    image = labels[None].float()
-    patches = Patches([(image, labels)], (16, 48), 40, foreground=1.0, turn=False)
-    for x, y in (patches[i] for i in range(40)):
-        assert (x.shape, y.shape) == ((1, 16, 48), (16, 48))
-        assert y.sum() == 1
-        assert x[0].argmax() == y.flatten().argmax()
-    with pytest.raises(InputError, match="do not fit"):
-        Patches([(image, labels.T)], (16, 16), 4)
-
-
-def test_fit_trains_a_network_through_the_public_loop() -> None:
-    from mmkit.vision.medical.training import segmentation_loss
-
-    truth = torch.from_numpy(blob((32, 32))).long()
-    case = (normalize(truth[None].float() + 0.1 * torch.randn(1, 32, 32)), truth)
-    model = LightMUNet(2, 8, 1, 2, blocks_down=(1, 1), blocks_up=(1,))
-    config = mmkit.FitConfig(max_steps=40, batch_size=2, lr=1e-2, progress=False)
-    mmkit.fit(model, Patches([case], (16, 16), 80), loss_fn=segmentation_loss, config=config)
-    assert dice_per_class(model, [case], (32, 32), 2)[0] > 0.6  # everything as foreground scores 0.33
 
 
 def test_a_saved_folder_can_be_the_model(tmp_path) -> None:

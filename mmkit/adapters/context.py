@@ -2,7 +2,7 @@
 
 The outermost module of an adapted model opens a `ForwardContext` and closes it when its call returns; adapters inside read it with
 `current_context()`. Nothing is remembered on modules between calls, and calls in other threads see their own. A caller hands values
-in with `forward_context(gates=..., frames=...)` around the call.
+in with `forward_context(gates=..., num_frames=...)` around the call.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class ForwardContext:
         gates: strength of each adapter by its name, a number or a tensor (B,) with one value per row of the batch; an adapter
             that is not named acts fully.
         timestep: what a diffusion model was given as such, or `None`.
-        frames: frames per clip when rows are frames of videos, or `None`.
+        num_frames: frames per clip when rows are frames of videos, or `None`.
         rows: size of the batch B, or `None` when it cannot be seen from the arguments.
         grid: patch grid (rows, columns) of the picture that is passing through; set by whoever reads the patch embedding.
         extra_tokens: tokens that an adapter has put in front of the sequence, to be left out of anything that knows positions.
@@ -43,7 +43,7 @@ class ForwardContext:
 
     gates: Mapping[str, float | Tensor] = field(default_factory=dict)
     timestep: Any = None
-    frames: int | None = None
+    num_frames: int | None = None
     rows: int | None = None
     grid: tuple[int, int] | None = None
     extra_tokens: int = 0
@@ -65,7 +65,7 @@ def current_context() -> ForwardContext | None:
 
 @contextlib.contextmanager
 def forward_context(**values: Any) -> Iterator[ForwardContext]:
-    """Give the calls inside the block their gates, timestep or frames (see `ForwardContext`).
+    """Give the calls inside the block their gates, timestep or num_frames (see `ForwardContext`).
 
     Example:
         >>> with forward_context(gates={"style": torch.tensor([0.0, 1.0])}) as context:
@@ -105,7 +105,7 @@ class Call:
         before = getattr(_LOCAL, "context", None)
         context = ForwardContext(call=self)
         if before is not None:
-            context.gates, context.frames, context.timestep = before.gates, before.frames, before.timestep
+            context.gates, context.num_frames, context.timestep = before.gates, before.num_frames, before.timestep
         if self.timestep_name is not None:
             if self.timestep_name in kwargs:
                 context.timestep = kwargs[self.timestep_name]

@@ -153,35 +153,35 @@ class TemporalEmbedding(nn.Module):
         super().__init__()
         self.temporal_embedding = nn.Parameter(torch.zeros(1, num_frames, dim))
 
-    def forward(self, x: Tensor, frames: int) -> Tensor:
-        """`frames` is T of this batch."""
-        table = resample_frames(self.temporal_embedding, frames)
-        return (x.unflatten(0, (-1, frames)) + table.to(x.dtype).unsqueeze(2)).flatten(0, 1)
+    def forward(self, x: Tensor, num_frames: int) -> Tensor:
+        """`num_frames` is T of this batch."""
+        table = resample_frames(self.temporal_embedding, num_frames)
+        return (x.unflatten(0, (-1, num_frames)) + table.to(x.dtype).unsqueeze(2)).flatten(0, 1)
 
 
-def resample_frames(table: Tensor, frames: int) -> Tensor:
-    """A temporal embedding `(1, T, D)` for clips of `frames` frames, by linear interpolation."""
-    if frames == table.shape[1]:
+def resample_frames(table: Tensor, num_frames: int) -> Tensor:
+    """A temporal embedding `(1, T, D)` for clips of `num_frames` frames, by linear interpolation."""
+    if num_frames == table.shape[1]:
         return table
-    return F.interpolate(table.transpose(1, 2), frames, mode="linear", align_corners=False).transpose(1, 2)
+    return F.interpolate(table.transpose(1, 2), num_frames, mode="linear", align_corners=False).transpose(1, 2)
 
 
-def shift_heads(packed: Tensor, offsets: Sequence[int], frames: int) -> Tensor:
+def shift_heads(packed: Tensor, offsets: Sequence[int], num_frames: int) -> Tensor:
     """Give every head the keys and values of its neighbouring frame.
 
     Args:
         packed: (B*T, N, 3D) queries, keys and values, heads in order inside each; frames of a clip in adjacent rows.
         offsets: per head; frame t reads frame t + offset, or itself where that lies outside the clip.
-        frames: T.
+        num_frames: T.
 
     Returns:
         The same shape. A tensor that needs no gradient is changed in place.
     """
     out = packed.clone() if packed.requires_grad else packed
-    source = packed.unflatten(-1, (3, len(offsets), -1)).unflatten(0, (-1, frames))  # (B, T, N, 3, h, d)
-    target = out.unflatten(-1, (3, len(offsets), -1)).unflatten(0, (-1, frames))
+    source = packed.unflatten(-1, (3, len(offsets), -1)).unflatten(0, (-1, num_frames))  # (B, T, N, 3, h, d)
+    target = out.unflatten(-1, (3, len(offsets), -1)).unflatten(0, (-1, num_frames))
     for offset in sorted(set(offsets)):
-        if offset == 0 or abs(offset) >= frames:
+        if offset == 0 or abs(offset) >= num_frames:
             continue
         later, earlier = slice(abs(offset), None), slice(None, -abs(offset))
         into, read = (later, earlier) if offset < 0 else (earlier, later)
@@ -258,7 +258,7 @@ class _Before(hooks.Action):
 class ZeroI2V(Adapter):
     """The adapter; see the module. Feed the backbone (B*T, C, H, W) with the frames of a clip in adjacent rows.
 
-    Clips have `config.num_frames` frames unless the call says otherwise: `with forward_context(frames=T)`, as `VideoClassifier`
+    Clips have `config.num_frames` frames unless the call says otherwise: `with forward_context(num_frames=T)`, as `VideoClassifier`
     does. After a merge, attention across frames and the temporal embedding stay on the model; they cost nothing.
     """
 
@@ -268,9 +268,9 @@ class ZeroI2V(Adapter):
     def clip_length(self, rows: int) -> int:
         """T for a batch of `rows` frames. Raises `InputError` when they are not whole clips."""
         context = current_context()
-        frames = self.config.num_frames if context is None or context.frames is None else context.frames
+        frames = self.config.num_frames if context is None or context.num_frames is None else context.num_frames
         if rows % frames:
-            raise InputError(f"{rows} frames are not whole clips of {frames}; give forward_context(frames=T).")
+            raise InputError(f"{rows} frames are not whole clips of {frames}; give forward_context(num_frames=T).")
         return frames
 
     @property
@@ -431,10 +431,10 @@ def _final_norm(plain: dict[str, nn.Module], root: str) -> str | None:
     return None
 
 
-def warn_other_length(trained: int, frames: int) -> None:
+def warn_other_length(trained: int, num_frames: int) -> None:
     """Tell that a clip length differs from training: the embedding is interpolated, offsets stay in frames."""
     warnings.warn(
-        f"The model was made for clips of {trained} frames and gets {frames}: its temporal embedding is "
+        f"The model was made for clips of {trained} frames and gets {num_frames}: its temporal embedding is "
         "interpolated; heads look as many frames away as before, which is another time when the stride changes.",
         stacklevel=3,
     )

@@ -134,7 +134,7 @@ class VideoClassifier(Model):
         if self.adapter is not None and frames != self.adapter.config.num_frames and not self._warned:
             self.__dict__["_warned"] = True
             warn_other_length(self.adapter.config.num_frames, frames)
-        with forward_context(frames=frames):
+        with forward_context(num_frames=frames):
             features = self.backbone(video.flatten(0, 1))
         if not isinstance(features, Tensor) or features.dim() != 2:
             raise InputError(f"{image_info(self.backbone).name} does not give one feature vector per picture.")

@@ -6,7 +6,7 @@ A message says what was given, what was expected, and what to do next.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 
 class MMKitError(Exception):
@@ -15,6 +15,26 @@ class MMKitError(Exception):
 
 class InputError(MMKitError, ValueError):
     """An argument, image, clip, data set or configuration cannot be used."""
+
+
+class RunDiffersError(InputError):
+    """A folder holds a run that cannot be continued, because something that decides its result is another now.
+
+    `changes` says what: the name of the argument -> a phrase. Command line and studio put it in their own words.
+    """
+
+    def __init__(
+        self, folder: object, changes: Mapping[str, str], names: Mapping[str, str] | None = None, advice: str = ""
+    ):
+        told = [f"{(names or {}).get(k, k)}: {v}" for k, v in changes.items()]
+        more = f" (and {len(told) - 4} more)" if len(told) > 4 else ""
+        advice = advice or "Use the same to continue, resume=False to start over, or another output_dir."
+        super().__init__(f"{folder} holds a run that differs. {'; '.join(told[:4])}{more}. {advice}")
+        self.folder, self.changes = folder, dict(changes)
+
+    def reworded(self, names: Mapping[str, str], advice: str) -> RunDiffersError:
+        """The same with other names of the arguments and another advice."""
+        return RunDiffersError(self.folder, self.changes, names, advice)
 
 
 class CheckpointError(MMKitError, ValueError):

@@ -153,9 +153,9 @@ def remove(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Write `value` as indented JSON, atomically. Raises `StorageError`."""
-    text = json.dumps(value, indent=2) + "\n"
+def write_json(path: str | os.PathLike[str], value: Any, *, indent: int | None = 2) -> None:
+    """Write `value` as JSON (in one line with `indent=None`), atomically. Raises `StorageError`."""
+    text = json.dumps(value, indent=indent) + "\n"
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 

@@ -11,13 +11,13 @@ A checkpoint is `checkpoints/step_00000120/` with
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
 import re
-import shutil
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,12 @@ import torch
 from torch import Tensor, nn
 
 from mmkit.errors import CheckpointError
-from mmkit.storage.files import read_json, sha256_file, sync, write_json
+from mmkit.storage.files import absolute, read_json, remove, sha256_file, sync, write_json, writing
 from mmkit.storage.tensors import read_tensors, write_safetensors
 
 FORMAT = 1
 _NAME = re.compile(r"step_(\d{8,})")
+_FINITE = ("weights", "best", "ema", "optimizer")
 
 
 # ---------------------------------------------------------------------------------------------- tensors of a module
@@ -183,24 +184,40 @@ class CheckpointWriter:
     def write(
         self, files: Mapping[str, Mapping[str, Tensor]], rng: Mapping[str, Tensor], state: dict[str, Any]
     ) -> None:
-        """Write `files` (tensors by stem), this process's `rng`, and `state`; replaces a folder of the same name."""
-        if self.rank == 0:
-            shutil.rmtree(self.temporary, ignore_errors=True)
-            self.temporary.mkdir(parents=True)
-        self.barrier()
-        write_safetensors(self.temporary / f"rng_{self.rank}.safetensors", rng)
-        self.barrier()
-        if self.rank == 0:
-            for stem, tensors in files.items():
-                write_safetensors(self.temporary / f"{stem}.safetensors", tensors)
-            digests = {p.name: sha256_file(p) for p in sorted(self.temporary.glob("*.safetensors"))}
-            write_json(self.temporary / "state.json", {"format": FORMAT, **state, "files": digests})
-            sync(self.temporary)
-            if self.folder.exists():
-                _remove(self.folder)
-            os.rename(self.temporary, self.folder)
-            sync(self.folder.parent)
-        self.barrier()
+        """Write `files` (tensors by stem), this process's `rng`, and `state`; replaces a folder of the same name.
+
+        Raises `StorageError`; nothing half-written is left then.
+        """
+        with writing(self.folder):
+            try:
+                if self.rank == 0:
+                    remove(self.temporary)
+                    self.temporary.mkdir(parents=True)
+                self.barrier()
+                write_safetensors(self.temporary / f"rng_{self.rank}.safetensors", rng)
+                self.barrier()
+                if self.rank == 0:
+                    self._complete(files, state)
+                self.barrier()
+            except BaseException:
+                remove(self.temporary)
+                raise
+
+    def _complete(self, files: Mapping[str, Mapping[str, Tensor]], state: dict[str, Any]) -> None:
+        for stem, tensors in files.items():
+            write_safetensors(self.temporary / f"{stem}.safetensors", tensors)
+        digests = {p.name: sha256_file(p) for p in sorted(self.temporary.glob("*.safetensors"))}
+        write_json(self.temporary / "state.json", sealed({"format": FORMAT, **state, "files": digests}))
+        if self.folder.exists():
+            _remove(self.folder)
+        os.replace(self.temporary, self.folder)
+        sync(self.folder.parent)
+
+
+def sealed(state: Mapping[str, Any]) -> dict[str, Any]:
+    """`state` as JSON gives it back, with the sha256 of its content as "digest"."""
+    plain = json.loads(json.dumps({k: v for k, v in state.items() if k != "digest"}))
+    return {**plain, "digest": hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()}
 
 
 def checkpoint_name(step: int) -> str:
@@ -218,9 +235,14 @@ def prune_checkpoints(root: Path, keep: int) -> None:
     """Delete all but the newest `keep` checkpoints, and left-over half-written ones."""
     for folder in list_checkpoints(root)[:-keep]:
         _remove(folder)
+    clean_checkpoints(root)
+
+
+def clean_checkpoints(root: Path) -> None:
+    """Delete what a killed process left half-written or half-deleted in `root`; the caller holds the run's lock."""
     for pattern in (".step_*.tmp", ".step_*.old", ".failed_at_*"):
         for folder in root.glob(pattern):
-            shutil.rmtree(folder, ignore_errors=True)
+            remove(folder)
 
 
 def remove_checkpoints(root: Path, after: int = -1) -> None:
@@ -234,44 +256,54 @@ def remove_checkpoints(root: Path, after: int = -1) -> None:
 
 def _remove(folder: Path) -> None:
     hidden = folder.with_name(f".{folder.name}.old")  # renamed first: a half-deleted one must not look complete
-    shutil.rmtree(hidden, ignore_errors=True)
-    os.rename(folder, hidden)
-    shutil.rmtree(hidden, ignore_errors=True)
+    remove(hidden)
+    os.replace(folder, hidden)
+    remove(hidden)
 
 
 def read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
     """`(state, tensors by file stem)` of a checkpoint whose files all carry the recorded sha256.
 
     Raises:
-        CheckpointError: missing, damaged or of an unknown format.
+        CheckpointError: missing, damaged, not finite, or of an unknown format.
     """
     state = read_json(folder / "state.json")
     if not isinstance(state, dict) or state.get("format") != FORMAT or not isinstance(state.get("files"), dict):
         raise CheckpointError(f"{folder} is not a training checkpoint of format {FORMAT}.")
+    if state.get("digest") != sealed(state)["digest"]:
+        raise CheckpointError(f"{folder / 'state.json'} is damaged: its content is not what was written.")
     tensors = {}
     for name, digest in state["files"].items():
         path = folder / name
         if not path.is_file() or path.parent != folder or sha256_file(path) != digest:
             raise CheckpointError(f"{path} is missing or damaged; use an earlier checkpoint.")
         tensors[path.stem] = read_tensors(path, allow_pickle_format=False)
+        bad = [k for k, v in tensors[path.stem].items() if v.is_floating_point() and bool(v.isnan().any())]
+        if bad and path.stem in _FINITE:
+            raise CheckpointError(f"{path} holds NaN in {', '.join(bad[:4])}; use an earlier checkpoint.")
     return state, tensors
 
 
-def newest_checkpoint(root: Path) -> tuple[Path, dict[str, Any], dict[str, dict[str, Tensor]]] | None:
-    """The newest readable checkpoint in `root`, or None; damaged ones are passed over with a warning."""
-    for folder in reversed(list_checkpoints(root)):
-        try:
-            return folder, *read_checkpoint(folder)
-        except CheckpointError as error:
-            warnings.warn(f"Passing over a damaged checkpoint: {error}", stacklevel=2)
-    return None
-
-
-def find_checkpoint(folder: Path) -> tuple[Path, dict[str, Any], dict[str, dict[str, Tensor]]] | None:
-    """The checkpoint at `folder`: one itself, or the newest of an `output_dir` or its `checkpoints` folder."""
+def checkpoints_of(folder: Path) -> list[Path]:
+    """The checkpoints at `folder`, newest first: one itself, or those of an `output_dir` or its `checkpoints` folder."""
     if (folder / "state.json").is_file():
-        return folder, *read_checkpoint(folder)
-    return newest_checkpoint(folder / "checkpoints") or newest_checkpoint(folder)
+        return [folder]
+    return (list_checkpoints(folder / "checkpoints") or list_checkpoints(folder))[::-1]
+
+
+def passed_over(error: Exception) -> None:
+    """Say that a checkpoint cannot be used and an earlier one will be."""
+    warnings.warn(f"Passing over a damaged checkpoint: {error}", stacklevel=3)
+
+
+def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any], dict[str, dict[str, Tensor]]] | None:
+    """The newest readable one of `checkpoints_of(folder)`, or None; damaged ones are passed over with a warning."""
+    for path in checkpoints_of(folder):
+        try:
+            return path, *read_checkpoint(path)
+        except CheckpointError as error:
+            passed_over(error)
+    return None
 
 
 def load_trained(folder: str | os.PathLike[str], model: nn.Module, adapter: nn.Module | None = None) -> None:
@@ -280,7 +312,7 @@ def load_trained(folder: str | os.PathLike[str], model: nn.Module, adapter: nn.M
     The parameters that were trained must have `requires_grad`, as when `fit` ran.
     Raises `CheckpointError` when there is no checkpoint or it belongs to another model.
     """
-    found = find_checkpoint(Path(folder))
+    found = newest_checkpoint(absolute(folder))
     if found is None:
         raise CheckpointError(f"{folder} holds no training checkpoint.")
     path, _, tensors = found
@@ -289,9 +321,3 @@ def load_trained(folder: str | os.PathLike[str], model: nn.Module, adapter: nn.M
     if adapter is not None:
         holder.adapter = adapter
     load_module_tensors(holder, tensors["weights"], str(path))
-
-
-def differing(saved: Mapping[str, Any], now: Mapping[str, Any], keys: Iterable[str] | None = None) -> list[str]:
-    """Readable differences `key: saved -> now` of two fingerprints."""
-    now = json.loads(json.dumps(now))
-    return [f"{k}: {saved.get(k)!r} -> {now.get(k)!r}" for k in (keys or now) if saved.get(k) != now.get(k)]

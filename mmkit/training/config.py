@@ -56,7 +56,8 @@ class FitConfig:
             reached slowly as in timm: after `t` steps it is at most `1 - t ** (-2 / 3)`.
         checkpoint_every: steps between checkpoints; None writes one per epoch. One is always written at the end.
         keep_checkpoints: how many of the newest to keep.
-        resume: "auto" continues from `output_dir` when it holds this run, False starts over, a path names the folder.
+        resume: "auto" or True continue the run that `output_dir` holds, if any (another run is an error), False starts over, a
+            path names the folder to continue from.
         seed: of shuffling, augmentation and dropout. The caller's own random state is left as it was.
         num_workers: processes that read data; results do not depend on it.
         tensorboard: also write TensorBoard files.
@@ -158,12 +159,14 @@ class FitResult:
     Attributes:
         history: one dict per evaluation (or epoch): step, epoch, train_loss, lr, and the metrics.
         losses: training loss of every step since the run began, also across resumes.
-        metrics, best_metrics: of the last and of the best evaluation; empty without validation data.
+        metrics, best_metrics: of the last and of the best evaluation on the validation data; empty without such data. An
+            evaluation whose `monitor` is NaN is never the best.
         steps: optimiser steps done in total.
         stopped: "finished", "early" (patience), "max_seconds", "cancelled" (should_stop) or "interrupted" (Ctrl-C, SIGTERM).
         output_dir: where logs and checkpoints lie, if anywhere.
         seconds: training time, over all resumes.
         trainable_parameters: how many numbers were trained.
+        signal: the number of the signal that interrupted the run, else 0.
     """
 
     history: list[dict[str, float]]
@@ -175,3 +178,4 @@ class FitResult:
     output_dir: Path | None
     seconds: float
     trainable_parameters: int
+    signal: int = 0

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 from pathlib import Path
 from typing import Any
 
 from mmkit.errors import BackendUnavailableError
 from mmkit.storage import atomic_write
+from mmkit.storage.files import writing
 
 
 class RunLog:
@@ -18,7 +20,8 @@ class RunLog:
 
     def __init__(self, folder: Path, step: int, tensorboard: bool) -> None:
         self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         self._writer = None
         if tensorboard:
             try:
@@ -32,26 +35,31 @@ class RunLog:
 
     def add(self, name: str, row: dict[str, float]) -> None:
         """Append `row` to `<name>.csv`; the first row decides the columns. A crash loses no flushed row."""
-        if name not in self._rows:
-            path = self.folder / f"{name}.csv"
-            columns = _columns(path)
-            file = open(path, "a", newline="", encoding="utf-8")  # noqa: SIM115 - closed by close()
-            writer = csv.DictWriter(file, columns or list(row), extrasaction="ignore")
-            if not columns:
-                writer.writeheader()
-            self._rows[name] = (file, writer)
-        file, writer = self._rows[name]
-        writer.writerow({k: f"{v:.9g}" if isinstance(v, float) else v for k, v in row.items()})
-        file.flush()
+        with writing(self.folder / f"{name}.csv"):
+            if name not in self._rows:
+                self._open(name, list(row))
+            file, writer = self._rows[name]
+            writer.writerow({k: f"{v:.9g}" if isinstance(v, float) else v for k, v in row.items()})
+            file.flush()
         if self._writer is not None:
             for key, value in row.items():
                 if key not in ("step", "epoch"):
                     self._writer.add_scalar(f"{name}/{key}", value, int(row["step"]))
 
+    def _open(self, name: str, columns: list[str]) -> None:
+        path = self.folder / f"{name}.csv"
+        known = _columns(path)
+        file = open(path, "a", newline="", encoding="utf-8")  # noqa: SIM115 - closed by close()
+        writer = csv.DictWriter(file, known or columns, extrasaction="ignore")
+        if not known:
+            writer.writeheader()
+        self._rows[name] = (file, writer)
+
     def close(self) -> None:
         """Close all files."""
         for file, _ in self._rows.values():
-            file.close()
+            with contextlib.suppress(OSError):  # add() has flushed every row, or said why it could not
+                file.close()
         self._rows = {}
         if self._writer is not None:
             self._writer.close()

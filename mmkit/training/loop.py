@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import hashlib
+import json
 import math
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,13 +20,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmkit.errors import CheckpointError, InputError, TrainingError, nearest
-from mmkit.storage import runs as ckpt, write_json
+from mmkit.errors import CheckpointError, InputError, MMKitError, RunDiffersError, TrainingError, nearest
+from mmkit.storage import folder_lock, runs as ckpt, write_json
+from mmkit.storage.files import absolute
 from mmkit.training.config import FitConfig, FitResult, StepInfo
+from mmkit.training.digest import FileDigests
 from mmkit.training.ema import MovingAverage
 from mmkit.training.evaluation import Evaluator, MetricsFn
 from mmkit.training.failures import explaining
 from mmkit.training.groups import ParameterGroups, describe_groups, parameter_groups
+from mmkit.training.identity import differences, read_details, run_identity, write_details
 from mmkit.training.loading import Batches, Collate, Stream, describe_examples, is_map_style, train_batches
 from mmkit.training.logs import RunLog
 from mmkit.training.metrics import CrossEntropyLoss, TargetError
@@ -65,6 +70,7 @@ def fit(
     on_step: Callable[[StepInfo], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
     collate_fn: Collate | None = None,
+    identity: Mapping[str, Any] | None = None,
 ) -> FitResult:
     """Train `model` in place (or `adapter` attached to it) and return what happened.
 
@@ -96,11 +102,21 @@ def fit(
         on_step: called after each step on the main process.
         should_stop: polled every step (and during evaluation in one process); True ends the run with its state saved.
         collate_fn: list of examples to batch; default: torch's. What it draws is seeded per batch.
+        identity: further facts that decide the result and that `fit` cannot see, by a name the user knows, such as the
+            file that the start came from.
+
+    Only the same run is continued: `output_dir` must hold one of the same data (files and pictures by content, labels,
+    order, class names, transforms), loss, metrics, adapter, frozen weights and settings; see `mmkit.training.identity`. The
+    start of what is trained does not count, for the checkpoint replaces it. A finished run may be given more `epochs` (or
+    `max_steps`): it goes on with the learning rate that the longer schedule has at that step, so with "cosine" the rate rises
+    again, and the result is not that of one long run; with "constant" it is.
 
     Raises:
         InputError: empty data, nothing to train, unusable examples, labels or settings, a data set that fails (the example
-            is named), or `output_dir` holds another run.
-        CheckpointError: `resume` names a folder without a fitting checkpoint.
+            is named), or `output_dir` is in use by another process.
+        RunDiffersError: an `InputError`: `output_dir` holds another run; what differs is named.
+        StorageError: a file of the run cannot be written.
+        CheckpointError: `resume` names a folder without a readable checkpoint.
         TrainingError: the loss or gradient became NaN or infinite (it names the step and the batch's files, and the
             state before that step is saved), memory ran out, or a process that reads data was killed.
     """
@@ -112,8 +128,9 @@ def fit(
     try:
         hooks = (on_step or (lambda info: None), should_stop or (lambda: False))
         return _Run(
-            model, train, val, loss_fn, metrics_fn, config, output_dir, adapter, parameter_groups, hooks, collate_fn
-        ).run()
+            model, train, val, loss_fn, metrics_fn, config, output_dir, adapter, parameter_groups, hooks, collate_fn,
+            identity,
+        ).run()  # fmt: skip
     finally:
         _LOCK.release()
 
@@ -136,6 +153,20 @@ class _Progress:
     history: list[dict[str, float]] = field(default_factory=list)
     seconds: float = 0.0
 
+    @classmethod
+    def read(cls, values: Any) -> _Progress:
+        """From JSON; raises `CheckpointError` when names or types are not those of the fields."""
+        kinds = {
+            f.name: type(f.default) if f.default is not dataclasses.MISSING else f.default_factory
+            for f in dataclasses.fields(cls)
+        }
+        if not isinstance(values, dict) or values.keys() != kinds.keys():
+            raise CheckpointError("its progress has other fields.")
+        wrong = [k for k, v in values.items() if k != "best_value" and not isinstance(v, kinds[k])]
+        if wrong:
+            raise CheckpointError(f"its progress has unusable values in {', '.join(wrong)}.")
+        return cls(**values)
+
 
 class _Run:
     """One call of `fit`."""
@@ -153,6 +184,7 @@ class _Run:
         parameter_groups: ParameterGroups | None,
         hooks: tuple[Callable[[StepInfo], None], Callable[[], bool]],
         collate_fn: Collate | None,
+        identity: Mapping[str, Any] | None,
     ) -> None:
         self.model, self.val, self.config, self.adapter = model, val, config, adapter
         self.train = train if is_map_style(train) else Stream(train, config.seed)
@@ -160,8 +192,10 @@ class _Run:
         self.loss_fn = loss_fn or CrossEntropyLoss(config.label_smoothing, *mixing)
         self.metrics_fn, self.given_groups, self.collate_fn = metrics_fn, parameter_groups, collate_fn
         self.on_step, self.should_stop = hooks
-        self.folder = None if output_dir is None else Path(output_dir).expanduser()
-        self.signalled = False
+        self.folder = None if output_dir is None else absolute(output_dir)
+        self.functions = {"loss_fn": loss_fn, "metrics_fn": metrics_fn, "collate_fn": collate_fn}
+        self.data, self.given_identity = train, identity
+        self.signalled = 0
         self.batch: Any = None
         self.state = _Progress()
         self.losses: list[float] = []
@@ -173,18 +207,19 @@ class _Run:
     def run(self) -> FitResult:
         with kept_rng(), kept_modes(self.model, self.adapter), self._signals():
             self._plan()
-            self._prepare()
-            self._restore()
-            started = time.perf_counter() - self.state.seconds
-            self._clock = lambda: time.perf_counter() - started
-            log = self._open_log()
-            try:
-                self._loop(log)
-            finally:
-                if log is not None:
-                    log.close()
-                self.optimizer.zero_grad(set_to_none=True)
-            return self._finish()
+            with folder_lock(self.folder) if self.folder and self.rank == 0 else contextlib.nullcontext():
+                self._prepare()
+                self._restore()
+                started = time.perf_counter() - self.state.seconds
+                self._clock = lambda: time.perf_counter() - started
+                log = self._open_log()
+                try:
+                    self._loop(log)
+                finally:
+                    if log is not None:
+                        log.close()
+                    self.optimizer.zero_grad(set_to_none=True)
+                return self._finish()
 
     def _plan(self) -> None:
         """Which examples each step takes, and how many steps there are."""
@@ -217,7 +252,8 @@ class _Run:
         described = describe_groups(groups, self.names)
         optimizer = make_optimizer(config, groups)
         self.scheduler = make_scheduler(config, optimizer, self.total, self.sampler.steps_per_epoch)
-        shapes = sorted((k, tuple(p.shape)) for k, p in trainee.named_parameters() if p.requires_grad)
+        if self.folder is not None or config.resume not in (False, True, "auto"):
+            self._identify(trainee, described)
         seed_everything(mix_seed(config.seed, self.rank))
         trainee.train()
         freeze_running_statistics(trainee)
@@ -226,13 +262,6 @@ class _Run:
         self.inner = self.accelerator.unwrap_model(self.trainee)
         self.parameters = list(self.trainee.parameters())
         self.statistics = RunningStatistics(self.inner)
-        self.fingerprint = {
-            **config.identity(),
-            "examples": self.sampler.length,
-            "processes": self.world,
-            "trained tensors": hashlib.sha256(repr(shapes).encode()).hexdigest()[:16],
-            "parameter groups": described,
-        }
         if config.ema_decay is not None:
             self.ema = MovingAverage(self.inner, config.ema_decay)
         self.evaluator = self.val is not None and Evaluator(
@@ -244,6 +273,20 @@ class _Run:
             collate_fn=self.collate_fn,
             sharded=self.sharded,
             check=self._check_cancelled,
+        )
+
+    def _identify(self, trainee: nn.Module, groups: Any) -> None:
+        """Everything that decides the result, to be compared with the run in the folder."""
+        self.details, self.files = read_details(self.folder) if self.folder is not None else ({}, FileDigests())
+        shapes = sorted((k, tuple(p.shape)) for k, p in trainee.named_parameters() if p.requires_grad)
+        settings = {
+            **self.config.identity(),
+            "processes": self.world,
+            "trained tensors": hashlib.sha256(repr(shapes).encode()).hexdigest()[:32],
+            "parameter groups": groups,
+        }
+        self.identity, self.rows = run_identity(
+            self.data, self.val, self.functions, settings, self.given_identity, trainee, self.adapter, self.files
         )
 
     def _open_log(self) -> RunLog | None:
@@ -258,7 +301,7 @@ class _Run:
         def handle(number: int, frame: Any) -> None:
             if self.signalled and number == signal.SIGINT:
                 raise KeyboardInterrupt
-            self.signalled = True
+            self.signalled = number
 
         if threading.current_thread() is not threading.main_thread():
             yield  # signals go to the main thread; a studio cancels through should_stop
@@ -382,7 +425,7 @@ class _Run:
 
     def _agree(self, loss: Tensor, extras: dict[str, float]) -> tuple[float, dict[str, float], str]:
         """The mean loss, the mean extras and why to stop: the same in all processes."""
-        flags: list[float] = [self.signalled, bool(self.should_stop()), self._out_of_time()]
+        flags: list[float] = [bool(self.signalled), bool(self.should_stop()), self._out_of_time()]
         if self.world == 1:
             mean, means = float(loss), [extras[k] for k in sorted(extras)]
         else:
@@ -448,7 +491,7 @@ class _Run:
         if name not in state.metrics:
             raise InputError(f"monitor={self.config.monitor!r} is not a metric. {nearest(name, state.metrics)}")
         value = -state.metrics[name] if self.config.monitor.startswith("-") else state.metrics[name]
-        if state.best_value is None or value > state.best_value:
+        if not math.isnan(value) and (state.best_value is None or value > state.best_value):
             state.best_value, state.best_metrics, state.bad_evaluations = value, dict(state.metrics), 0
             if self.config.restore_best:
                 self.best = ckpt.module_tensors(self.inner)
@@ -471,7 +514,7 @@ class _Run:
         self.state.seconds = self._clock()
         scaler = self.accelerator.scaler
         state = {
-            "run": self.fingerprint,
+            "run": self.identity,
             "progress": dataclasses.asdict(self.state),
             "optimizer": rest,
             "scaler": scaler.state_dict() if scaler is not None else {},
@@ -482,42 +525,73 @@ class _Run:
             ckpt.prune_checkpoints(root, self.config.keep_checkpoints)
 
     def _restore(self) -> None:
-        """Load the newest checkpoint when `resume` and the folder say so."""
-        resume = self.config.resume
-        if resume is False or (self.folder is None and resume in ("auto", True)):
-            if self.folder is not None and self.accelerator.is_main_process:
-                ckpt.remove_checkpoints(self.folder / "checkpoints")
-            self.accelerator.wait_for_everyone()
-            return
-        named = resume not in ("auto", True)
-        source = Path(resume).expanduser() if named else self.folder  # type: ignore[arg-type]
-        assert source is not None
-        found = ckpt.find_checkpoint(source)
-        if found is None:
-            if named:
-                raise CheckpointError(f"resume: {source} holds no readable training checkpoint.")
-            return
-        path, saved, tensors = found
-        changed = ckpt.differing(saved["run"], self.fingerprint)
-        if changed:
-            raise InputError(
-                f"{path} belongs to a run with other settings ({'; '.join(changed[:5])}). Use the same settings to "
-                "continue, resume=False to start over, or another output_dir."
-            )
+        """Load the newest usable checkpoint when `resume` and the folder say so."""
+        resume, root = self.config.resume, self.folder and self.folder / "checkpoints"
+        named = resume not in ("auto", True, False)
+        source = absolute(resume) if named else self.folder  # type: ignore[arg-type]
+        if root is not None and self.rank == 0:
+            ckpt.clean_checkpoints(root)
+        found = source is not None and resume is not False and self._load_newest(source)
+        if named and not found:
+            raise CheckpointError(f"resume: {source} holds no readable training checkpoint.")
+        if self.folder is not None and root is not None and self.rank == 0:
+            if named or not found:
+                ckpt.remove_checkpoints(root, after=self.state.step if found else -1)
+            write_details(self.folder, self.rows, self.files)
+        self.accelerator.wait_for_everyone()
+        if found:
+            ckpt.set_rng_state(self.restored_rng)
+
+    def _load_newest(self, source: Path) -> bool:
+        """Whether a checkpoint at `source` could be loaded; a damaged one gives way to the one before it."""
+        paths, optimizer = ckpt.checkpoints_of(source), self.optimizer.optimizer
+        if paths:
+            start = ckpt.module_tensors(self.inner), copy.deepcopy(optimizer.state_dict())
+        for path in paths:
+            try:
+                saved, tensors = ckpt.read_checkpoint(path)
+                longer = self._compare(path, saved)
+                self._load(path, saved, tensors)
+            except RunDiffersError:
+                raise
+            except (MMKitError, KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+                ckpt.passed_over(error if isinstance(error, MMKitError) else CheckpointError(f"{path}: {error!r}"))
+                self.state = _Progress()
+                continue
+            if longer:
+                self.state.stopped = ""
+            return True
+        if paths:
+            ckpt.load_module_tensors(self.inner, start[0], "the start")
+            optimizer.load_state_dict(start[1])
+        return False
+
+    def _compare(self, path: Path, saved: dict[str, Any]) -> bool:
+        """Raise `RunDiffersError` unless the checkpoint is of this run; returns whether the finished run is given more steps."""
+        progress = _Progress.read(saved["progress"])
+        rows = self.details if path.parent.parent == self.folder else read_details(path.parent.parent)[0]
+        changes = differences(saved["run"], json.loads(json.dumps(self.identity)), rows, self.rows)
+        lengths = changes.keys() & {"epochs", "max_steps"}
+        if lengths == changes.keys() and progress.stopped == "finished" and self.total > progress.step:
+            return bool(changes)
+        for key in lengths:
+            changes[key] += " (only a finished run can be given more)"
+        if changes:
+            raise RunDiffersError(path.parent.parent, changes)
+        return False
+
+    def _load(self, path: Path, saved: dict[str, Any], tensors: dict[str, dict[str, Tensor]]) -> None:
+        self.state = _Progress.read(saved["progress"])
+        self.losses = tensors["losses"]["losses"].tolist()
+        self.best = tensors.get("best", {})
+        self.restored_rng = tensors[f"rng_{self.rank}"]
         ckpt.load_module_tensors(self.inner, tensors["weights"], str(path))
         ckpt.load_optimizer_tensors(self.names, self.optimizer.optimizer, tensors["optimizer"], saved["optimizer"])
         if self.accelerator.scaler is not None and saved["scaler"]:
             self.accelerator.scaler.load_state_dict(saved["scaler"])
-        self.state = _Progress(**saved["progress"])
-        self.losses = tensors["losses"]["losses"].tolist()
-        self.best = tensors.get("best", {})
         if self.ema:
             self.ema.load(tensors["ema"])
         self.scheduler.step_update(self.state.step)
-        if named and self.folder is not None and self.accelerator.is_main_process:
-            ckpt.remove_checkpoints(self.folder / "checkpoints", after=self.state.step)
-        self.accelerator.wait_for_everyone()
-        ckpt.set_rng_state(tensors[f"rng_{self.rank}"])
 
     def _finish(self) -> FitResult:
         state = self.state
@@ -535,12 +609,17 @@ class _Run:
             output_dir=self.folder,
             seconds=self._clock(),
             trainable_parameters=self.trainable,
+            signal=self.signalled,
         )
         if self.folder is not None and self.accelerator.is_main_process:
-            names = ("metrics", "best_metrics", "steps", "stopped", "seconds", "trainable_parameters")
-            summary = {k: getattr(result, k) for k in names}
-            write_json(
-                self.folder / "metrics.json", {**summary, "torch": torch.__version__, "settings": self.fingerprint}
-            )
+            summary = {
+                "measured on": "the validation data" if self.val is not None else "the training data: losses only",
+                "best": result.best_metrics,
+                "last": result.metrics,
+                **{k: getattr(result, k) for k in ("steps", "stopped", "seconds", "trainable_parameters")},
+                "torch": torch.__version__,
+                "run": self.identity,
+            }
+            write_json(self.folder / "metrics.json", summary)
         self.accelerator.wait_for_everyone()
         return result

@@ -80,9 +80,9 @@ def test_half_written_folder_is_ignored_and_cleaned(run):
 
 def test_other_settings_are_refused_and_resume_false_starts_over(run):
     folder, _ = run
-    with pytest.raises(InputError, match=r"lr: 0.02 -> 0.01"):
+    with pytest.raises(InputError, match=r"lr: 0.02 is now 0.01"):
         fit(network(), data(), config=FitConfig(**{**CONFIG, "lr": 0.01}), output_dir=folder)
-    with pytest.raises(InputError, match="examples: 64 -> 60"):
+    with pytest.raises(InputError, match="train: 64 examples are now 60"):
         fit(network(), data(60), config=FitConfig(**CONFIG), output_dir=folder)
     result = fit(network(), data(), config=FitConfig(**{**CONFIG, "lr": 0.01, "resume": False}), output_dir=folder)
     assert result.steps == 12
@@ -116,7 +116,7 @@ def test_pickled_weights_are_never_read(run):
     torch.save({"weights": torch.zeros(1)}, newest / "weights.safetensors")
     state = json.loads((newest / "state.json").read_text())
     state["files"]["weights.safetensors"] = sha256_file(newest / "weights.safetensors")
-    (newest / "state.json").write_text(json.dumps(state))
+    (newest / "state.json").write_text(json.dumps(checkpoint.sealed(state)))
     with pytest.raises(CheckpointError, match="pickle"):
         checkpoint.read_checkpoint(newest)
 
@@ -126,7 +126,7 @@ def test_files_outside_the_checkpoint_are_refused(run):
     newest = checkpoint.list_checkpoints(folder / "checkpoints")[-1]
     state = json.loads((newest / "state.json").read_text())
     state["files"]["../../secret.safetensors"] = "0"
-    (newest / "state.json").write_text(json.dumps(state))
+    (newest / "state.json").write_text(json.dumps(checkpoint.sealed(state)))
     with pytest.raises(CheckpointError, match="damaged"):
         checkpoint.read_checkpoint(newest)
 

@@ -66,7 +66,7 @@ def test_learns_and_reports(tmp_path):
     history = list(csv.DictReader((tmp_path / "history.csv").read_text().splitlines()))
     assert float(history[-1]["accuracy"]) == pytest.approx(result.metrics["accuracy"])
     saved = json.loads((tmp_path / "metrics.json").read_text())
-    assert saved["best_metrics"] == result.best_metrics
+    assert saved["best"] == result.best_metrics
     assert (
         saved["trainable_parameters"] == result.trainable_parameters == sum(p.numel() for p in network().parameters())
     )

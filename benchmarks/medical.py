@@ -10,6 +10,7 @@ the faster one takes more steps. Dice is measured on whole test images. Needs `p
 from __future__ import annotations
 
 import argparse
+import itertools
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -97,16 +98,10 @@ def gflops(model: nn.Module, shape: Sequence[int]) -> float:
 
 def steps_for(model: nn.Module, train: Patches, batch: int, minutes: float) -> int:
     """Optimiser steps that fit into `minutes` of CPU time, from three measured ones."""
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-6)
-    seconds = []
-    for _ in range(4):
-        start = time.process_time()
-        images, labels = (torch.stack(x) for x in zip(*(train[i] for i in range(batch)), strict=True))
-        optimizer.zero_grad()
-        segmentation_loss(model, (images, labels)).backward()
-        optimizer.step()
-        seconds.append(time.process_time() - start)
-    return max(20, int(60 * minutes / min(seconds[1:])))
+    times: list[float] = []
+    config = FitConfig(max_steps=4, batch_size=batch, lr=1e-6, progress=False, device="cpu")
+    fit(model, train, loss_fn=segmentation_loss, config=config, on_step=lambda info: times.append(time.process_time()))
+    return max(20, int(60 * minutes / min(b - a for a, b in itertools.pairwise(times))))
 
 
 def train_and_score(
@@ -114,7 +109,7 @@ def train_and_score(
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Train one network within the time and measure Dice on the whole test images."""
     torch.manual_seed(args.seed)
-    patches = Patches(train, task["patch"], 1, turn=task["turn"], mirror=task["mirror"])
+    patches = Patches(train, task["patch"], 4 * task["batch"], turn=task["turn"], mirror=task["mirror"])
     steps = steps_for(build(), patches, task["batch"], args.minutes)
     patches.length = steps * task["batch"]
     torch.manual_seed(args.seed)

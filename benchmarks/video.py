@@ -17,16 +17,17 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+from torch.utils.data import IterableDataset, TensorDataset
 
 import mmkit
 from mmkit.backbones import backbone_info, create_backbone
+from mmkit.training import FitConfig, fit
 from mmkit.video import (
     ClipTransform,
     UniformSampler,
@@ -78,36 +79,52 @@ def moving_squares(n: int, generator: torch.Generator) -> tuple[torch.Tensor, to
     return clips, label
 
 
+class Squares(IterableDataset[tuple[torch.Tensor, int]]):
+    """`moving_squares` without end."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, int]]:
+        generator = torch.Generator().manual_seed(self.seed)
+        while True:
+            clips, label = moving_squares(32, generator)
+            yield from zip(clips, label.tolist(), strict=True)
+
+
 def motion(args: argparse.Namespace) -> dict[str, Any]:
     """Adapters, norm and head trained on a frozen random ViT; the label depends on the order of frames alone."""
     rows = []
+    test = TensorDataset(*moving_squares(512, torch.Generator().manual_seed(99)))
     for name, offsets in (("with temporal heads", (-1, 1, 0, 0)), ("without", (0, 0, 0, 0))):
         for seed in range(3):
             torch.manual_seed(seed)
-            generator = torch.Generator().manual_seed(seed)
             settings = {"head_offsets": offsets, "temporal_embedding": False, "scale": 1.0, "dropout": 0.0}
-            model = stronger(classifier(2, settings, TINY)).train()
-            parameters = [p for p in model.parameters() if p.requires_grad]
-            optimizer = torch.optim.AdamW(parameters, lr=5e-3)
-            for step in range(args.steps):
-                optimizer.param_groups[0]["lr"] = 5e-3 * (0.5 + 0.5 * np.cos(np.pi * step / args.steps))
-                clips, label = moving_squares(32, generator)
-                loss = F.cross_entropy(model(clips), label)
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                optimizer.step()
-                if step % 50 == 0:
-                    print(f"{name} seed {seed} step {step} loss {loss.item():.3f}", flush=True)
-            model.eval()
-            clips, label = moving_squares(512, torch.Generator().manual_seed(99))
-            with torch.no_grad():
-                right = (model(clips).argmax(-1) == label).float().mean().item()
-            rows.append({"model": name, "seed": seed, "accuracy": round(right, 4)})
+            model = stronger(classifier(2, settings, TINY))
+            config = FitConfig(
+                max_steps=args.steps, batch_size=32, lr=5e-3, clip_grad=None, seed=seed, progress=False, device="cpu"
+            )
+            result = fit(model, Squares(seed), test, config=config)
+            rows.append({"model": name, "seed": seed, "accuracy": round(result.metrics["accuracy"], 4)})
             print(rows[-1], flush=True)
     return {"task": "bright square moving left or right, 512 test clips", "steps": args.steps, "rows": rows}
 
 
 # --- (b) real clips
+
+
+class Flipped:
+    """Clips in memory, half of them mirrored whenever they are read."""
+
+    def __init__(self, clips: list[tuple[torch.Tensor, int]]) -> None:
+        self.clips = clips
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        clip, label = self.clips[index]
+        return (clip.flip(-1) if torch.rand(()) < 0.5 else clip), label
 
 
 def fight(args: argparse.Namespace) -> dict[str, Any]:
@@ -121,10 +138,7 @@ def fight(args: argparse.Namespace) -> dict[str, Any]:
         split: VideoClassificationDataset.from_csv(folder / "index.csv", folder, split=split, **options)
         for split in ("train", "test")
     }
-    tensors = {
-        k: (torch.stack([d[i][0] for i in range(len(d))]), torch.tensor([s.label for s in d.samples]))
-        for k, d in sets.items()
-    }
+    train, test = ([data[i] for i in range(len(data))] for data in sets.values())
     rows = []
     for name in ("frame averaging, head only", "ZeroI2V", "full fine-tuning of frame averaging"):
         scores = []
@@ -136,7 +150,11 @@ def fight(args: argparse.Namespace) -> dict[str, Any]:
                 model.requires_grad_(name.startswith("full"))
                 model.head.requires_grad_(True)
             trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-            scores.append(_train_on(model, tensors, args.epochs, seed))
+            config = FitConfig(
+                epochs=args.epochs, batch_size=16, lr=1e-3, weight_decay=0.05, label_smoothing=0.1, clip_grad=None,
+                eval_every=args.epochs, seed=seed, progress=False, device="cpu",
+            )  # fmt: skip
+            scores.append(fit(model, Flipped(train), test, config=config).metrics["accuracy"])
             print(f"{name} seed {seed}: {scores[-1]:.3f}", flush=True)
         row = {"model": name, "trained_parameters": trained, "accuracy": [round(s, 3) for s in scores]}
         rows.append({**row, "mean": round(statistics.mean(scores), 3)})
@@ -146,25 +164,6 @@ def fight(args: argparse.Namespace) -> dict[str, Any]:
         "epochs": args.epochs,
         "rows": rows,
     }
-
-
-def _train_on(model: VideoClassifier, tensors: dict[str, Any], epochs: int, seed: int) -> float:
-    x, y = tensors["train"]
-    generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.05)
-    model.train()
-    for epoch in range(epochs):
-        optimizer.param_groups[0]["lr"] = 1e-3 * (0.5 + 0.5 * np.cos(np.pi * epoch / epochs))
-        for part in torch.randperm(len(x), generator=generator).split(16):
-            clips = x[part]
-            clips = clips.flip(-1) if torch.rand((), generator=generator) < 0.5 else clips
-            loss = F.cross_entropy(model(clips), y[part], label_smoothing=0.1)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-    model.eval()
-    with torch.no_grad():
-        return (model(tensors["test"][0]).argmax(-1) == tensors["test"][1]).float().mean().item()
 
 
 # --- (c) cost

@@ -13,16 +13,13 @@ faster in short runs. `--small` is a 0.11 M parameter ViT for a CPU; `--mask non
 from __future__ import annotations
 
 import argparse
-import functools
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import transforms as T
 
@@ -88,15 +85,6 @@ def transforms(size: int, flip: bool, light: bool) -> tuple[Any, Any]:
     return T.Compose(train), T.Compose([resize, *normalize])
 
 
-def mixed_loss(mixup: Mixup | None, smoothing: float, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    """Cross entropy with label smoothing, on mixed pictures when `mixup` is given and the model trains."""
-    images, labels = batch
-    if mixup is None or not model.training or len(images) % 2:
-        return F.cross_entropy(model(images), labels, label_smoothing=smoothing)
-    images, targets = mixup(images.clone(), labels)
-    return -(targets * model(images).log_softmax(-1)).sum(-1).mean()
-
-
 def main() -> None:
     """Train, print the validation accuracy, save (and bundle) the model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -132,13 +120,12 @@ def main() -> None:
     config = FitConfig(
         max_steps=max(1, steps), batch_size=batch, lr=args.lr, min_lr=1e-6, weight_decay=0.05, warmup_steps=steps // 10,
         label_smoothing=0.1, clip_grad=None, drop_last=True, seed=args.seed, restore_best=False, eval_every=10,
+        **({} if args.light else {"mixup": 1.0, "cutmix": 1.0, "mixup_prob": 0.5}),
     )  # fmt: skip
-    mixup = None if args.light else Mixup(1.0, 1.0, prob=0.5, label_smoothing=0.1, num_classes=len(classes))
     result = fit(
         model,
         Views(train, augment, repeats),
         Views(val, plain, 1),
-        loss_fn=functools.partial(mixed_loss, mixup, 0.1),
         config=config,
         output_dir=args.output and args.output / "fit",
         collate_fn=join_views,

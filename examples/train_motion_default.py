@@ -11,14 +11,14 @@ fresh clips with the half-precision weights that are stored: as they are, and pl
 from __future__ import annotations
 
 import argparse
-import time
+from collections.abc import Iterator
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.data import IterableDataset
 
 from mmkit.data.drawn.motion import BACKWARDS, MOTIONS, drawn_motion
+from mmkit.training import FitConfig, fit
 from mmkit.video import VideoClassifier
 from mmkit.weights import WeightEntry, bundle
 
@@ -49,6 +49,19 @@ def make_clips(batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     return (clips - 0.5) / 0.25, label
 
 
+class Clips(IterableDataset[tuple[Tensor, int]]):
+    """New clips without end."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
+        generator = torch.Generator().manual_seed(self.seed)
+        while True:
+            clips, labels = make_clips(32, generator)
+            yield from zip(clips, labels.tolist(), strict=True)
+
+
 @torch.no_grad()
 def accuracy(model: VideoClassifier, clips: int = 1000, seed: int = 10_000) -> tuple[float, float, Tensor]:
     """Share of right answers on fresh clips, on the same played backwards, and the confusion matrix (rows: truth)."""
@@ -75,31 +88,21 @@ def main() -> None:
     parser.add_argument("--bundle", action="store_true", help="write the weights into mmkit/weights")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
-    generator = torch.Generator().manual_seed(args.seed)
     model = VideoClassifier(**CONFIG)
     for module in model.backbone.modules():  # timm's std of 0.02 is meant for wide models
         if isinstance(module, torch.nn.Linear):
             torch.nn.init.normal_(module.weight, std=module.in_features**-0.5)
     torch.nn.init.normal_(model.backbone.pos_embed, std=0.3)
     model.requires_grad_(True).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.02)
-    started, done = time.time(), 0.0
-    for step in range(args.steps):
-        done = max(step / args.steps, (time.time() - started) / 60 / args.minutes)
-        if done >= 1:
-            break
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * min(1, (step + 1) / 50) * (0.5 + 0.5 * np.cos(np.pi * done))
-        x, y = make_clips(args.batch_size, generator)
-        loss = F.cross_entropy(model(x), y, label_smoothing=0.02)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        if step % 100 == 0:
-            right = accuracy(model, 150)[0]
-            model.train()
-            print(f"step {step} loss {loss.item():.3f} test {right:.3f} {time.time() - started:.0f} s", flush=True)
+    config = FitConfig(
+        max_steps=args.steps, max_seconds=60 * args.minutes, steps_per_epoch=100, batch_size=args.batch_size, lr=args.lr,
+        warmup_steps=50, weight_decay=0.02, label_smoothing=0.02, restore_best=False, seed=args.seed, device="cpu",
+    )  # fmt: skip
+    shown = list(zip(*make_clips(150, torch.Generator().manual_seed(10_000)), strict=True))
+    result = fit(model, Clips(args.seed), shown, config=config)
+    for row in result.history:
+        print(f"step {row['step']} loss {row['train_loss']:.3f} test {row['accuracy']:.3f}")
+    model.eval()
     state = {k: v.half().float() for k, v in model.state_dict().items()}
     model.load_state_dict(state)
     score, reverse, table = accuracy(model)
@@ -112,7 +115,7 @@ def main() -> None:
             summary="Where the one clear object in a clip is going, at 32 px and 8 frames. Made from drawn clips: it knows "
             "steady motion of a bright object over a darker still background, not actions, and is easily fooled by a moving camera.",
             license="Apache-2.0",
-            command=f"python examples/train_motion_default.py --steps {step + 1} --seed {args.seed} --bundle",
+            command=f"python examples/train_motion_default.py --steps {result.steps} --seed {args.seed} --bundle",
             data="procedural: one ellipse or box moving over a smooth random background",
             seed=args.seed,
             score={"accuracy": round(score, 3), "accuracy_backwards": round(reverse, 3), "chance": 0.2},

@@ -8,20 +8,17 @@ Data, all below `--data`: `seg_pets` (Oxford-IIIT Pet, CC-BY-SA-4.0), the CC-BY-
 of `seg_coco`, `pc_mosd` (BSD-3), and without masks `fewshot_dreambooth` (CC-BY-4.0) and `cls_clothing` (CC0). Regions of
 similar color, found in all of these without supervision (Felzenszwalb and Huttenlocher 2004), are further objects: they
 teach the network to follow edges and clicks where nothing is a pet. Everything lies in memory; pictures are cropped,
-composited, painted over with procedural objects and clicked there. A checkpoint is written every minute; the same command
-resumes it.
+composited, painted over with procedural objects and clicked there. The same command resumes an interrupted run.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import csv
 import hashlib
 import json
 import math
 import os
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +30,7 @@ from skimage.segmentation import felzenszwalb
 from torch import Tensor
 
 from mmkit.storage import read_tensors, write_safetensors
+from mmkit.training import FitConfig, fit
 from mmkit.vision.clicks import (
     SqueezeSAM,
     distance_transform,
@@ -405,15 +403,8 @@ def evaluate(
     return {f"iou@{k}": torch.cat(v).mean().item() for k, v in found.items()}
 
 
-def learning_rate(progress: float, peak: float, warmup: float = 0.03) -> float:
-    """One cycle over the time budget: linear rise, cosine fall to 0.5 % of the peak."""
-    if progress < warmup:
-        return peak * progress / warmup
-    return peak * (0.005 + 0.995 * (1 + math.cos(math.pi * min(1.0, (progress - warmup) / (1 - warmup)))) / 2)
-
-
-def make_optimizer(model: SqueezeSAM, lr: float) -> torch.optim.AdamW:
-    """AdamW; the transformer and the heads learn at 15 % of the convolutions' rate.
+def parameter_groups(model: SqueezeSAM) -> list[dict]:
+    """The transformer and the heads learn at 15 % of the convolutions' rate.
 
     At the full rate the two-way blocks (which norm last) drown their input within a thousand steps: the bottleneck and the
     predicted IoU become the same for every picture.
@@ -421,55 +412,14 @@ def make_optimizer(model: SqueezeSAM, lr: float) -> torch.optim.AdamW:
     heads = [*model.get_iou_predictions_and_mask_tokens.parameters(), *model.mask_decoder.parameters()]
     slow = {id(p) for p in heads}
     rest = [p for p in model.parameters() if id(p) not in slow]
-    groups = [{"params": rest, "scale": 1.0}, {"params": heads, "scale": 0.15}]
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), weight_decay=0.05)
+    usual = {"betas": (0.9, 0.98), "weight_decay": 0.05}
+    return [{"params": rest, **usual}, {"params": heads, "lr_scale": 0.15, **usual}]
 
 
-def parameters_of(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
-    """All parameters in the optimizer's order."""
-    return [p for group in optimizer.param_groups for p in group["params"]]
-
-
-def save_checkpoint(
-    path: Path, model: SqueezeSAM, ema: SqueezeSAM, optimizer: torch.optim.Optimizer, **state: float
-) -> None:
-    """Model, averaged model and optimizer moments as one safetensors file; numbers in its metadata."""
-    tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
-    tensors |= {f"ema.{k}": v for k, v in ema.state_dict().items()}
-    for i, p in enumerate(parameters_of(optimizer)):
-        tensors |= {f"optimizer.{i}.{k}": v for k, v in optimizer.state[p].items()}
-    tensors["progress"] = torch.tensor([state["step"], state["seconds"]], dtype=torch.float64)
-    write_safetensors(path, tensors)
-
-
-def load_checkpoint(
-    path: Path, model: SqueezeSAM, ema: SqueezeSAM, optimizer: torch.optim.Optimizer
-) -> tuple[int, float]:
-    """Restore what `save_checkpoint` wrote; returns step and seconds trained."""
-    tensors = read_tensors(path)
-    for prefix, module in (("model.", model), ("ema.", ema)):
-        module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
-    for i, p in enumerate(parameters_of(optimizer)):
-        prefix = f"optimizer.{i}."
-        moments = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-        optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in moments.items()}
-    step, seconds = tensors["progress"].tolist()
-    return int(step), seconds
-
-
-def train(args: argparse.Namespace) -> None:
-    """Train for `args.minutes`, then write the averaged weights in half precision."""
-    torch.manual_seed(args.seed)
-    torch.set_num_threads(args.threads or torch.get_num_threads())
-    device = torch.device(args.device)
-    torch.backends.cudnn.benchmark = True
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+def read_banks(args: argparse.Namespace, side: int) -> tuple[Bank, dict[str, Bank]]:
+    """Training pictures, and held-out ones by name."""
+    device, canvas = torch.device(args.device), 2 * side
     data, limit = Path(args.data), 40 if args.smoke else None
-    model = squeeze_sam_photo(**({"img_size": args.size} if args.size else {})).to(
-        device, memory_format=torch.channels_last
-    )
-    side = model.img_size
-    canvas = 2 * side
     pets, photos = read_pets(data / "seg_pets", "train")[:limit], read_coco(data / "seg_coco/train", FREE)
     free = read_backgrounds(data, limit or 10_000)
     groups = [
@@ -485,59 +435,64 @@ def train(args: argparse.Namespace) -> None:
     }
     counts = ", ".join(f"{k}: {len(v.owner)}" for k, v in held_out.items())
     print(f"{len(bank.images)} pictures, {len(bank.owner)} objects; held out: {counts}")
-    sampler = SceneSampler(bank, side)
-    ema = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer = make_optimizer(model, args.lr)
+    return bank, held_out
+
+
+def train(args: argparse.Namespace) -> None:
+    """Train, and write the averaged weights in half precision."""
+    torch.manual_seed(args.seed)
+    torch.set_num_threads(args.threads or torch.get_num_threads())
+    device = torch.device(args.device)
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    model = squeeze_sam_photo(**({"img_size": args.size} if args.size else {})).to(
+        device, memory_format=torch.channels_last
+    )
+    bank, held_out = read_banks(args, model.img_size)
+    sampler = SceneSampler(bank, model.img_size)
+
+    def loss_fn(model: SqueezeSAM, numbers: Tensor) -> tuple[Tensor, dict[str, float]]:
+        """The scenes are made here, on the accelerator; the data set only counts them."""
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            batch = sampler.sample(len(numbers))
+        return iterative_loss(model, batch, max_rounds=args.max_rounds, start_clicks=6, alpha=0.5, focal_weight=10)
+
+    def scores(model: SqueezeSAM, limit: int) -> dict[str, float]:
+        return {
+            f"{name} {k}": v for name, kept in held_out.items() for k, v in evaluate(model, kept, limit=limit).items()
+        }
+
     output = Path(args.output)
-    checkpoint = output.with_name(output.stem + ".checkpoint.safetensors")
-    step, trained = load_checkpoint(checkpoint, model, ema, optimizer) if checkpoint.exists() else (0, 0.0)
-    start, saved, shown, budget = time.monotonic() - trained, trained, trained, args.minutes * 60
-    running: dict[str, float] = {}
-    while (seconds := time.monotonic() - start) < budget and (not args.max_steps or step < args.max_steps):
-        model.train()
-        progress = max(seconds / budget, step / args.max_steps if args.max_steps else 0.0)
-        for group in optimizer.param_groups:
-            group["lr"] = group["scale"] * learning_rate(progress, args.lr)
-        with torch.no_grad():
-            batch = sampler.sample(args.batch_size)
-        with torch.autocast(device.type, dtype=torch.bfloat16):
-            loss, metrics = iterative_loss(
-                model, batch, max_rounds=args.max_rounds, start_clicks=6, alpha=0.5, focal_weight=10
-            )
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        step += 1
-        keep = min(0.999, step / (step + 10))
-        with torch.no_grad():
-            for mine, theirs in zip(ema.state_dict().values(), model.state_dict().values(), strict=True):
-                mine.lerp_(theirs, 1 - keep) if mine.is_floating_point() else mine.copy_(theirs)
-        for k, v in {"loss": loss.item(), **metrics}.items():
-            running[k] = 0.98 * running.get(k, v) + 0.02 * v
-        if seconds - shown >= args.report or step == 1:
-            shown = seconds
-            scores = {k: evaluate(ema, v, limit=32) for k, v in held_out.items()}
-            print(
-                f"{seconds:6.0f} s step {step}: {pretty(running)} | "
-                + " | ".join(f"{k} {pretty(v)}" for k, v in scores.items()),
-                flush=True,
-            )
-        if seconds - saved >= 60:
-            saved = seconds
-            save_checkpoint(checkpoint, model, ema, optimizer, step=step, seconds=seconds)
-    for tensor in ema.state_dict().values():
+    config = FitConfig(
+        max_steps=args.steps, max_seconds=60 * args.minutes, batch_size=args.batch_size, lr=args.lr, min_lr=0.005 * args.lr,
+        warmup_steps=round(0.03 * args.steps), ema_decay=0.999, mixed_precision="bf16", checkpoint_every=args.report,
+        monitor="coco val iou@1", restore_best=False, seed=args.seed, device="cpu" if device.type == "cpu" else "auto",
+    )  # fmt: skip
+    result = fit(
+        model,
+        range(args.batch_size * args.report),
+        list(held_out),
+        loss_fn=loss_fn,
+        metrics_fn=lambda model, loader: scores(model, 32),
+        config=config,
+        output_dir=output.with_suffix(""),
+        parameter_groups=parameter_groups,
+    )
+    if result.stopped not in ("finished", "max_seconds"):
+        raise SystemExit(f"{result.stopped} after {result.steps} steps; the same command continues")
+    for tensor in model.state_dict().values():
         if tensor.is_floating_point():
             tensor.copy_(tensor.half().float())  # scores below are those of the stored, rounded weights
-    scores = {k: evaluate(ema, v, limit=64) for k, v in held_out.items()}
-    for name, values in scores.items():
-        print(f"final, {step} steps, {name}: {pretty(values)}", flush=True)
-    half = {k: v.half() if v.is_floating_point() else v for k, v in ema.state_dict().items()}
-    options = f"--device {device.type} --minutes {args.minutes:g} --batch-size {args.batch_size} --seed {args.seed}"
-    if args.max_steps:
-        options += f" --max-steps {args.max_steps}"
-    notes = {"command": f"python examples/train_squeeze_sam.py {options}", "steps": str(step), "seed": str(args.seed)}
-    write_safetensors(output, half, {**notes, "scores": json.dumps(scores)})
+    final = scores(model, 64)
+    print(f"final, {result.steps} steps: {pretty(final)}", flush=True)
+    half = {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
+    options = f"--device {device.type} --steps {result.steps} --batch-size {args.batch_size} --seed {args.seed}"
+    notes = {
+        "command": f"python examples/train_squeeze_sam.py {options}",
+        "steps": str(result.steps),
+        "seed": str(args.seed),
+    }
+    write_safetensors(output, half, {**notes, "scores": json.dumps(final)})
     print(f"wrote {output}", flush=True)
 
 
@@ -590,14 +545,14 @@ def main() -> None:
     parser.add_argument("--output", default="runs/squeezesam-photo.safetensors")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (0: as torch chooses)")
-    parser.add_argument("--minutes", type=float, default=120)
-    parser.add_argument("--max-steps", type=int, default=0, help="stop after this many steps (0: only the time counts)")
+    parser.add_argument("--steps", type=int, default=10_000, help="the learning rate falls over these")
+    parser.add_argument("--minutes", type=float, default=240, help="stop after this time, counted over all resumes")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--max-rounds", type=int, default=3)
     parser.add_argument("--size", type=int, default=0, help="another image size than the variant's own")
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--report", type=float, default=240, help="seconds between evaluations")
+    parser.add_argument("--report", type=int, default=200, help="steps between evaluations and checkpoints")
     parser.add_argument("--smoke", action="store_true", help="a few pictures only, to see that everything runs")
     parser.add_argument("--bundle", type=Path, help="do not train: add this measured file to mmkit.weights")
     args = parser.parse_args()

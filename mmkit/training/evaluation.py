@@ -11,7 +11,7 @@ from torch import nn
 from mmkit.errors import InputError
 from mmkit.training.config import FitConfig
 from mmkit.training.failures import explaining
-from mmkit.training.loading import Collate, EvalLoader, describe_examples
+from mmkit.training.loading import Collate, EvalLoader
 from mmkit.training.metrics import TargetError, accuracy, accuracy_sums, metrics_from_sums
 from mmkit.training.setup import freeze_running_statistics
 
@@ -58,14 +58,13 @@ class Evaluator:
         """The metrics after `step`; raises `InputError` when they are no dict of numbers or the labels do not fit the model."""
         self.trainee.eval()
         try:
-            with explaining(step, lambda: self.loader.batch, ours=self.metrics_fn is None):
+            with explaining(lambda: (step, self.loader.batch), ours=self.metrics_fn is None):
                 if self.shared:
                     sums = self.trainee(accuracy_sums, self.loader).to(self.accelerator.device, torch.float32)
                     return metrics_from_sums(self.accelerator.reduce(sums, "sum"))
                 found = self.trainee(self.metrics_fn or accuracy, self.loader)
         except TargetError as error:
-            chosen = [self.loader.current[i] for i in error.positions]
-            raise error.named(describe_examples(self.loader.batches.data, chosen)) from None
+            raise error.named(self.loader.batches.data, self.loader.current) from None
         finally:
             self.trainee.train()
             freeze_running_statistics(self.trainee)

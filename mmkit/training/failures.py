@@ -15,14 +15,17 @@ _MODEL_ERRORS = (IndexError, NotImplementedError, RuntimeError, TypeError, Value
 
 
 @contextlib.contextmanager
-def explaining(step: int, batch: Callable[[], Any], *, ours: bool) -> Iterator[None]:
-    """Raise what `explained` makes of an error of the block; errors of mmkit and those it cannot explain pass."""
+def explaining(now: Callable[[], tuple[int, Any]], *, ours: bool) -> Iterator[None]:
+    """Raise what `explained` makes of an error of the block, where `now()` gives the 1-based step and the batch.
+
+    Errors of mmkit and those it cannot explain pass.
+    """
     try:
         yield
     except MMKitError:
         raise
     except Exception as error:
-        better = explained(error, step, batch(), ours=ours)
+        better = explained(error, *now(), ours=ours)
         if better is None:
             raise
         raise better from error

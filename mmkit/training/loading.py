@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Sized
 from typing import Any
 
 import torch
@@ -159,12 +159,16 @@ def epoch_listeners(data: Any) -> list[Callable[[int], None]]:
 
 def train_batches(
     batches: Batches, keys: Iterable[Key], num_workers: int = 0, pin_memory: bool = False
-) -> Iterator[Any]:
+) -> Generator[Any, None, None]:
     """The batches of `keys` in order, on the CPU; raises what went wrong with one when its turn comes."""
-    for batch in _loader(batches, keys, num_workers, pin_memory):
-        if isinstance(batch, InputError):
-            raise batch
-        yield batch
+    iterator = iter(_loader(batches, keys, num_workers, pin_memory))
+    try:
+        for batch in iterator:
+            if isinstance(batch, InputError):
+                raise batch
+            yield batch
+    finally:  # while torch knows of a dead worker, each child process that ends raises an error wherever the program is
+        getattr(iterator, "_shutdown_workers", lambda: None)()
 
 
 def _loader(batches: Batches, keys: Iterable[Key], num_workers: int, pin_memory: bool) -> Iterable[Any]:

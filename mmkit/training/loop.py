@@ -326,31 +326,43 @@ class _Run:
             pin_memory=self.accelerator.device.type == "cuda",
         )
         show = config.progress and self.accelerator.is_main_process
-        with tqdm(total=self.total, initial=state.step, desc="fit", disable=not show) as bar:
-            if state.stopped in ("", *_PAUSES):
-                state.stopped = ""
-                # an evaluation or stop that fell just before this start
-                self._after_step(log, stop="max_seconds" if self._out_of_time() else "", saved=True)
-            while not state.stopped:
-                with explaining(state.step + 1, lambda: self.batch, ours=isinstance(self.loss_fn, CrossEntropyLoss)):
-                    loss, extras, stop = self._step(batches)
-                state.step += 1
-                self.losses.append(loss)
-                epoch = (state.step - 1) // self.sampler.steps_per_epoch + 1
-                lr = current_lr(self.optimizer)
-                self.scheduler.step_update(state.step)
-                if log is not None:
-                    log.add("log", {"step": state.step, "epoch": epoch, "loss": loss, "lr": lr, **extras})
-                if show:
-                    bar.update()
-                    shown = {"loss": loss, **{f"val {k}": v for k, v in state.metrics.items()}}
-                    bar.set_postfix({k: f"{v:.4f}" for k, v in shown.items()}, refresh=False)
-                self._after_step(log, stop=stop)
-                if self.accelerator.is_main_process:
-                    self.on_step(StepInfo(state.step, self.total, epoch, loss, lr, dict(state.metrics)))
-            if state.stopped == "max_seconds" and state.evaluated < state.step:
-                with contextlib.suppress(_Cancelled):
-                    self._evaluate(None)  # for the result alone: a continued run evaluates where it always would
+        ours = isinstance(self.loss_fn, CrossEntropyLoss)
+        try:
+            with (
+                tqdm(total=self.total, initial=state.step, desc="fit", disable=not show) as bar,
+                explaining(lambda: (state.step + 1, self.batch), ours=ours),
+            ):
+                if state.stopped in ("", *_PAUSES):
+                    state.stopped = ""
+                    # an evaluation or stop that fell just before this start
+                    self._after_step(log, stop="max_seconds" if self._out_of_time() else "", saved=True)
+                while not state.stopped:
+                    self._advance(batches, log, bar if show else None)
+                if state.stopped == "max_seconds" and state.evaluated < state.step:
+                    with contextlib.suppress(_Cancelled):
+                        self._evaluate(None)  # for the result alone: a continued run evaluates where it always would
+        finally:
+            batches.close()
+
+    def _advance(self, batches: Iterator[Any], log: RunLog | None, bar: Any) -> None:
+        """One step and what follows it."""
+        state = self.state
+        loss, extras, stop = self._step(batches)
+        self.batch = None
+        state.step += 1
+        self.losses.append(loss)
+        epoch = (state.step - 1) // self.sampler.steps_per_epoch + 1
+        lr = current_lr(self.optimizer)
+        self.scheduler.step_update(state.step)
+        if log is not None:
+            log.add("log", {"step": state.step, "epoch": epoch, "loss": loss, "lr": lr, **extras})
+        if bar is not None:
+            bar.update()
+            shown = {"loss": loss, **{f"val {k}": v for k, v in state.metrics.items()}}
+            bar.set_postfix({k: f"{v:.4f}" for k, v in shown.items()}, refresh=False)
+        self._after_step(log, stop=stop)
+        if self.accelerator.is_main_process:
+            self.on_step(StepInfo(state.step, self.total, epoch, loss, lr, dict(state.metrics)))
 
     def _after_step(self, log: RunLog | None, *, stop: str = "", saved: bool = False) -> None:
         """Evaluate, decide whether to stop, and write a checkpoint, as the step count demands."""
@@ -420,7 +432,7 @@ class _Run:
                 share = loss if weight == 1 else loss * weight
                 (share if accelerator.scaler is None else accelerator.scaler.scale(share)).backward()
         except TargetError as error:
-            raise error.named(describe_examples(self.train, [indices[p] for p in error.positions])) from None
+            raise error.named(self.train, indices) from None
         return share.detach(), numbers
 
     def _agree(self, loss: Tensor, extras: dict[str, float]) -> tuple[float, dict[str, float], str]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmkit.errors import InputError
+from mmkit.training.loading import describe_examples
 
 
 def logits_of(output: Any) -> Tensor:
@@ -40,16 +41,19 @@ def split_batch(batch: Any) -> tuple[Any, Tensor]:
 
 
 class TargetError(InputError):
-    """Labels that do not fit the model. `positions`: where they are in the batch."""
+    """Labels that do not fit the model. `wrong`: bool `(B,)`, which of the batch; None when it is about all of them."""
 
-    def __init__(self, message: str, positions: Sequence[int] = ()) -> None:
+    def __init__(self, message: str, wrong: Tensor | None = None) -> None:
         super().__init__(message)
-        self.positions = positions
+        self.wrong = wrong
 
-    def named(self, names: Sequence[str]) -> InputError:
-        """The same with the names of the examples, if it is about some."""
-        if not names:
+    def named(self, data: Any, indices: Sequence[int]) -> InputError:
+        """The same with the names of the examples, where the batch holds examples `indices` of `data`."""
+        if self.wrong is None:
             return InputError(str(self))
+        if len(self.wrong) == len(indices):  # otherwise collate_fn made more or fewer of them
+            indices = [i for i, wrong in zip(indices, self.wrong.tolist(), strict=True) if wrong]
+        names = describe_examples(data, indices)
         more = f" and {len(names) - 4} more" if len(names) > 4 else ""
         return InputError(f"{self} Found at: {', '.join(names[:4])}{more}.")
 
@@ -68,11 +72,10 @@ def check_targets(targets: Tensor, num_classes: int) -> Tensor:
         )
     outside = (targets < 0) | (targets >= num_classes)
     if outside.any():
-        positions = outside.nonzero().flatten().tolist()
         raise TargetError(
-            f"Label {int(targets[positions[0]])} is outside 0..{num_classes - 1}, the {num_classes} classes the model "
+            f"Label {int(targets[outside][0])} is outside 0..{num_classes - 1}, the {num_classes} classes the model "
             "tells apart. Number the classes from 0, or build the model with more classes.",
-            positions,
+            outside,
         )
     return targets.long()
 

@@ -240,7 +240,7 @@ def zeroi2v_from_official(
         library,
         sizes.img_size,
         sizes.patch_size,
-        sizes.width,
+        sizes.embed_dim,
         sizes.depth,
         sizes.num_heads,
         sizes.mlp_ratio,

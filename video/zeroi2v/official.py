@@ -97,7 +97,7 @@ class Sizes(NamedTuple):
     num_frames: int
     img_size: int
     patch_size: int
-    width: int
+    embed_dim: int
     depth: int
     num_heads: int
     mlp_ratio: float
@@ -130,7 +130,7 @@ def read_sizes(state: dict[str, Tensor], path: Any, num_heads: int | None = None
         num_frames=frames,
         img_size=round(tokens**0.5) * patch,
         patch_size=patch,
-        width=width,
+        embed_dim=width,
         depth=1 + max(int(m[1]) for k in state if (m := re.search(r"resblocks\.(\d+)\.", k))),
         num_heads=heads,
         mlp_ratio=mlp,
@@ -144,20 +144,32 @@ def read_sizes(state: dict[str, Tensor], path: Any, num_heads: int | None = None
 def clip_vit(
     library: str,
     img_size: int,
-    patch: int,
-    width: int,
+    patch_size: int,
+    embed_dim: int,
     depth: int,
-    heads: int,
+    num_heads: int,
     mlp_ratio: float = 4.0,
     quick_gelu: bool = True,
 ) -> tuple[str, dict[str, Any]]:
     """`create_backbone` name and keywords of a CLIP image tower with these sizes, from "timm" or "open_clip"."""
     if library == "timm":
         name = "vit_base_patch16_clip_quickgelu_224" if quick_gelu else "vit_base_patch16_clip_224"
-        sizes = {"img_size": img_size, "patch_size": patch, "embed_dim": width, "depth": depth, "num_heads": heads}
+        sizes = {
+            "img_size": img_size,
+            "patch_size": patch_size,
+            "embed_dim": embed_dim,
+            "depth": depth,
+            "num_heads": num_heads,
+        }
         return f"timm:{name}", {**sizes, "mlp_ratio": mlp_ratio}
     if library != "open_clip":
         raise InputError(f"library must be 'timm' or 'open_clip', not {library!r}.")
-    vision = {"image_size": img_size, "patch_size": patch, "width": width, "layers": depth, "mlp_ratio": mlp_ratio}
+    vision = {
+        "image_size": img_size,
+        "patch_size": patch_size,
+        "width": embed_dim,
+        "layers": depth,
+        "mlp_ratio": mlp_ratio,
+    }
     name = "ViT-B-16-quickgelu" if quick_gelu else "ViT-B-16"
-    return f"open_clip:{name}", {"vision_cfg": {**vision, "head_width": width // heads}}
+    return f"open_clip:{name}", {"vision_cfg": {**vision, "head_width": embed_dim // num_heads}}

@@ -136,6 +136,18 @@ MODELS = Registry(
     entry_point_group="mmkit.models",
 )
 
+LIBRARIES = Registry(  # where backbones come from: "timm:vit_tiny_patch16_224"
+    "backbone library",
+    {
+        "timm": "mmkit.backbones.timm:TimmBuilder",
+        "open_clip": "mmkit.backbones.open_clip:OpenClipBuilder",
+        "transformers": "mmkit.backbones.transformers:TransformersBuilder",
+        "diffusers": "mmkit.backbones.diffusers:DiffusersBuilder",
+        "mmkit": "mmkit.backbones.bundled:BundledBuilder",
+    },
+    entry_point_group="mmkit.backbones",
+)
+
 TASKS = Registry(
     "task",
     {

@@ -1,6 +1,8 @@
-"""Backbones: one way to create, describe, save and restore image models of timm, open_clip and diffusers."""
+"""Backbones: one way to create, describe, save and restore models of timm, open_clip, transformers and diffusers."""
 
-from mmkit.backbones.create import create_backbone, load_weights, save_backbone
+from mmkit.backbones.builder import Builder
+from mmkit.backbones.bundled import load_weights
+from mmkit.backbones.create import create_backbone, save_backbone
 from mmkit.backbones.info import (
     BackboneInfo,
     ImageBackboneInfo,
@@ -10,10 +12,12 @@ from mmkit.backbones.info import (
     head_names,
     head_scopes,
     image_info,
+    warn_if_random,
 )
 
 __all__ = [
     "BackboneInfo",
+    "Builder",
     "ImageBackboneInfo",
     "backbone_info",
     "create_backbone",
@@ -24,4 +28,5 @@ __all__ = [
     "image_info",
     "load_weights",
     "save_backbone",
+    "warn_if_random",
 ]

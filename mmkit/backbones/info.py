@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from mmkit.backbones.heads import find_heads
-from mmkit.errors import InputError
+from mmkit.backbones.heads import find_heads, watch_head
+from mmkit.errors import CheckpointError, InputError
+from mmkit.registry import LIBRARIES
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _PREPROCESSING = ("mean", "std", "input_size", "interpolation", "crop_pct", "crop_mode")
@@ -35,6 +38,12 @@ class BackboneInfo:
     num_features: int = 0
     trained: bool | None = None
 
+    @property
+    def library(self) -> str:
+        """The library in `name`, "" when the model did not come from `create_backbone`."""
+        library, colon, _ = self.name.partition(":")
+        return library if colon else ""
+
 
 @dataclass(frozen=True)
 class ImageBackboneInfo(BackboneInfo):
@@ -45,9 +54,10 @@ class ImageBackboneInfo(BackboneInfo):
         input_size: (C, H, W) it was made for.
         interpolation: "bilinear", "bicubic", ...
         crop_pct: share of the resized picture that the crop keeps at evaluation.
-        crop_mode: "center", "squash" or "border", as in timm.
+        crop_mode: "center", "squash" or "border" as in timm, or "pad"; see `mmkit.data.ImageTransform`.
         grid: patch grid (rows, columns), or `None`.
         num_prefix_tokens: class and register tokens before the patches.
+        num_frames: frames of a clip that a video model takes, (B, T, C, H, W); 0 for pictures.
         num_classes: outputs of the classifiers, 0 when there are none.
         class_names: labels of the outputs, when known.
     """
@@ -60,6 +70,7 @@ class ImageBackboneInfo(BackboneInfo):
     crop_mode: str = "center"
     grid: tuple[int, int] | None = None
     num_prefix_tokens: int = 0
+    num_frames: int = 0
     num_classes: int = 0
     class_names: tuple[str, ...] = ()
 
@@ -69,9 +80,18 @@ class ImageBackboneInfo(BackboneInfo):
 
 
 def backbone_info(model: nn.Module) -> BackboneInfo:
-    """The facts about `model`: those `create_backbone` attached, else read from a timm model, else what its modules show."""
+    """The facts about `model`: those `create_backbone` attached, else what its library reads off it, else what its modules show."""
     attached = getattr(model, "backbone_info", None)
-    return attached if isinstance(attached, BackboneInfo) else describe(model, type(model).__name__)
+    if isinstance(attached, BackboneInfo):
+        return attached
+    library = _library(model)
+    return LIBRARIES.get(library)().describe(model) if library else describe(model, type(model).__name__)
+
+
+def _library(model: nn.Module) -> str:
+    """The known library whose class `model` is, or ""."""
+    package = type(model).__module__.partition(".")[0]
+    return package if package != "mmkit" and package in LIBRARIES.names() else ""
 
 
 def image_info(model: nn.Module) -> ImageBackboneInfo:
@@ -98,11 +118,8 @@ def describe(model: nn.Module, name: str, overrides: dict[str, Any] | None = Non
     if not isinstance(cfg, dict) and "mean" not in known:
         return BackboneInfo(**{**common, **known})
     facts: dict[str, Any] = {k: _tuple(cfg[k]) for k in _PREPROCESSING if (cfg or {}).get(k) is not None}
-    patch = getattr(model, "patch_embed", None)
-    if getattr(patch, "grid_size", None):
-        facts["grid"] = tuple(patch.grid_size)
-    if getattr(patch, "img_size", None):
-        facts["input_size"] = (patch.proj.weight.shape[1], *patch.img_size)
+    grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
+    facts["grid"] = tuple(grid) if grid else None
     facts["num_prefix_tokens"] = int(getattr(model, "num_prefix_tokens", 0))
     facts["num_classes"] = int(getattr(model, "num_classes", 0) or 0) if common["heads"] else 0
     return ImageBackboneInfo(**{**common, **facts, **known})
@@ -112,10 +129,56 @@ def _tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, (list, tuple)) else value
 
 
+def per_channel(values: Any, channels: int) -> tuple[float, ...]:
+    """Statistics for another number of channels: their mean, as timm sums or repeats the input weights."""
+    values = tuple(values)
+    return values if len(values) == channels else (sum(values) / len(values),) * channels
+
+
+def checked_facts(values: dict[str, Any], path: Path) -> dict[str, Any]:
+    """What a file says about a backbone, lists as tuples and nulls left out. Raises `CheckpointError` naming a wrong entry."""
+    facts = {k: _tuple(v) for k, v in values.items() if v is not None}
+    for key in _CHECKS.keys() & facts.keys():
+        if not _CHECKS[key](facts[key]):
+            raise CheckpointError(
+                f"{path}: {key} is {facts[key]!r}, which makes no sense. Save or download the folder again."
+            )
+    return facts
+
+
+def _numbers(value: Any) -> bool:
+    return isinstance(value, tuple) and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in value)
+
+
+def _names(value: Any) -> bool:
+    return isinstance(value, tuple) and all(isinstance(v, str) for v in value)
+
+
+_CHECKS: dict[str, Any] = {
+    "name": lambda v: isinstance(v, str),
+    "mean": lambda v: _numbers(v) and len(v) > 0,
+    "std": lambda v: _numbers(v) and len(v) > 0 and min(v) > 0,
+    "input_size": lambda v: _numbers(v) and len(v) == 3 and all(isinstance(x, int) and x > 0 for x in v),
+    "crop_pct": lambda v: _numbers((v,)) and v > 0,
+    "crop_mode": lambda v: v in ("center", "squash", "border", "pad"),
+    "interpolation": lambda v: isinstance(v, str),
+    "num_classes": lambda v: isinstance(v, int) and v >= 0,
+    "class_names": _names,
+    "label_names": _names,
+}
+
+
 def head_names(model: nn.Module) -> tuple[str, ...]:
-    """Module paths of all classifiers, as in the plain model; empty when there are none."""
-    attached = getattr(model, "backbone_info", None)
-    return attached.heads if isinstance(attached, BackboneInfo) else find_heads(model)
+    """Module paths of all classifiers, as in the plain model; empty when there are none. Each is a module that is called.
+
+    A model that says it has classes but not where (`ImageBackboneInfo(num_classes=...)` without `heads`) is watched in one
+    forward of its example input.
+    """
+    info = backbone_info(model)
+    if info.heads or not getattr(info, "num_classes", 0):
+        return info.heads
+    args, kwargs = example_input(model) or ((), {})
+    return watch_head(model, args, kwargs)
 
 
 def head_scopes(model: nn.Module) -> tuple[str, ...]:
@@ -151,18 +214,33 @@ def head_name(model: nn.Module, *, required: bool = True) -> str:
 def example_input(model: nn.Module, batch_size: int = 1) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Arguments for `model(*args, **kwargs)` that make it run, for checks and tracing; `None` when they are not known.
 
-    For image backbones: zeros of the shape they were made for, (B, C, H, W), on the device and in the dtype of the parameters.
+    For image backbones: zeros of the shape they were made for, (B, C, H, W), clips (B, T, C, H, W) for video models, on the
+    device and in the dtype of the parameters. For diffusers' denoisers: their keywords, from the configuration.
     """
-    info = backbone_info(model)
-    parameter = next(model.parameters(), None)
-    if not isinstance(info, ImageBackboneInfo) or parameter is None:
+    info, p = backbone_info(model), next(model.parameters(), None)
+    if p is None:
         return None
-    return (torch.zeros(batch_size, *info.input_size, device=parameter.device, dtype=parameter.dtype),), {}
+    if isinstance(info, ImageBackboneInfo):
+        frames = [info.num_frames] if info.num_frames else []
+        return (torch.zeros(batch_size, *frames, *info.input_size, device=p.device, dtype=p.dtype),), {}
+    library = info.library or _library(model)
+    return LIBRARIES.get(library)().example_input(model, batch_size) if library else None
+
+
+def warn_if_random(model: nn.Module) -> None:
+    """Warn when every weight of `model` is random, so that nobody takes its answers for more."""
+    info = backbone_info(model)
+    if info.trained is False:
+        warnings.warn(
+            f"{info.name} has random weights: what it answers or learns from means little. Pass pretrained=True (needs the "
+            "network), checkpoint_path=FILE, a folder, or a bundled model (mmkit.list_weights()).",
+            stacklevel=3,
+        )
 
 
 def _block_paths(model: nn.Module) -> tuple[str, ...]:
     """The longest `nn.ModuleList`/`nn.Sequential` chains of equal blocks: blocks, stages.*.blocks, resblocks, ..."""
-    keys = ("blocks", "resblocks", "transformer_blocks", "layers")
+    keys = ("blocks", "resblocks", "transformer_blocks", "layers", "layer")
     lists = {
         name: module
         for name, module in model.named_modules()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
@@ -12,21 +11,25 @@ from torch import Tensor
 from mmkit.data.images import ImageLike, load_image
 from mmkit.errors import InputError, nearest
 
-_MODES = ("nearest", "bilinear", "bicubic", "lanczos")
+_INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming", "random")
+_CROP_MODES = ("center", "squash", "border", "pad")
 
 
 class ImageTransform:
     """Resize, crop, and normalise a picture: `transform(image) -> (C, H, W)` float32. Can be pickled.
 
-    At evaluation: shorter side to `size / crop_pct`, then the centre crop, exactly as timm does. For training: a random
-    resized crop and a random horizontal flip.
+    At evaluation this is timm's own transform. For training: a random resized crop and a random horizontal flip.
 
     Args:
         size: output side, or (H, W).
         mean, std: per channel, for values in 0..1; one value means a grey output with one channel.
-        interpolation: "bilinear", "bicubic", "nearest" or "lanczos".
+        interpolation: "bilinear", "bicubic", "nearest", "lanczos", "box" or "hamming"; "random", which some published
+            configurations hold, is bilinear here.
         train: augment.
-        crop_pct: share of the resized picture that the centre crop keeps.
+        crop_pct: share of the resized picture that the crop keeps; above 1 a border is left.
+        crop_mode: "center" resizes the shorter side to `size / crop_pct`, "squash" both sides without regard to the aspect
+            ratio, "border" the longer side and fills up with the mean around; then the centre is cropped. "pad" resizes the
+            longer side to `size` and fills up with the mean at the right and below (Segment Anything).
         scale: range of the area that a training crop covers; `(1, 1)` keeps the whole picture.
         ratio: range of its aspect ratio.
         hflip: probability of a flip in training; 0 for digits, text and everything else with a handedness.
@@ -44,43 +47,70 @@ class ImageTransform:
         train: bool = False,
         *,
         crop_pct: float = 1.0,
+        crop_mode: str = "center",
         scale: tuple[float, float] = (0.5, 1.0),
         ratio: tuple[float, float] = (3 / 4, 4 / 3),
         hflip: float = 0.5,
     ) -> None:
-        from torchvision import transforms as T
-        from torchvision.transforms import InterpolationMode
-
         height, width = (size, size) if isinstance(size, int) else tuple(size)
         if min(height, width) < 1:
             raise InputError(f"size must be positive, not {size}.")
         if len(mean) != len(std) or len(mean) not in (1, 3) or min(std) <= 0:
             raise InputError(f"mean and std must hold 1 or 3 values each, std above 0; found {mean} and {std}.")
-        if interpolation not in _MODES:
-            raise InputError(f"Unknown interpolation {interpolation!r}. {nearest(interpolation, _MODES)}")
-        if not 0 < crop_pct <= 1 or not 0 < scale[0] <= scale[1] <= 1 or not 0 <= hflip <= 1:
-            raise InputError("crop_pct and scale must lie in (0, 1], hflip in 0..1.")
+        if interpolation not in _INTERPOLATIONS:
+            raise InputError(f"Unknown interpolation {interpolation!r}. {nearest(interpolation, _INTERPOLATIONS)}")
+        if crop_mode not in _CROP_MODES:
+            raise InputError(f"Unknown crop_mode {crop_mode!r}. {nearest(crop_mode, _CROP_MODES)}")
+        if crop_pct <= 0 or not 0 < scale[0] <= scale[1] <= 1 or not 0 <= hflip <= 1:
+            raise InputError("crop_pct must be above 0, scale lie in (0, 1], hflip in 0..1.")
         self.size, self.mean, self.std = (height, width), tuple(mean), tuple(std)
-        self.interpolation, self.train, self.crop_pct = interpolation, train, crop_pct
+        self.interpolation, self.train, self.crop_pct, self.crop_mode = interpolation, train, crop_pct, crop_mode
         self.scale, self.ratio, self.hflip = scale, ratio, hflip
-        mode = InterpolationMode(interpolation)
-        if train:
-            steps: list[Any] = [T.RandomResizedCrop(self.size, scale, ratio, interpolation=mode)]
-            steps += [T.RandomHorizontalFlip(hflip)] if hflip else []
-        else:
-            scaled = [math.floor(side / crop_pct) for side in self.size]
-            resize = scaled[0] if scaled[0] == scaled[1] else scaled
-            steps = [T.Resize(resize, interpolation=mode), T.CenterCrop(self.size)]
-        steps += [T.Grayscale()] if len(mean) == 1 else []
-        self._steps = T.Compose([*steps, T.ToTensor(), T.Normalize(self.mean, self.std)])
+        self._steps = self._training_steps() if train else self._evaluation_steps()
+
+    def _evaluation_steps(self) -> Any:
+        from timm.data import create_transform
+        from timm.data.transforms import ResizeKeepRatio
+        from torchvision import transforms as T
+
+        steps = create_transform(
+            self.size, interpolation=self._method, mean=self.mean, std=self.std, crop_pct=self.crop_pct, crop_mode=self.crop_mode
+        ).transforms  # fmt: skip
+        if self.crop_mode == "pad":
+            fill = tuple(round(255 * v) for v in self.mean)
+            steps = [
+                ResizeKeepRatio(self.size, interpolation=self._method, longest=1.0),
+                PadEnd(self.size, fill),
+                *steps[-2:],
+            ]
+        return T.Compose([*self._grey(), *steps])
+
+    def _training_steps(self) -> Any:
+        from timm.data.transforms import str_to_interp_mode
+        from torchvision import transforms as T
+
+        crop = T.RandomResizedCrop(self.size, self.scale, self.ratio, interpolation=str_to_interp_mode(self._method))
+        flip = [T.RandomHorizontalFlip(self.hflip)] if self.hflip else []
+        return T.Compose([*self._grey(), crop, *flip, T.ToTensor(), T.Normalize(self.mean, self.std)])
+
+    @property
+    def _method(self) -> str:
+        return "bilinear" if self.interpolation == "random" else self.interpolation
+
+    def _grey(self) -> list[Any]:
+        from torchvision.transforms import Grayscale
+
+        return [Grayscale()] if len(self.mean) == 1 else []
 
     @classmethod
     def of(cls, preprocessing: Mapping[str, Any], train: bool = False, **overrides: Any) -> Self:
-        """From a backbone's preprocessing: keys `mean`, `std`, `input_size` (C, H, W), `interpolation`, `crop_pct`.
+        """From a backbone's preprocessing: keys `mean`, `std`, `input_size` (C, H, W), `interpolation`, `crop_pct`, `crop_mode`.
 
-        `overrides` are keywords of the constructor and win.
+        timm's configurations fit as they are; a `test_input_size` beside `input_size` is left alone, as timm does unless it
+        is asked for: pass `size=` for it. `overrides` are keywords of the constructor and win.
         """
-        known = {k: preprocessing[k] for k in ("mean", "std", "interpolation", "crop_pct") if k in preprocessing}
+        keys = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
+        known = {k: preprocessing[k] for k in keys if k in preprocessing}
         if "input_size" in preprocessing:
             known["size"] = tuple(preprocessing["input_size"])[-2:]
         return cls(**{**known, "train": train, **overrides})
@@ -97,7 +127,18 @@ class ImageTransform:
             "std",
             "interpolation",
             "train",
-            "crop_pct",
-            *(("scale", "hflip") if self.train else ()),
+            *(("scale", "hflip") if self.train else ("crop_pct", "crop_mode")),
         )
         return f"ImageTransform({', '.join(f'{k}={getattr(self, k)!r}' for k in shown)})"
+
+
+class PadEnd:
+    """Fill a picture up to (H, W) at the right and below."""
+
+    def __init__(self, size: tuple[int, int], fill: tuple[int, ...]):
+        self.size, self.fill = size, fill
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        canvas = Image.new(image.mode, self.size[::-1], self.fill if len(self.fill) > 1 else self.fill[0])
+        canvas.paste(image, (0, 0))
+        return canvas

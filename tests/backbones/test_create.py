@@ -91,7 +91,7 @@ def test_partial_and_wrong_checkpoints_list_keys_and_load_nothing(tmp_path: Path
     write_safetensors(tmp_path / "partial.safetensors", partial)
     with pytest.raises(CheckpointError, match=r"(?s)1 missing: norm.weight.*1 unexpected: extra.weight"):
         vit(num_classes=5, checkpoint_path=tmp_path / "partial.safetensors")
-    from mmkit.backbones.create import load_backbone_state
+    from mmkit.backbones.state import load_backbone_state
 
     with pytest.raises(CheckpointError):
         load_backbone_state(target, partial, "x")

@@ -182,7 +182,9 @@ def test_transform_of_a_backbone_and_training_variation():
     assert ImageTransform(16, (0.5,), (0.5,))(image).shape == (1, 16, 16)
 
 
-@pytest.mark.parametrize("bad", [{"size": 0}, {"std": (0, 1, 1)}, {"interpolation": "cubic"}, {"crop_pct": 2}])
+@pytest.mark.parametrize(
+    "bad", [{"size": 0}, {"std": (0, 1, 1)}, {"interpolation": "cubic"}, {"crop_pct": 0}, {"crop_mode": "centre"}]
+)
 def test_bad_transforms(bad):
     with pytest.raises(InputError):
         ImageTransform(**bad)

@@ -100,7 +100,7 @@ def merge(
 ) -> None:
     """Fold an adapter into its backbone and save plain weights (config.json + model.safetensors)."""
     from mmkit.adapters import attached_adapters
-    from mmkit.backbones import backbone_info, save_backbone
+    from mmkit.backbones import save_backbone
     from mmkit.errors import InputError
 
     model = COMMANDS.get("finetune").load_finetuned(adapter, backbone=backbone)
@@ -109,7 +109,7 @@ def merge(
         raise InputError(f"{adapter} holds a whole model, there is nothing to merge.")
     for one in adapters.values():
         one.merge()
-    save_backbone(model, output, class_names=backbone_info(model).class_names)
+    save_backbone(model, output)
     print(f'Merged. Saved to {output}. Try it: mmkit predict IMAGE --model "{output}"')
 
 

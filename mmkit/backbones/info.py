@@ -114,10 +114,10 @@ def describe(model: nn.Module, name: str, overrides: dict[str, Any] | None = Non
         "heads": find_heads(model),
         "num_features": int(getattr(model, "num_features", 0) or 0),
     }
-    cfg = getattr(model, "pretrained_cfg", None)
-    if not isinstance(cfg, dict) and "mean" not in known:
+    cfg: Any = getattr(model, "pretrained_cfg", None) or {}
+    if not cfg and "mean" not in known:
         return BackboneInfo(**{**common, **known})
-    facts: dict[str, Any] = {k: _tuple(cfg[k]) for k in _PREPROCESSING if (cfg or {}).get(k) is not None}
+    facts: dict[str, Any] = {k: _tuple(cfg[k]) for k in _PREPROCESSING if cfg.get(k) is not None}
     grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
     facts["grid"] = tuple(grid) if grid else None
     facts["num_prefix_tokens"] = int(getattr(model, "num_prefix_tokens", 0))

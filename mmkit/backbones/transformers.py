@@ -31,7 +31,7 @@ _HEAD_FILE = "classifier.safetensors"
 class ImageClassifier(nn.Module):
     """A classification model of transformers that takes pictures and returns logits."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: Any):
         super().__init__()
         self.model = model
         self.num_classes: int = model.config.num_labels
@@ -75,7 +75,7 @@ class TransformersBuilder(Builder):
         prefix = _prefix(model)
         if prefix and all(k in model.state_dict() for k in state):
             return state
-        inner = model.get_submodule(prefix[:-1]) if prefix else model
+        inner: Any = model.get_submodule(prefix[:-1]) if prefix else model
         with _quiet():
             filled, report = type(inner).from_pretrained(
                 None,

@@ -135,12 +135,22 @@ def classify(
         raise InputError(str(error).replace(video, Path(video).name)) from error
     label = dict(zip(result.labels, result.scores, strict=True))
     rows = [[f"{s['start']:.1f} - {s['end']:.1f} s", s["label"], f"{s['score']:.0%}"] for s in result.segments()]
-    damage = f" {result.num_replaced} damaged frames were replaced by a neighbour." if result.num_replaced else ""
     status = (
         f"{result.num_frames} frames, {result.duration:.1f} s at {result.fps:.4g} fps, {len(rows)} "
-        f"window{'s' if len(rows) > 1 else ''}, played {direction.lower()}: {result.label} ({result.scores[0]:.0%}).{damage}"
-    )
+        f"window{'s' if len(rows) > 1 else ''}, played {direction.lower()}: {result.label} ({result.scores[0]:.0%}). {result.damage}"
+    ).rstrip()
     return label, film_strip(result.strip, result.strip_seconds), timeline(result), rows, status
+
+
+def make_playable(video: str | None) -> Any:
+    """A copy that the browser plays, where it does not play the uploaded file (AVI and the like)."""
+    from mmkit.video.encode import browser_copy
+
+    try:
+        copy = str(browser_copy(video, output_folder())) if video else video
+    except InputError:  # `classify` looks at the same file and says what is wrong
+        return gr.skip()
+    return gr.skip() if copy == video else copy
 
 
 @readable
@@ -242,6 +252,7 @@ def build() -> None:
         trigger_mode="always_last",
         show_progress="minimal",
     )
+    video.upload(make_playable, inputs=video, outputs=video, api_visibility="private", show_progress="minimal")
     draw.click(draw_clip, inputs=wanted, outputs=video, api_name="video_draw")
     gr.on(None, draw_clip, outputs=video, api_visibility="private")  # once, when the page opens
     run.click(compare, outputs=[forms, verdict], api_name="video_compare")

@@ -6,9 +6,8 @@ several views. What an item holds depends on (seed, epoch, index) only, not on t
 
 from __future__ import annotations
 
-import csv
 import json
-import logging
+import math
 import os
 import re
 import warnings
@@ -23,13 +22,17 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from mmkit.data.images import SUFFIXES
+from mmkit.data.labels import class_order, from_folders, near_twins, read_table, read_text, split_of
+from mmkit.data.listing import Folder, list_folder
 from mmkit.errors import InputError
 from mmkit.video.io import VIDEO_SUFFIXES, VideoDecodeError, VideoReader
 from mmkit.video.samplers import Sampler, UniformSampler
 from mmkit.video.transforms import ClipTransform
 
-logger = logging.getLogger("mmkit.video")
 _REPLACEMENTS = 10
+_MAX_CLASSES = 100_000
+_MAX_LINE = 5000
 
 
 @dataclass(frozen=True)
@@ -141,6 +144,7 @@ class VideoClassificationDataset(Dataset[Any]):
     ) -> VideoClassificationDataset:
         """From `(path, label)` or `(path, label, start, end)` rows; labels are integers or class names.
 
+        Labels that are all whole numbers, also as text, are class numbers, as in `from_list`.
         Files that do not exist are left out with one warning and listed in `.missing`; none at all is an error.
         """
         rows = list(rows)
@@ -151,9 +155,9 @@ class VideoClassificationDataset(Dataset[Any]):
         for row in rows:
             path, label = os.fspath(row[0]), row[1]
             if not isinstance(label, (int, np.integer)):
-                if label not in lookup:
-                    raise InputError(f"{path}: class {label!r} is not among the {len(names)} classes.")
-                label = lookup[label]
+                label = lookup.get(str(label), _number(label))
+                if label is None:
+                    raise InputError(f"{path}: class {row[1]!r} is not among the {len(names)} classes.")
             start, end = (row[2], row[3]) if len(row) == 4 else (None, None)
             (found if os.path.exists(path) else missing).append(VideoSample(path, int(label), start, end))
         if missing:
@@ -170,22 +174,34 @@ class VideoClassificationDataset(Dataset[Any]):
     def from_folder(
         cls, root: str | os.PathLike[str], split: str | None = None, **options: Any
     ) -> VideoClassificationDataset:
-        """From `root[/split]/<class>/<video>`; classes are the folder names, sorted."""
-        folder = Path(root).expanduser() / (split or "")
-        if not folder.is_dir():
+        """From `root/<class>/<video>` or `root/<split>/<class>/<video>`; a video is a file, or a folder of numbered frames.
+
+        The classes are those of all splits, in natural order, so that they are the same for each split.
+
+        Args:
+            root: the folder.
+            split: "train", "val" or "test" (or what the folder is called); needed where there are splits.
+
+        Raises:
+            InputError: no folder, no class folders with videos, no such split, or splits and none chosen.
+        """
+        folder = Path(os.path.expanduser(root))
+        if split is not None and not split_of(split):
+            folder, split = folder / split, None
+        if not os.path.isdir(folder):
             raise InputError(f"{folder} is not a folder.")
-        class_names = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-        rows = [
-            (path, label)
-            for label in class_names
-            for path in sorted((folder / label).rglob("*"))
-            if path.suffix.lower() in VIDEO_SUFFIXES
-        ]
-        if not rows:
-            raise InputError(
-                f"{folder} must hold one folder per class with videos in it ({', '.join(VIDEO_SUFFIXES)})."
-            )
-        return cls.from_samples(rows, class_names, **options)
+        top = list_folder(folder, VIDEO_SUFFIXES)
+        if not top.count():
+            top = _frame_folders(list_folder(folder, SUFFIXES))
+        rows, notes = from_folders(top, "videos")
+        names, splits = class_order(row[1] for row in rows), sorted({row[2] for row in rows} - {""})
+        if (split is None) != (not splits) or (split is not None and split_of(split) not in splits):
+            raise InputError(f"{folder} has the splits {splits}, but split={split!r} was asked for.")
+        notes += near_twins(names)
+        if notes:
+            warnings.warn(f"{folder}: {'; '.join(notes)}.", stacklevel=2)
+        wanted = [(path, label) for path, label, own in rows if own == split_of(split or "")]
+        return cls.from_samples(wanted, names, **options)
 
     @classmethod
     def from_list(
@@ -201,14 +217,13 @@ class VideoClassificationDataset(Dataset[Any]):
         """
         rows = []
         for number, line in _lines(file):
-            match = re.fullmatch(r"(.+?)(?:[,\s]+\d+)?[,\s]+(\d+)", line)
+            match = re.fullmatch(r"(.+?)(?:[,\s]+\d+)?[,\s]+(\d{1,9})", line[:_MAX_LINE])
             if not match:
-                raise InputError(f"{file}, line {number}: expected 'path label', found {line!r}.")
+                raise InputError(f"{file}, line {number}: expected 'path label', found {line[:200]!r}.")
             rows.append((Path(root) / match[1].strip(), int(match[2])))
         if not rows:
             raise InputError(f"{file} lists no videos.")
-        names = class_names if class_names is not None else [str(i) for i in range(max(r[1] for r in rows) + 1)]
-        return cls.from_samples(rows, names, **options)
+        return cls.from_samples(rows, class_names, **options)
 
     @classmethod
     def from_csv(
@@ -223,7 +238,7 @@ class VideoClassificationDataset(Dataset[Any]):
         rows = []
         for row in _table(file, {"path", "label"}):
             if split is None or row.get("split") == split:
-                start, end = (float(row[k]) if row.get(k) else None for k in ("start", "end"))
+                start, end = (_seconds(row.get(k, ""), file, k) for k in ("start", "end"))
                 rows.append((Path(root) / row["path"], row["label"], start, end))
         if not rows:
             raise InputError(f"{file} has no rows{f' with split={split!r}' if split else ''}.")
@@ -243,7 +258,8 @@ class VideoClassificationDataset(Dataset[Any]):
         """
         rows = []
         for row in _table(file, {"label", "youtube_id", "time_start", "time_end"}):
-            name = f"{row['youtube_id']}_{int(float(row['time_start'])):06d}_{int(float(row['time_end'])):06d}.mp4"
+            start, end = (int(_seconds(row[k], file, k) or 0) for k in ("time_start", "time_end"))
+            name = f"{row['youtube_id']}_{start:06d}_{end:06d}.mp4"
             nested = Path(root) / row["label"] / name
             rows.append((nested if nested.exists() else Path(root) / name, row["label"]))
         if not rows:
@@ -262,9 +278,14 @@ class VideoClassificationDataset(Dataset[Any]):
         table, items = _json(labels), _json(file)
         if not isinstance(table, dict) or not isinstance(items, list):
             raise InputError(f"{labels} must hold an object and {file} a list.")
-        class_names = [name for name, _ in sorted(table.items(), key=lambda kv: int(kv[1]))]
+        numbers = {name: _number(value) for name, value in table.items()}
+        if sorted(n for n in numbers.values() if n is not None) != list(range(len(table))):
+            raise InputError(f"{labels} must number its {len(table)} classes from 0.")
+        class_names = sorted(table, key=lambda name: numbers[name] or 0)
         rows = []
         for item in items:
+            if not isinstance(item, dict) or "id" not in item:
+                raise InputError(f"{file}: each video needs an id and a template, found {str(item)[:200]}.")
             template = str(item.get("template", "")).replace("[", "").replace("]", "")
             if template not in table:
                 raise InputError(
@@ -287,33 +308,60 @@ def check_videos(paths: Iterable[str | os.PathLike[str]], *, tolerance: float = 
 
 
 def _class_names(labels: list[Any]) -> list[str]:
-    if all(isinstance(v, (int, np.integer)) for v in labels):
-        return [str(i) for i in range(max(labels) + 1)] if labels else []
-    return sorted({str(v) for v in labels})
+    """Class names for labels given as numbers or names."""
+    numbers = [_number(label) for label in labels]
+    if any(number is None for number in numbers):
+        return class_order(str(label) for label in labels)
+    top = max((n for n in numbers if n is not None), default=-1)
+    if top >= _MAX_CLASSES:
+        raise InputError(
+            f"Labels that are numbers count the classes from 0 to at most {_MAX_CLASSES - 1}; found {top}."
+        )
+    return [str(i) for i in range(top + 1)]
 
 
-def _read_text(file: str | os.PathLike[str]) -> str:
-    try:
-        return Path(file).expanduser().read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file} cannot be read as a text file: {error}") from error
+def _number(label: Any) -> int | None:
+    """The class number that a label is, also as text."""
+    if isinstance(label, (int, np.integer)):
+        return int(label)
+    return int(label) if str(label).isdecimal() and len(str(label)) < 10 else None
+
+
+def _frame_folders(top: Folder) -> Folder:
+    """A listing of pictures as a listing of videos: each folder that holds pictures is one."""
+    for folder in top.walk():
+        folder.files = [inner.name for inner in folder.folders if inner.files]
+        folder.folders = [inner for inner in folder.folders if not inner.files]
+    return top
 
 
 def _lines(file: str | os.PathLike[str]) -> list[tuple[int, str]]:
-    text = _read_text(file).splitlines()
+    text = read_text(os.path.expanduser(file)).splitlines()
     return [(i, line.strip()) for i, line in enumerate(text, 1) if line.strip() and not line.startswith("#")]
 
 
 def _table(file: str | os.PathLike[str], needed: set[str]) -> list[dict[str, str]]:
-    reader = csv.DictReader(_read_text(file).splitlines())
-    absent = needed - set(reader.fieldnames or [])
+    """Rows by column; cells that are not there are empty."""
+    header, *rows = read_table(os.path.expanduser(file)) or [[]]
+    absent = needed - set(header)
     if absent:
-        raise InputError(f"{file} lacks the columns {sorted(absent)}; it has {reader.fieldnames}.")
-    return list(reader)
+        raise InputError(f"{file} lacks the columns {sorted(absent)}; it has {header[:20]}.")
+    return [dict(zip(header, [*row, *[""] * len(header)], strict=False)) for row in rows]
+
+
+def _seconds(text: str, file: Any, name: str) -> float | None:
+    """A time of a table, None when its cell is empty."""
+    try:
+        value = float(text) if text else None
+    except ValueError:
+        value = math.nan
+    if value is not None and not 0 <= value < 1e9:
+        raise InputError(f"{file}: {name} must be seconds, found {text!r}.")
+    return value
 
 
 def _json(file: str | os.PathLike[str]) -> Any:
     try:
-        return json.loads(_read_text(file))
-    except json.JSONDecodeError as error:
+        return json.loads(read_text(os.path.expanduser(file)))
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{file} is not valid JSON: {error}") from error

@@ -13,6 +13,11 @@ from torch import Tensor
 
 from mmkit.errors import InputError
 from mmkit.storage import atomic_write
+from mmkit.video.io import VideoReader
+
+_WEBM = (".webm", ".mp4")
+_PLAYED = {"h264": (".mp4", ".m4v", ".mov"), "vp8": (".webm",), "vp9": _WEBM, "av1": _WEBM, "libdav1d": _WEBM}
+"""Codec -> suffixes of the containers in which every browser plays it."""
 
 
 def write_video(
@@ -72,6 +77,23 @@ def write_video(
         except av.error.FFmpegError as error:
             raise InputError(f"{path} cannot be written with codec {codec!r}: {error}.") from error
     return path
+
+
+def browser_copy(path: str | os.PathLike[str], folder: str | os.PathLike[str], *, short_side: int = 480) -> Path:
+    """`path` itself when browsers play it, else a copy in `folder` that they do, frame by frame the same but smaller.
+
+    Browsers play H.264 in MP4, and VP8, VP9 and AV1 in WebM; not AVI, MPEG-4 part 2, or most of what old cameras write.
+
+    Raises:
+        VideoDecodeError: the file cannot be read.
+    """
+    path = Path(path)
+    with VideoReader(path, tolerance=1.0) as reader:
+        if path.suffix.lower() in _PLAYED.get(reader.codec, ()):
+            return path
+        size = min(short_side, reader.height, reader.width)
+        frames = (frame for _, frame in reader.stream(range(len(reader)), size=size))
+        return write_video(Path(folder) / f"{path.stem}.mp4", frames, fps=min(max(reader.fps, 1.0), 120.0))
 
 
 def _container_format(path: Path) -> str:

@@ -1,7 +1,7 @@
 """Reading and writing video files: any container people have, one sequential pass, bounded memory, clear errors.
 
 PyAV decodes. `torchcodec` can be asked for by name where it is installed; both return the same frames for an index.
-Public frame arrays are uint8 `(T, H, W, 3)`, RGB, upright (rotation metadata applied).
+Public frame arrays are uint8 `(T, H, W, 3)`, RGB, upright (the display matrix applied: turned and mirrored).
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import bisect
 import logging
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -19,13 +20,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmkit.data.images import SUFFIXES, load_image
+from mmkit.data.listing import PathList, list_folder
 from mmkit.errors import InputError
 from mmkit.ops.backends import choose_backend
 
 logger = logging.getLogger("mmkit.video")
 
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".flv", ".wmv", ".ogv", ".3gp")
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
 # Only real video containers in one local file: FFmpeg would also "play" text, pictures and play lists that name URLs.
 _FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,flv,asf,ogg,gif,h264,hevc,m4v,ivf,dv,mxf"
@@ -33,6 +35,8 @@ _OPEN_OPTIONS = {"format_whitelist": _FORMATS, "protocol_whitelist": "file"}
 _NO_TIMESTAMPS = {"avi", "h264", "hevc", "m4v", "mpegvideo", "dv"}  # presentation times there are FFmpeg's guesses
 MAX_PIXELS = 64_000_000
 """Largest frame that is decoded, in pixels."""
+MAX_BYTES = 8_000_000_000
+"""Largest clip that `read` returns."""
 _SEEK_GAIN = 60  # frames that a seek must at least skip: a seek costs about one group of pictures
 
 
@@ -50,7 +54,7 @@ class Clip:
         seconds: presentation time of each, `(T,)`, from the start of the video.
         num_frames, fps, duration: of the whole video (average rate; seconds).
         num_replaced: frames that could not be decoded and show their nearest decoded neighbour in time.
-        n_corrupt: data packets the decoder refused, plus shown frames it marked as damaged.
+        num_corrupt: data packets the decoder refused, plus frames it marked as damaged, up to now.
         path, backend: where they came from.
     """
 
@@ -61,7 +65,7 @@ class Clip:
     fps: float
     duration: float
     num_replaced: int = 0
-    n_corrupt: int = 0
+    num_corrupt: int = 0
     path: str = ""
     backend: str = "pyav"
 
@@ -109,7 +113,7 @@ class VideoReader:
     (whose headers have none) and for cut files. Use it as a context manager, in the process that opened it.
 
     Args:
-        path: a video file, or a folder of pictures (sorted by name; 25 fps unless `fps` says otherwise).
+        path: a video file, or a folder of pictures (in natural order; 25 fps unless `fps` says otherwise).
         backend: "auto" and "pyav" use PyAV, which recovers damaged files; "torchcodec" is used when asked for.
         tolerance: largest share of the wanted frames that may be replaced by their nearest decoded neighbour. 0 refuses
             any damage, also a single packet that does not decode; 1 takes whatever can be recovered.
@@ -134,35 +138,39 @@ class VideoReader:
             raise InputError(f"tolerance must lie in 0..1, not {tolerance}.")
         if not isinstance(path, (str, os.PathLike)):
             raise InputError(f"A video must be a path, not {type(path).__name__}.")
-        self.path = Path(path).expanduser()
+        self.path = Path(os.path.expanduser(path))
         self.tolerance = tolerance
-        self.n_corrupt = self.num_replaced = 0
+        self.num_replaced = 0
+        self._bad_packets, self._corrupt_shown = 0, set[int]()
         self._threads = threads or (1 if torch.utils.data.get_worker_info() else 0)
         self._container: Any = None
-        self._pictures: list[Path] = []
+        self._pictures: Sequence[Path] = ()
         self.backend = choose_backend("video.read", backend, torch.device("cpu"), {"cpu": ("pyav",)}, _PROBLEMS)
-        if not self.path.exists():
+        if not os.path.exists(self.path):
             raise VideoDecodeError(f"{self.path} does not exist.")
         if self.path.is_dir():
             self._open_folder(fps)
-        else:
+        elif self.path.is_file():
             self._open_file()
+        else:
+            raise VideoDecodeError(f"{self.path} is neither a file nor a folder.")
 
     # -- opening
 
     def _open_folder(self, fps: float) -> None:
-        from mmkit.data.images import load_image
-
-        self._pictures = sorted(p for p in self.path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+        top = list_folder(self.path, SUFFIXES)
+        self._pictures = PathList(os.path.join(top.path, name) for name in top.files)
         if not self._pictures:
-            raise VideoDecodeError(f"{self.path} is a folder without pictures ({', '.join(IMAGE_SUFFIXES)}).")
+            raise VideoDecodeError(f"{self.path} is a folder without pictures ({', '.join(SUFFIXES)}).")
         if not fps > 0:
             raise InputError(f"fps must be positive, not {fps}.")
         self.backend = "pictures"
-        self.width, self.height = load_image(self._pictures[0]).size
+        try:
+            self.width, self.height = load_image(self._pictures[0]).size
+        except InputError as error:
+            raise VideoDecodeError(str(error)) from error
         self.fps = float(fps)
         self.seconds = np.arange(len(self._pictures)) / self.fps
-        self.rotation = 0
         self.codec = "pictures"
 
     def _open_file(self) -> None:
@@ -203,9 +211,8 @@ class VideoReader:
         span = self.seconds[-1] - self.seconds[0] if len(self.seconds) > 1 else 0.0
         self.fps = float(rate) if rate else ((len(self.seconds) - 1) / span if span > 0 else 25.0)
         self.codec = context.name
-        self.rotation = self._first_rotation() % 360
         self.width, self.height = context.width, context.height
-        if self.rotation in (90, 270):
+        if self._first_placement().swapped:
             self.width, self.height = self.height, self.width
 
     def _scan(self) -> None:
@@ -222,7 +229,7 @@ class VideoReader:
                     if packet.is_keyframe and stamp is not None:
                         keys.append(stamp)
         except (av.error.FFmpegError, OSError) as error:
-            self.n_corrupt += 1
+            self._bad_packets += 1
             logger.info("%s: the file ends early (%s)", self.path, _reason(error))
         if not times:
             raise VideoDecodeError(f"{self.path} holds no video data that can be read (cut off or damaged).")
@@ -238,7 +245,7 @@ class VideoReader:
         self._first_stamp = min(known[0], 0) if known else 0
         self._keys = sorted(keys)
 
-    def _first_rotation(self) -> int:
+    def _first_placement(self) -> _Placement:
         import av
 
         try:
@@ -246,14 +253,14 @@ class VideoReader:
             for i, packet in enumerate(self._container.demux(self._stream)):
                 try:
                     for frame in packet.decode():
-                        return int(frame.rotation)
+                        return _Placement.of(frame)
                 except av.error.InvalidDataError:
                     continue
                 if i > 200:
                     break
         except (av.error.FFmpegError, OSError) as error:
             logger.info("%s: %s", self.path, _reason(error))
-        return 0
+        return _Placement()
 
     # -- facts
 
@@ -264,6 +271,11 @@ class VideoReader:
     def duration(self) -> float:
         """Length in seconds, the last frame's own display time included."""
         return float(self.seconds[-1] + 1 / self.fps)
+
+    @property
+    def num_corrupt(self) -> int:
+        """Packets the decoder refused so far, plus frames read that it marked as damaged."""
+        return self._bad_packets + len(self._corrupt_shown)
 
     def index_at(self, seconds: float) -> int:
         """The frame on screen at `seconds`: the last whose presentation time is not later (clamped to the video)."""
@@ -296,17 +308,21 @@ class VideoReader:
         """
         wanted = self._check(indices)
         height, width = self.frame_size(size)
+        if len(wanted) * height * width * 3 > MAX_BYTES:
+            raise InputError(
+                f"{self.path}: {len(wanted)} frames of {width}x{height} need more than {MAX_BYTES / 1e9:.0f} GB. "
+                "Read them smaller (size=) or one by one (stream)."
+            )
         frames = np.empty((len(wanted), height, width, 3), np.uint8)
         slots: dict[int, list[int]] = {}
         for slot, index in enumerate(wanted):
             slots.setdefault(int(index), []).append(slot)
-        replaced = corrupt = 0
+        replaced = 0
         for index, array, state in self._pass(sorted(slots), (height, width)):
             for slot in slots[index]:
                 frames[slot] = array
             replaced += state == "replaced"
-            corrupt += state == "corrupt"
-        self._judge(replaced, corrupt, len(slots))
+        self._judge(replaced, len(slots))
         return Clip(
             frames=frames,
             indices=wanted,
@@ -315,7 +331,7 @@ class VideoReader:
             fps=self.fps,
             duration=self.duration,
             num_replaced=replaced,
-            n_corrupt=self.n_corrupt + corrupt,
+            num_corrupt=self.num_corrupt,
             path=str(self.path),
             backend=self.backend,
         )
@@ -325,12 +341,11 @@ class VideoReader:
     ) -> Iterator[tuple[int, np.ndarray[Any, Any]]]:
         """Yield `(index, frame (H, W, 3))` for the distinct `indices` in rising order; holds one frame at a time."""
         wanted = sorted({int(i) for i in self._check(list(indices))})
-        replaced = corrupt = 0
+        replaced = 0
         for index, array, state in self._pass(wanted, self.frame_size(size)):
             replaced += state == "replaced"
-            corrupt += state == "corrupt"
             yield index, array
-        self._judge(replaced, corrupt, len(wanted))
+        self._judge(replaced, len(wanted))
 
     def frame_size(self, size: int | tuple[int, int] | None = None) -> tuple[int, int]:
         """(height, width) that `read` returns for `size`."""
@@ -353,19 +368,20 @@ class VideoReader:
             )
         return wanted.astype(np.int64)
 
-    def _judge(self, replaced: int, corrupt: int, wanted: int) -> None:
+    def _judge(self, replaced: int, wanted: int) -> None:
+        """Refuse damage beyond the tolerance, and never pass over the rest without a word."""
         self.num_replaced += replaced
-        damaged = replaced / wanted
-        if damaged > self.tolerance or (self.tolerance == 0 and (corrupt or self.n_corrupt)):
-            raise VideoDecodeError(
-                f"{self.path} is damaged: {replaced} of {wanted} wanted frames cannot be decoded and "
-                f"{self.n_corrupt + corrupt} packets are bad. Raise tolerance ({self.tolerance}), or repair it."
-            )
-        if replaced:
-            logger.warning("%s is damaged: %d of %d frames were replaced by a neighbour", self.path, replaced, wanted)
+        damage = (
+            f"{self.path} is damaged: {replaced} of {wanted} wanted frames cannot be decoded and {self.num_corrupt} packets or "
+            "frames are bad."
+        )
+        if replaced / wanted > self.tolerance or (self.tolerance == 0 and self.num_corrupt):
+            raise VideoDecodeError(f"{damage} Raise tolerance ({self.tolerance}), or repair it.")
+        if replaced or self.num_corrupt:
+            warnings.warn(f"{damage} Each shows its nearest decoded neighbour, or what is left of it.", stacklevel=3)
 
     def _pass(self, wanted: list[int], size: tuple[int, int]) -> Iterator[tuple[int, np.ndarray[Any, Any], str]]:
-        """Yield `(index, array, "ok" | "corrupt" | "replaced")` for sorted distinct indices in one forward pass."""
+        """Yield `(index, array, "ok" | "replaced")` for sorted distinct indices in one forward pass."""
         if self._pictures:
             yield from self._pass_pictures(wanted, size)
         elif self.backend == "torchcodec":
@@ -384,7 +400,9 @@ class VideoReader:
                 yield wanted[at], _to_rgb(near, size), "replaced"
                 at += 1
             if at < len(wanted) and places[at] == place:
-                yield wanted[at], _to_rgb(frame, size), "corrupt" if frame.is_corrupt else "ok"
+                if frame.is_corrupt:
+                    self._corrupt_shown.add(wanted[at])
+                yield wanted[at], _to_rgb(frame, size), "ok"
                 at += 1
             if at == len(wanted):
                 return
@@ -417,7 +435,7 @@ class VideoReader:
                 frames = packet.decode()
             except (av.error.FFmpegError, OSError) as error:
                 bad += 1
-                self.n_corrupt = max(self.n_corrupt, bad)
+                self._bad_packets = max(self._bad_packets, bad)
                 if bad > max(64, len(self)):  # a demuxer that fails for ever
                     break
                 logger.debug("%s: skipped a packet (%s)", self.path, _reason(error))
@@ -430,8 +448,6 @@ class VideoReader:
     def _pass_pictures(
         self, wanted: list[int], size: tuple[int, int]
     ) -> Iterator[tuple[int, np.ndarray[Any, Any], str]]:
-        from mmkit.data.images import load_image
-
         last: np.ndarray[Any, Any] | None = None
         for index in wanted:
             try:
@@ -506,12 +522,40 @@ def _is_cover_art(stream: Any) -> bool:
     return bool(stream.disposition & av.stream.Disposition.attached_pic)
 
 
+@dataclass(frozen=True)
+class _Placement:
+    """How a stored picture is turned to be looked at: rows and columns swapped first, then mirrored."""
+
+    swapped: bool = False
+    mirrored: bool = False  # left and right
+    flipped: bool = False  # top and bottom
+
+    @classmethod
+    def of(cls, frame: Any) -> _Placement:
+        """From the display matrix, whose first two rows hold where the stored x and y axes point (ISO 14496-12, 6.2.2)."""
+        from av.sidedata.sidedata import SideDataContainer
+
+        data = SideDataContainer(frame).get(
+            "DISPLAYMATRIX"
+        )  # `frame.side_data` keeps frame and decoder alive in a circle
+        if data is None:
+            return cls()
+        a, b, _, c, d, *_ = np.frombuffer(data, np.int32, 9).astype(np.int64)
+        if abs(b) + abs(c) > abs(a) + abs(d):
+            return cls(swapped=True, mirrored=bool(c < 0), flipped=bool(b < 0))
+        return cls(mirrored=bool(a < 0), flipped=bool(d < 0))
+
+    def apply(self, array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """A view of `(H, W, 3)` as it is looked at."""
+        array = array.transpose(1, 0, 2) if self.swapped else array
+        return array[:: -1 if self.flipped else 1, :: -1 if self.mirrored else 1]
+
+
 def _to_rgb(frame: Any, size: tuple[int, int]) -> np.ndarray[Any, Any]:
     """A decoded frame as upright RGB of `size` (height, width)."""
-    turns = round(frame.rotation / 90) % 4
-    height, width = (size[1], size[0]) if turns % 2 else size
-    array = frame.to_ndarray(format="rgb24", width=width, height=height, interpolation="AREA")
-    return np.rot90(array, turns) if turns else array
+    placement = _Placement.of(frame)
+    height, width = (size[1], size[0]) if placement.swapped else size
+    return placement.apply(frame.to_ndarray(format="rgb24", width=width, height=height, interpolation="AREA"))
 
 
 def _resize(frame: np.ndarray[Any, Any], size: tuple[int, int]) -> np.ndarray[Any, Any]:

@@ -49,6 +49,8 @@ def load_image(source: ImageLike, *, max_pixels: int = MAX_PIXELS) -> Image.Imag
         name, file = "the given bytes", io.BytesIO(source)
     elif isinstance(source, (str, os.PathLike)):
         name, file = str(source), os.path.expanduser(source)  # type: ignore[assignment]
+        if os.path.exists(file) and not os.path.isfile(file):
+            raise InputError(f"{name} is a folder or a device, not a picture.")  # a pipe would be waited for
     else:
         raise InputError(f"An image must be a path, bytes, PIL image or numpy array, not {type(source).__name__}.")
     try:

@@ -153,12 +153,16 @@ def _sentence(notes: Sequence[str]) -> str:
 def read_text(path: str | os.PathLike[str]) -> str:
     """A text file in UTF-8, or in UTF-16 with its mark; raises `InputError` when it cannot be read."""
     try:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise InputError(f"{path} is no file.")  # a pipe would be waited for
         if os.path.getsize(path) > MAX_TABLE_BYTES:
             raise InputError(f"{path} is larger than {MAX_TABLE_BYTES / 1e6:.0f} MB; split it.")
         content = Path(path).read_bytes()
         wide = content[:2] in (b"\xff\xfe", b"\xfe\xff")
         return content.decode("utf-16" if wide else "utf-8-sig")
-    except (UnicodeDecodeError, OSError) as error:
+    except (ValueError, OSError) as error:  # not text, or a name that no file can have
+        if isinstance(error, InputError):
+            raise
         raise InputError(f"{path} cannot be read as a UTF-8 text file: {error}") from error
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
 import pytest
+
+from mmkit.video import write_video
 
 pytestmark = pytest.mark.browser
 
@@ -42,6 +45,18 @@ def test_a_clip_is_drawn_classified_reversed_and_merged(launch, page, screenshot
     message = page.locator(".toast-body").filter(has_text="not a readable video").first
     expect(message).to_contain_text("bad.mp4 is not")
     expect(message).not_to_contain_text("/")
+
+
+def test_a_file_that_the_browser_cannot_play_is_shown_all_the_same(launch, page, tmp_path):
+    expect = pytest.importorskip("playwright.sync_api").expect
+    avi = write_video(tmp_path / "old camera.avi", np.full((30, 64, 96, 3), 99, np.uint8), codec="mpeg4", options={})
+    page.goto(f"{launch('video')}/video")
+    status = page.locator(STATUS).first
+    expect(status).to_have_value(re.compile("24 frames"))
+    page.locator("#video-clip button[aria-label='Clear']").first.click()
+    page.locator("#video-clip input[type=file]").set_input_files(avi)
+    expect(status).to_have_value(re.compile("30 frames"))
+    page.wait_for_function("document.querySelector('#video-clip video')?.currentSrc.endsWith('.mp4')")
 
 
 def test_a_phone_shows_the_whole_width(launch, page):

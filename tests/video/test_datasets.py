@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader
 
 from mmkit.errors import InputError
@@ -135,3 +136,107 @@ def test_broken_videos_are_replaced_once_each_or_raise(folder: Path) -> None:
         strict[bad]
     with pytest.raises(InputError):
         VideoClassificationDataset.from_folder(folder, "train", on_error="ignore")
+
+
+# --- as people keep them
+
+
+def empty_videos(root: Path, *names: str) -> Path:
+    """Files with the right names; nothing is decoded when a data set is made."""
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"x")
+    return root
+
+
+def test_numeric_labels_keep_their_number_from_every_source(tmp_path: Path) -> None:
+    rows = [(str(empty_videos(tmp_path, "v.mp4") / "v.mp4"), k) for k in range(12)]
+    (tmp_path / "l.csv").write_text("path,label\n" + "".join(f"{p},{k}\n" for p, k in rows))
+    (tmp_path / "k.csv").write_text(
+        "label,youtube_id,time_start,time_end\n" + "".join(f"{k},v,0,1\n" for k in range(12))
+    )
+    empty_videos(tmp_path, "v_000000_000001.mp4", *(f"set/{k}/v.mp4" for k in range(12)))
+    (tmp_path / "l.txt").write_text("".join(f"{p} {k}\n" for p, k in rows))
+    V = VideoClassificationDataset
+    for data in (
+        V.from_samples(rows),
+        V.from_samples([(p, str(k)) for p, k in rows]),
+        V.from_csv(tmp_path / "l.csv"),
+        V.from_list(tmp_path / "l.txt"),
+        V.from_kinetics_csv(tmp_path / "k.csv", tmp_path),
+        V.from_folder(tmp_path / "set"),
+    ):
+        assert [s.label for s in data.samples] == list(range(12))
+        assert data.class_names == [str(k) for k in range(12)]
+    (tmp_path / "l.csv").write_text(f"path,label\n{rows[0][0]},5\n{rows[0][0]},3\n")
+    assert [s.label for s in V.from_csv(tmp_path / "l.csv").samples] == [5, 3]
+
+
+def test_splits_of_a_folder_share_their_classes(tmp_path: Path) -> None:
+    root = empty_videos(
+        tmp_path, "training/run/1.mp4", "training/jump/1.mp4", "validation_set/run/1.mp4", "extra/x.mp4", "docs/a.txt"
+    )
+    with pytest.warns(UserWarning, match=r"'docs' holds no videos.*'extra' holds 1 videos in no split"):
+        val = VideoClassificationDataset.from_folder(root, "val")
+    assert (val.class_names, [s.label for s in val.samples]) == (["jump", "run"], [1])
+    with pytest.raises(InputError, match="has the splits"):
+        VideoClassificationDataset.from_folder(root)
+    with pytest.raises(InputError, match="split='test' was asked for"):
+        VideoClassificationDataset.from_folder(root, "test")
+
+
+def test_hidden_files_never_count_and_order_is_natural(tmp_path: Path) -> None:
+    root = empty_videos(tmp_path, "a/10.mp4", "a/9.mp4", "b/1.mp4", "a/._9.mp4", "a/@eaDir/9.mp4", ".trash/a/1.mp4")
+    data = VideoClassificationDataset.from_folder(root)
+    assert [Path(s.path).name for s in data.samples] == ["9.mp4", "10.mp4", "1.mp4"]
+
+
+def test_folders_of_frames_are_videos(tmp_path: Path) -> None:
+    for label in ("run", "jump"):
+        for clip in (10, 2):
+            for i in (1, 2, 10):
+                (tmp_path / label / f"clip{clip}").mkdir(parents=True, exist_ok=True)
+                Image.new("RGB", (40, 40), (i, clip, 0)).save(tmp_path / label / f"clip{clip}" / f"{i}.png")
+    data = VideoClassificationDataset.from_folder(tmp_path, **OPTIONS)
+    assert [(Path(s.path).name, s.label) for s in data.samples] == [
+        ("clip2", 0),
+        ("clip10", 0),
+        ("clip2", 1),
+        ("clip10", 1),
+    ]
+    assert data[0][0].shape == (4, 3, 32, 32)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["path,label,start\nv.mp4,a,soon\n", "path,label,end\nv.mp4,a,nan\n", "path,label\nv.mp4,999999999\n", "\0", ""],
+)
+def test_damaged_tables_are_input_errors(tmp_path: Path, text: str) -> None:
+    (tmp_path / "l.csv").write_text(text)
+    empty_videos(tmp_path, "v.mp4")
+    with pytest.raises(InputError):
+        VideoClassificationDataset.from_csv(tmp_path / "l.csv", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "labels,items",
+    [
+        ("{}", "{}"),
+        ('{"a": "x"}', "[]"),
+        ('{"a": "3"}', "[]"),
+        ('{"a": "0"}', "[1]"),
+        ('{"a": "0"}', '[{"id": 1}]'),
+        ("[" * 99999, ""),
+    ],
+)
+def test_damaged_annotations_are_input_errors(tmp_path: Path, labels: str, items: str) -> None:
+    (tmp_path / "labels.json").write_text(labels)
+    (tmp_path / "items.json").write_text(items)
+    with pytest.raises(InputError):
+        VideoClassificationDataset.from_ssv2_json(tmp_path / "items.json", tmp_path / "labels.json", tmp_path)
+
+
+def test_a_list_with_an_endless_line_is_refused_at_once(tmp_path: Path) -> None:
+    (tmp_path / "l.txt").write_text("a" + " " * 100_000 + "b\n")
+    with pytest.raises(InputError, match="expected 'path label'"):
+        VideoClassificationDataset.from_list(tmp_path / "l.txt")

@@ -14,9 +14,11 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+from PIL import Image
 
 from mmkit.errors import BackendUnavailableError, InputError
 from mmkit.video import UniformSampler, VideoDecodeError, VideoReader, backends, check_videos, read_frames, write_video
+from mmkit.video.encode import browser_copy
 
 FORMATS = [
     ("a.mp4", {}),
@@ -82,9 +84,33 @@ def test_rotation_metadata_is_applied(tmp_path: Path, turn: int) -> None:
 def _with_rotation(data: bytes, turn: int) -> bytes:
     """Put a display matrix into the track header of an MP4."""
     cos, sin = {90: (0, 1), 180: (-1, 0), 270: (0, -1)}[turn]
+    return _with_matrix(data, (cos, -sin, sin, cos))
+
+
+def _with_matrix(data: bytes, directions: tuple[int, int, int, int]) -> bytes:
+    """Where the stored x axis points on the screen, and the stored y axis."""
     at = data.index(b"tkhd") + 4 + 40
-    matrix = [cos << 16, -sin << 16, 0, sin << 16, cos << 16, 0, 0, 0, 1 << 30]
-    return data[:at] + b"".join(int(v).to_bytes(4, "big", signed=True) for v in matrix) + data[at + 36 :]
+    xx, xy, yx, yy = (v << 16 for v in directions)
+    values = [xx, xy, 0, yx, yy, 0, 0, 0, 1 << 30]
+    return data[:at] + b"".join(int(v).to_bytes(4, "big", signed=True) for v in values) + data[at + 36 :]
+
+
+@pytest.mark.parametrize(
+    "directions", [(a, 0, 0, d) for a in (1, -1) for d in (1, -1)] + [(0, b, c, 0) for b in (1, -1) for c in (1, -1)]
+)
+def test_display_matrices_turn_and_mirror(tmp_path: Path, directions: tuple[int, int, int, int]) -> None:
+    stored = np.zeros((4, 64, 96, 3), np.uint8)
+    stored[:, :32, :48], stored[:, :32, 48:], stored[:, 32:, :48] = 60, 120, 180
+    plain = write_video(tmp_path / "plain.mp4", stored)
+    path = tmp_path / "placed.mp4"
+    path.write_bytes(_with_matrix(plain.read_bytes(), directions))
+    shown = read_frames(path, [0]).frames[0]
+    xx, xy, yx, yy = directions
+    for y in (10, 53):
+        for x in (10, 85):  # the pixel as stored, around the centre, moved as the matrix says
+            u, v = xx * (x - 48) + yx * (y - 32), xy * (x - 48) + yy * (y - 32)
+            row, column = v + shown.shape[0] // 2, u + shown.shape[1] // 2
+            assert abs(int(shown[row, column, 0]) - int(stored[0, y, x, 0])) < 12
 
 
 # --- damaged files
@@ -120,7 +146,7 @@ def test_cut_and_damaged_files_are_recovered_or_refused(tmp_path: Path) -> None:
         assert clip.frames.shape == (16, 96, 160, 3)
         assert time.monotonic() - started < 5
     with VideoReader(middle) as reader:
-        assert reader.read(range(len(reader))).n_corrupt > 0
+        assert reader.read(range(len(reader))).num_corrupt > 0
     with VideoReader(middle, tolerance=0) as reader, pytest.raises(VideoDecodeError, match="damaged"):
         reader.read(range(len(reader)))
     with pytest.raises(VideoDecodeError, match=r"cut_end\.mp4"):
@@ -180,9 +206,65 @@ def test_real_files_including_the_corrupted_one(data_dir: Path) -> None:
         assert clip.frames.shape[0] == 8
         assert min(clip.frames.shape[1:3]) == 64
         assert clip.frames.std() > 5
-        assert (clip.n_corrupt > 0) == (path.stem == "corrupted")
+        assert (clip.num_corrupt > 0) == (path.stem == "corrupted")
     with pytest.raises(VideoDecodeError):
         read_frames(data_dir / "video_misc" / "corrupted.mp4", UniformSampler(8), tolerance=0)
+
+
+def test_a_damaged_stream_that_decodes_partly_says_so(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.mp4", _noisy(), options={"crf": "28", "g": "30"}, faststart=False)
+    data = bytearray(path.read_bytes())
+    rng = np.random.default_rng(1)
+    for at in rng.integers(len(data) // 3, 2 * len(data) // 3, 300):
+        data[at] ^= 0xFF
+    path.write_bytes(bytes(data))
+    for take in (VideoReader.read, lambda reader, wanted: list(reader.stream(wanted))):
+        with (
+            VideoReader(path) as reader,
+            pytest.warns(UserWarning, match=r"a\.mp4 is damaged.*packets or frames are bad"),
+        ):
+            take(reader, range(len(reader)))
+        assert reader.num_corrupt > 0
+
+
+def test_reading_the_same_damage_twice_counts_it_once(data_dir: Path) -> None:
+    with VideoReader(data_dir / "video_misc" / "corrupted.mp4") as reader, pytest.warns(UserWarning, match="damaged"):
+        assert reader.read(range(50)).num_corrupt == reader.read(range(50)).num_corrupt
+
+
+def test_frame_folders_are_in_natural_order_without_hidden_files(tmp_path: Path) -> None:
+    for i in (10, 9, 1, 2):
+        Image.new("RGB", (8, 6), (i, i, i)).save(tmp_path / f"frame{i}.png")
+    for hidden in ("._frame1.png", "@eaDir", ".thumbnails"):
+        (tmp_path / hidden).mkdir()
+    with VideoReader(tmp_path) as reader:
+        assert reader.read(range(4)).frames[:, 0, 0, 0].tolist() == [1, 2, 9, 10]
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.mp4")
+    with pytest.raises(VideoDecodeError, match="neither a file nor a folder"):
+        VideoReader(tmp_path / "pipe.mp4")
+    for name in ("a\0b.mp4", "x" * 5000, "~nobody-of-this-name/a.mp4"):
+        with pytest.raises(VideoDecodeError, match="does not exist"):
+            VideoReader(name)
+
+
+def test_a_clip_too_large_for_memory_is_refused(tmp_path: Path, clips: Any) -> None:
+    with VideoReader(clips.make(tmp_path / "a.mp4", 10)) as reader, pytest.raises(InputError, match="more than 8 GB"):
+        reader.read([0] * 200, size=(4000, 8000))
+
+
+@pytest.mark.parametrize(("name", "options"), FORMATS)
+def test_a_file_that_browsers_do_not_play_gets_a_copy_that_they_do(
+    tmp_path: Path, clips: Any, name: str, options: dict[str, Any]
+) -> None:
+    path = clips.make(tmp_path / name, 30, **options)
+    copy = browser_copy(path, tmp_path / "copies")
+    assert (copy == path) == (path.suffix in (".mp4", ".webm"))
+    with VideoReader(copy) as reader:
+        assert reader.codec in ("h264", "vp8")
+        assert clips.numbers(reader.read(range(30)).frames) == list(range(30))
 
 
 # --- odd input

@@ -118,6 +118,7 @@ class VideoClassificationPipeline(Pipeline):
                 num_frames=len(reader),
                 fps=reader.fps,
                 num_replaced=reader.num_replaced,
+                num_corrupt=reader.num_corrupt,
             )
 
     @torch.no_grad()

@@ -31,7 +31,7 @@ class VideoClassification(Result):
         windows: per window, in time order.
         class_names: all classes.
         strip: the frames the first window's clip is made of, uint8 `(T, H, W, 3)`, and `strip_seconds` their times.
-        path, duration, num_frames, fps, num_replaced: of the video.
+        path, duration, num_frames, fps, num_replaced, num_corrupt: of the video, see `Clip`.
     """
 
     labels: tuple[str, ...]
@@ -45,6 +45,17 @@ class VideoClassification(Result):
     num_frames: int
     fps: float
     num_replaced: int = 0
+    num_corrupt: int = 0
+
+    @property
+    def damage(self) -> str:
+        """What was damaged in the video, as a sentence; empty when nothing was."""
+        if not (self.num_replaced or self.num_corrupt):
+            return ""
+        return (
+            f"The video is damaged: {self.num_replaced} frames were replaced by a neighbour and {self.num_corrupt} packets or "
+            "frames are bad, so the answer may be wrong."
+        )
 
     @property
     def label(self) -> str:
@@ -63,7 +74,13 @@ class VideoClassification(Result):
         """`.json`: labels, scores and windows; `.png`: the picture `plot` draws."""
         top = [{"label": a, "score": b} for a, b in zip(self.labels, self.scores, strict=True)]
         facts = {"path": self.path, "duration": self.duration, "num_frames": self.num_frames, "fps": self.fps}
-        record = {**facts, "num_replaced": self.num_replaced, "top": top, "windows": self.segments()}
+        record = {
+            **facts,
+            "num_replaced": self.num_replaced,
+            "num_corrupt": self.num_corrupt,
+            "top": top,
+            "windows": self.segments(),
+        }
         return {".json": lambda: json_text(record), ".png": lambda: png(self.plot())}
 
     def plot(self) -> Image.Image:

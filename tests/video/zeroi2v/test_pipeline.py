@@ -96,3 +96,12 @@ def test_the_bundled_default_sees_motion_and_its_reverse(tmp_path: Path) -> None
     large, _ = drawn_motion(1, generator, size=96, num_frames=16, label=1)
     path = write_video(tmp_path / "right.mp4", (large[0] * 255).byte().permute(0, 2, 3, 1).contiguous(), fps=8)
     assert pipe(path).label == MOTIONS[1]
+
+
+def test_an_answer_from_a_damaged_video_says_so(data_dir):
+    with pytest.warns(UserWarning, match=r"corrupted\.mp4 is damaged"):
+        result = mmkit.pipeline("video-classification")(data_dir / "video_misc" / "corrupted.mp4")
+    assert result.num_corrupt > 0
+    assert "damaged" in result.damage
+    sound = mmkit.pipeline("video-classification")(data_dir / "video_misc" / "demo.mp4")
+    assert (sound.num_corrupt, sound.damage) == (0, "")

@@ -27,6 +27,7 @@ from torch.utils.data import IterableDataset, TensorDataset
 
 import mmkit
 from mmkit.backbones import backbone_info, create_backbone
+from mmkit.data.drawn.motion import moving_squares
 from mmkit.training import FitConfig, fit
 from mmkit.video import (
     ClipTransform,
@@ -62,21 +63,6 @@ def stronger(model: VideoClassifier) -> VideoClassifier:
 
 
 # --- (a) motion
-
-
-def moving_squares(n: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Clips `(n, 8, 3, 32, 32)` of a bright square that moves to the right (1) or to the left (0) by 3 px a frame."""
-    label = torch.randint(2, (n,), generator=generator)
-    y = torch.randint(0, 26, (n,), generator=generator)
-    start = torch.randint(0, 6, (n,), generator=generator)
-    t = torch.arange(8)
-    x = torch.where(label[:, None] == 1, start[:, None] + 3 * t, start[:, None] + 3 * (7 - t))  # (n, 8)
-    axis = torch.arange(32)
-    columns = (axis >= x[..., None]) & (axis < x[..., None] + 6)
-    rows = (axis >= y[:, None]) & (axis < y[:, None] + 6)
-    square = (rows[:, None, :, None] & columns[:, :, None, :]).float()
-    clips = square.unsqueeze(2).expand(-1, -1, 3, -1, -1) + 0.02 * torch.randn(n, 8, 3, 32, 32, generator=generator)
-    return clips, label
 
 
 class Squares(IterableDataset[tuple[torch.Tensor, int]]):

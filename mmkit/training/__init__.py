@@ -8,10 +8,6 @@ if TYPE_CHECKING:
     from mmkit.storage.runs import load_trained as load_trained
     from mmkit.training.config import FitConfig as FitConfig, FitResult as FitResult, StepInfo as StepInfo
     from mmkit.training.loop import fit as fit
-    from mmkit.training.metrics import (
-        accuracy as accuracy,
-        confusion_matrix as confusion_matrix,
-        predict_logits as predict_logits,
-    )
+    from mmkit.training.metrics import accuracy as accuracy
 
 __getattr__, __dir__, __all__ = door(__name__)

@@ -162,19 +162,3 @@ def metrics_from_sums(sums: Tensor) -> dict[str, float]:
     """`{"accuracy", "loss"}` from the result of `accuracy_sums`."""
     correct, loss, count = sums.tolist()
     return {"accuracy": correct / max(count, 1), "loss": loss / max(count, 1)}
-
-
-@torch.no_grad()
-def predict_logits(model: nn.Module, images: Iterable[Tensor], device: torch.device | str = "cpu") -> Tensor:
-    """Logits `(N, K)` on the CPU for an iterable of image batches `(B, C, H, W)`, in eval mode (restored after)."""
-    training = model.training
-    model.eval()
-    try:
-        return torch.cat([logits_of(model(batch.to(device))).float().cpu() for batch in images])
-    finally:
-        model.train(training)
-
-
-def confusion_matrix(predictions: Tensor, targets: Tensor, num_classes: int) -> Tensor:
-    """Counts `(num_classes, num_classes)`, row = target, column = prediction, from integer tensors `(N,)`."""
-    return torch.bincount(targets * num_classes + predictions, minlength=num_classes**2).view(num_classes, num_classes)

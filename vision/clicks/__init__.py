@@ -9,6 +9,14 @@ from typing import TYPE_CHECKING
 from mmkit.lazy import door
 
 if TYPE_CHECKING:
+    from mmkit.vision.clicks.datasets import (
+        BACKGROUND as BACKGROUND,
+        OBJECT as OBJECT,
+        UNKNOWN as UNKNOWN,
+        Bank as Bank,
+        SceneSampler as SceneSampler,
+        build_bank as build_bank,
+    )
     from mmkit.vision.clicks.engines import (
         CallableEngine as CallableEngine,
         Engine as Engine,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -61,11 +61,11 @@ def parameter_groups(
     return groups, [names[id(p)] for group in groups for p in group["params"]]
 
 
-def describe_groups(groups: list[dict[str, Any]], names: list[str]) -> list[dict[str, Any]]:
-    """What the groups are, for comparing two runs: settings, number of tensors and a digest of their names."""
-    described, left = [], iter(names)
+def describe_groups(groups: list[dict[str, Any]], names: Mapping[int, str]) -> list[dict[str, Any]]:
+    """What the groups are, for comparing two runs: settings, number of tensors and a digest of their `names` (by `id`)."""
+    described = []
     for group in groups:
-        own = [next(left) for _ in group["params"]]
+        own = [names[id(p)] for p in group["params"]]
         settings = {k: v for k, v in group.items() if k != "params"}
         digest = hashlib.sha256("\n".join(own).encode()).hexdigest()[:12]
         described.append({**settings, "tensors": len(own), "names": digest})

@@ -100,7 +100,7 @@ def _data(data: Any, files: FileDigests, skip: Sequence[Any]) -> tuple[dict[str,
         rows = [rows[i] for i in data.indices] if rows else []
         chosen = digest(rows or [facts.get("content"), list(data.indices)], files)
         return facts | {"examples": len(data.indices), "content": chosen}, rows
-    attributes = {k: v for k, v in vars(data).items() if not k.startswith("_") and k not in PASSING}
+    attributes = {k: v for k, v in getattr(data, "__dict__", {}).items() if not k.startswith("_") and k not in PASSING}
     names = next((attributes[k] for k in _CLASSES if k in attributes), None)
     rows, covered = _rows(data, attributes, names, files, skip)
     facts: dict[str, Any] = {}

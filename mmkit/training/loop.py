@@ -3,40 +3,35 @@
 from __future__ import annotations
 
 import contextlib
-import copy
-import dataclasses
-import hashlib
-import json
 import math
 import os
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mmkit.errors import CheckpointError, InputError, MMKitError, RunDiffersError, TrainingError, nearest
+from mmkit.errors import InputError, TrainingError
 from mmkit.storage import folder_lock, runs as ckpt, write_json
 from mmkit.storage.files import absolute
 from mmkit.training.config import FitConfig, FitResult, StepInfo
-from mmkit.training.digest import FileDigests
 from mmkit.training.ema import MovingAverage
 from mmkit.training.evaluation import Evaluator, MetricsFn
 from mmkit.training.failures import explaining
 from mmkit.training.groups import ParameterGroups, describe_groups, parameter_groups
-from mmkit.training.identity import differences, read_details, run_identity, write_details
 from mmkit.training.loading import Batches, Collate, Stream, describe_examples, is_map_style, train_batches
 from mmkit.training.logs import RunLog
 from mmkit.training.metrics import CrossEntropyLoss, TargetError
+from mmkit.training.progress import Progress
 from mmkit.training.randomness import kept_rng, mix_seed, seed_everything
+from mmkit.training.resume import Identity, RunState
 from mmkit.training.sampling import StepKeys, StepSampler
 from mmkit.training.setup import (
     RunningStatistics,
+    StopSignals,
     Trainee,
     check_arguments,
     check_loss,
@@ -139,35 +134,6 @@ class _Cancelled(Exception):
     """should_stop said yes in the middle of an evaluation."""
 
 
-@dataclass
-class _Progress:
-    """Everything that changes from step to step besides tensors; saved as JSON."""
-
-    step: int = 0
-    evaluated: int = 0
-    stopped: str = ""
-    bad_evaluations: int = 0
-    best_value: float | None = None
-    best_metrics: dict[str, float] = field(default_factory=dict)
-    metrics: dict[str, float] = field(default_factory=dict)
-    history: list[dict[str, float]] = field(default_factory=list)
-    seconds: float = 0.0
-
-    @classmethod
-    def read(cls, values: Any) -> _Progress:
-        """From JSON; raises `CheckpointError` when names or types are not those of the fields."""
-        kinds = {
-            f.name: type(f.default) if f.default is not dataclasses.MISSING else f.default_factory
-            for f in dataclasses.fields(cls)
-        }
-        if not isinstance(values, dict) or values.keys() != kinds.keys():
-            raise CheckpointError("its progress has other fields.")
-        wrong = [k for k, v in values.items() if k != "best_value" and not isinstance(v, kinds[k])]
-        if wrong:
-            raise CheckpointError(f"its progress has unusable values in {', '.join(wrong)}.")
-        return cls(**values)
-
-
 class _Run:
     """One call of `fit`."""
 
@@ -195,21 +161,17 @@ class _Run:
         self.folder = None if output_dir is None else absolute(output_dir)
         self.functions = {"loss_fn": loss_fn, "metrics_fn": metrics_fn, "collate_fn": collate_fn}
         self.data, self.given_identity = train, identity
-        self.signalled = 0
         self.batch: Any = None
-        self.state = _Progress()
-        self.losses: list[float] = []
-        self.best: dict[str, Tensor] = {}
-        self.ema: MovingAverage | None = None
+        self.state = Progress()
 
     # -------------------------------------------------------------------------------------------------- preparation
 
     def run(self) -> FitResult:
-        with kept_rng(), kept_modes(self.model, self.adapter), self._signals():
+        with kept_rng(), kept_modes(self.model, self.adapter), StopSignals() as self.signals:
             self._plan()
             with folder_lock(self.folder) if self.folder and self.rank == 0 else contextlib.nullcontext():
                 self._prepare()
-                self._restore()
+                self.saved.restore()
                 started = time.perf_counter() - self.state.seconds
                 self._clock = lambda: time.perf_counter() - started
                 log = self._open_log()
@@ -245,15 +207,15 @@ class _Run:
     def _prepare(self) -> None:
         config = self.config
         trainee = Trainee(self.model, self.adapter)
-        groups, self.names = parameter_groups(
+        groups, names = parameter_groups(
             trainee, self.model, self.adapter, config.weight_decay, self.given_groups, config.lr
         )
         self.trainable = sum(p.numel() for g in groups for p in g["params"])
-        described = describe_groups(groups, self.names)
         optimizer = make_optimizer(config, groups)
         self.scheduler = make_scheduler(config, optimizer, self.total, self.sampler.steps_per_epoch)
-        if self.folder is not None or config.resume not in (False, True, "auto"):
-            self._identify(trainee, described)
+        identity = (
+            self._identity(trainee, groups) if self.folder or config.resume not in (False, True, "auto") else None
+        )
         seed_everything(mix_seed(config.seed, self.rank))
         trainee.train()
         freeze_running_statistics(trainee)
@@ -262,8 +224,19 @@ class _Run:
         self.inner = self.accelerator.unwrap_model(self.trainee)
         self.parameters = list(self.trainee.parameters())
         self.statistics = RunningStatistics(self.inner)
-        if config.ema_decay is not None:
-            self.ema = MovingAverage(self.inner, config.ema_decay)
+        self.ema = None if config.ema_decay is None else MovingAverage(self.inner, config.ema_decay)
+        self.saved = RunState(
+            config,
+            self.accelerator,
+            identity,
+            self.state,
+            self.inner,
+            names,
+            self.optimizer.optimizer,
+            self.scheduler,
+            self.ema,
+            self.total,
+        )
         self.evaluator = self.val is not None and Evaluator(
             self.accelerator,
             self.trainee,
@@ -275,43 +248,18 @@ class _Run:
             check=self._check_cancelled,
         )
 
-    def _identify(self, trainee: nn.Module, groups: Any) -> None:
-        """Everything that decides the result, to be compared with the run in the folder."""
-        self.details, self.files = read_details(self.folder) if self.folder is not None else ({}, FileDigests())
-        shapes = sorted((k, tuple(p.shape)) for k, p in trainee.named_parameters() if p.requires_grad)
-        settings = {
-            **self.config.identity(),
-            "processes": self.world,
-            "trained tensors": hashlib.sha256(repr(shapes).encode()).hexdigest()[:32],
-            "parameter groups": groups,
-        }
-        self.identity, self.rows = run_identity(
-            self.data, self.val, self.functions, settings, self.given_identity, trainee, self.adapter, self.files
+    def _identity(self, trainee: nn.Module, groups: list[dict[str, Any]]) -> Identity:
+        names = {id(p): k for k, p in trainee.named_parameters()}
+        described = describe_groups(groups, names)
+        settings = {**self.config.identity(), "processes": self.world, "parameter groups": described}
+        return Identity(
+            self.folder, self.data, self.val, self.functions, self.given_identity, trainee, self.adapter, settings
         )
 
     def _open_log(self) -> RunLog | None:
         if self.folder is None or not self.accelerator.is_main_process:
             return None
         return RunLog(self.folder, self.state.step, self.config.tensorboard)
-
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Ctrl-C and SIGTERM end the run after the current step; a second Ctrl-C ends it at once."""
-
-        def handle(number: int, frame: Any) -> None:
-            if self.signalled and number == signal.SIGINT:
-                raise KeyboardInterrupt
-            self.signalled = number
-
-        if threading.current_thread() is not threading.main_thread():
-            yield  # signals go to the main thread; a studio cancels through should_stop
-            return
-        before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, old in before.items():
-                signal.signal(number, old)
 
     # --------------------------------------------------------------------------------------------------------- steps
 
@@ -350,7 +298,7 @@ class _Run:
         loss, extras, stop = self._step(batches)
         self.batch = None
         state.step += 1
-        self.losses.append(loss)
+        self.state.losses.append(loss)
         epoch = (state.step - 1) // self.sampler.steps_per_epoch + 1
         lr = current_lr(self.optimizer)
         self.scheduler.step_update(state.step)
@@ -437,7 +385,7 @@ class _Run:
 
     def _agree(self, loss: Tensor, extras: dict[str, float]) -> tuple[float, dict[str, float], str]:
         """The mean loss, the mean extras and why to stop: the same in all processes."""
-        flags: list[float] = [bool(self.signalled), bool(self.should_stop()), self._out_of_time()]
+        flags: list[float] = [bool(self.signals.number), bool(self.should_stop()), self._out_of_time()]
         if self.world == 1:
             mean, means = float(loss), [extras[k] for k in sorted(extras)]
         else:
@@ -461,10 +409,7 @@ class _Run:
         files = describe_examples(self.train, bad or chosen)
         shown = ", ".join(files[:8]) + (f" and {len(files) - 8} more" if len(files) > 8 else "")
         cause = f"These examples hold NaN or infinite values: {shown}." if bad else f"The step's examples: {shown}."
-        saved = None
-        if self.folder is not None:
-            self._save(f"failed_at_{step + 1:08d}")
-            saved = self.folder / "checkpoints" / f"failed_at_{step + 1:08d}"
+        saved = self._save(f"failed_at_{step + 1:08d}")
         hint = "" if bad else " Try a lower lr, a smaller clip_grad, or mixed_precision='no'."
         where = f" The state before this step is in {saved}." if saved else ""
         raise TrainingError(
@@ -476,7 +421,7 @@ class _Run:
     def _evaluate(self, log: RunLog | None) -> None:
         state, per_epoch = self.state, self.sampler.steps_per_epoch
         first = (state.step - 1) // per_epoch * per_epoch
-        recent = self.losses[first:]
+        recent = self.state.losses[first:]
         row: dict[str, float] = {
             "step": state.step,
             "epoch": state.step / per_epoch,
@@ -486,7 +431,8 @@ class _Run:
         if self.evaluator:
             with self.ema.applied() if self.ema is not None else contextlib.nullcontext():
                 state.metrics = self.evaluator(state.step)
-                self._judge()
+                if state.judge(self.config.monitor) and self.config.restore_best:
+                    state.best = ckpt.module_tensors(self.inner)
             row.update({f"val_{k}" if k in row else k: v for k, v in state.metrics.items()})
         state.evaluated = state.step
         state.history.append(row)
@@ -497,123 +443,21 @@ class _Run:
         if self.world == 1 and self.should_stop():
             raise _Cancelled
 
-    def _judge(self) -> None:
-        """Compare with the best evaluation so far and keep the weights if they are better."""
-        state, name = self.state, self.config.monitor.lstrip("-")
-        if name not in state.metrics:
-            raise InputError(f"monitor={self.config.monitor!r} is not a metric. {nearest(name, state.metrics)}")
-        value = -state.metrics[name] if self.config.monitor.startswith("-") else state.metrics[name]
-        if not math.isnan(value) and (state.best_value is None or value > state.best_value):
-            state.best_value, state.best_metrics, state.bad_evaluations = value, dict(state.metrics), 0
-            if self.config.restore_best:
-                self.best = ckpt.module_tensors(self.inner)
-        else:
-            state.bad_evaluations += 1
-
     # --------------------------------------------------------------------------------------------- saving, finishing
 
-    def _save(self, name: str) -> None:
-        if self.folder is None:
-            return
-        root = self.folder / "checkpoints"
-        tensors, rest = ckpt.optimizer_tensors(self.names, self.optimizer.optimizer)
-        files = {"weights": ckpt.module_tensors(self.inner), "optimizer": tensors}
-        files["losses"] = {"losses": torch.tensor(self.losses, dtype=torch.float64)}
-        if self.best:
-            files["best"] = self.best
-        if self.ema:
-            files["ema"] = self.ema.tensors()
+    def _save(self, name: str) -> Path | None:
         self.state.seconds = self._clock()
-        scaler = self.accelerator.scaler
-        state = {
-            "run": self.identity,
-            "progress": dataclasses.asdict(self.state),
-            "optimizer": rest,
-            "scaler": scaler.state_dict() if scaler is not None else {},
-        }
-        writer = ckpt.CheckpointWriter(root / name, self.rank, self.accelerator.wait_for_everyone)
-        writer.write(files, ckpt.rng_state(), state)
-        if self.accelerator.is_main_process:
-            ckpt.prune_checkpoints(root, self.config.keep_checkpoints)
-
-    def _restore(self) -> None:
-        """Load the newest usable checkpoint when `resume` and the folder say so."""
-        resume, root = self.config.resume, self.folder and self.folder / "checkpoints"
-        named = resume not in ("auto", True, False)
-        source = absolute(resume) if named else self.folder  # type: ignore[arg-type]
-        if root is not None and self.rank == 0:
-            ckpt.clean_checkpoints(root)
-        found = source is not None and resume is not False and self._load_newest(source)
-        if named and not found:
-            raise CheckpointError(f"resume: {source} holds no readable training checkpoint.")
-        if self.folder is not None and root is not None and self.rank == 0:
-            if named or not found:
-                ckpt.remove_checkpoints(root, after=self.state.step if found else -1)
-            write_details(self.folder, self.rows, self.files)
-        self.accelerator.wait_for_everyone()
-        if found:
-            ckpt.set_rng_state(self.restored_rng)
-
-    def _load_newest(self, source: Path) -> bool:
-        """Whether a checkpoint at `source` could be loaded; a damaged one gives way to the one before it."""
-        paths, optimizer = ckpt.checkpoints_of(source), self.optimizer.optimizer
-        if paths:
-            start = ckpt.module_tensors(self.inner), copy.deepcopy(optimizer.state_dict())
-        for path in paths:
-            try:
-                saved, tensors = ckpt.read_checkpoint(path)
-                longer = self._compare(path, saved)
-                self._load(path, saved, tensors)
-            except RunDiffersError:
-                raise
-            except (MMKitError, KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
-                ckpt.passed_over(error if isinstance(error, MMKitError) else CheckpointError(f"{path}: {error!r}"))
-                self.state = _Progress()
-                continue
-            if longer:
-                self.state.stopped = ""
-            return True
-        if paths:
-            ckpt.load_module_tensors(self.inner, start[0], "the start")
-            optimizer.load_state_dict(start[1])
-        return False
-
-    def _compare(self, path: Path, saved: dict[str, Any]) -> bool:
-        """Raise `RunDiffersError` unless the checkpoint is of this run; returns whether the finished run is given more steps."""
-        progress = _Progress.read(saved["progress"])
-        rows = self.details if path.parent.parent == self.folder else read_details(path.parent.parent)[0]
-        changes = differences(saved["run"], json.loads(json.dumps(self.identity)), rows, self.rows)
-        lengths = changes.keys() & {"epochs", "max_steps"}
-        if lengths == changes.keys() and progress.stopped == "finished" and self.total > progress.step:
-            return bool(changes)
-        for key in lengths:
-            changes[key] += " (only a finished run can be given more)"
-        if changes:
-            raise RunDiffersError(path.parent.parent, changes)
-        return False
-
-    def _load(self, path: Path, saved: dict[str, Any], tensors: dict[str, dict[str, Tensor]]) -> None:
-        self.state = _Progress.read(saved["progress"])
-        self.losses = tensors["losses"]["losses"].tolist()
-        self.best = tensors.get("best", {})
-        self.restored_rng = tensors[f"rng_{self.rank}"]
-        ckpt.load_module_tensors(self.inner, tensors["weights"], str(path))
-        ckpt.load_optimizer_tensors(self.names, self.optimizer.optimizer, tensors["optimizer"], saved["optimizer"])
-        if self.accelerator.scaler is not None and saved["scaler"]:
-            self.accelerator.scaler.load_state_dict(saved["scaler"])
-        if self.ema:
-            self.ema.load(tensors["ema"])
-        self.scheduler.step_update(self.state.step)
+        return self.saved.save(name)
 
     def _finish(self) -> FitResult:
         state = self.state
-        if self.best and self.config.restore_best:
-            ckpt.load_module_tensors(self.inner, self.best, "the best weights")
+        if state.best and self.config.restore_best:
+            ckpt.load_module_tensors(self.inner, state.best, "the best weights")
         elif self.ema:
             self.ema.apply()
         result = FitResult(
             history=state.history,
-            losses=self.losses,
+            losses=state.losses,
             metrics=state.metrics,
             best_metrics=state.best_metrics,
             steps=state.step,
@@ -621,7 +465,7 @@ class _Run:
             output_dir=self.folder,
             seconds=self._clock(),
             trainable_parameters=self.trainable,
-            signal=self.signalled,
+            signal=self.signals.number,
         )
         if self.folder is not None and self.accelerator.is_main_process:
             summary = {
@@ -630,7 +474,7 @@ class _Run:
                 "last": result.metrics,
                 **{k: getattr(result, k) for k in ("steps", "stopped", "seconds", "trainable_parameters")},
                 "torch": torch.__version__,
-                "run": self.identity,
+                "run": self.saved.identity and self.saved.identity.facts,
             }
             write_json(self.folder / "metrics.json", summary)
         self.accelerator.wait_for_everyone()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import signal
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -136,6 +138,32 @@ def freeze_running_statistics(module: nn.Module) -> None:
             own = list(child.parameters(recurse=False))
             if not any(p.requires_grad for p in own):
                 child.eval()
+
+
+class StopSignals(contextlib.AbstractContextManager["StopSignals"]):
+    """Notes Ctrl-C and SIGTERM, so that a run can end after its current step; a second Ctrl-C ends it at once.
+
+    Signals go to the main thread: in any other one nothing is done (a studio cancels through `should_stop`).
+    `number`: the signal that came, or 0.
+    """
+
+    def __init__(self) -> None:
+        self.number = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, old in self._before.items():
+            signal.signal(number, old)
+
+    def _note(self, number: int, frame: Any) -> None:
+        if self.number and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.number = number
 
 
 @contextlib.contextmanager

@@ -46,7 +46,7 @@ def test_a_groups_rate_is_a_share_of_the_schedules_and_its_decay_is_its_own():
     assert [(g["lr_scale"], g["weight_decay"]) for g in groups] == [(0.1, 0.1), (0.1, 0.0), (2.0, 0.3)]
     assert groups[2]["betas"] == (0.8, 0.9)
     assert [p.requires_grad for p in model.parameters()] == [True, True, False, False, True, True]
-    json.dumps(describe_groups(groups, names))
+    json.dumps(describe_groups(groups, {id(p): k for k, p in model.named_parameters()}))
 
 
 def test_groups_equal_plain_torch():

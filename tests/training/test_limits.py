@@ -145,3 +145,39 @@ def test_settings_from_numpy_can_be_written_as_json():
     assert [type(v) for v in (config.epochs, config.lr, config.batch_size)] == [int, float, int]
     assert "max_seconds" not in config.identity()
     assert {"mixup", "cutmix", "mixup_prob", "steps_per_epoch", "ema_decay"} <= config.identity().keys()
+
+
+def test_an_epoch_that_a_run_left_behind_in_its_data_does_not_make_it_another_run(tmp_path):
+    class Told(list):
+        def set_epoch(self, number):
+            self.stage = number
+
+    class Holder:
+        def __init__(self, data):
+            self.source = data
+
+        def __len__(self):
+            return len(self.source)
+
+        def __getitem__(self, index):
+            return self.source[index]
+
+        def set_epoch(self, number):
+            self.stage = number
+
+    data, config, count = Holder(Told(points())), FitConfig(epochs=2, batch_size=16, **QUIET), iter(range(100))
+    fit(network(), data, config=config, output_dir=tmp_path, should_stop=lambda: next(count) >= 8)
+    assert data.stage == data.source.stage == 1
+    assert fit(network(), data, config=config, output_dir=tmp_path).stopped == "finished"
+
+
+def test_data_without_attributes_can_be_continued(tmp_path):
+    def endless():
+        while True:
+            yield from points()
+
+    for name, data in (("range", range(64)), ("generator", endless())):
+        config = FitConfig(max_steps=6, batch_size=8, **QUIET)
+        loss_fn = (lambda model, batch: model(torch.ones(len(batch), 6)).sum()) if name == "range" else None
+        result = fit(network(), data, loss_fn=loss_fn, config=config, output_dir=tmp_path / name)
+        assert result.stopped == "finished"

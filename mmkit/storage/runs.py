@@ -5,8 +5,9 @@ A checkpoint is `checkpoints/step_00000120/` with
 - `weights.safetensors`: the trainable parameters and all buffers (frozen weights are not repeated),
 - `optimizer.safetensors`: the optimiser's tensors as `<parameter>/<key>`,
 - `best.safetensors`, `ema.safetensors`: when there are such weights,
-- `rng_<process>.safetensors`: the random states of each process,
 - `state.json`: step, history, scalars, the run's fingerprint, and the sha256 of every other file.
+
+Random states are not kept: what training draws is a function of the step.
 """
 
 from __future__ import annotations
@@ -14,14 +15,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import random
 import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -125,55 +124,15 @@ def load_optimizer_tensors(
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
-# ------------------------------------------------------------------------------------------------------ random state
-
-
-def capture_rng() -> tuple[Any, ...]:
-    """The random states of Python, numpy, torch and the current GPU as they are; cheap enough for every step."""
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
-    return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
-
-
-def rng_state(captured: tuple[Any, ...] | None = None) -> dict[str, Tensor]:
-    """The current (or `captured`) random states as numeric tensors."""
-    python, array, tensor, cuda = captured or capture_rng()
-    version, words, gauss = python
-    _, keys, position, has_gauss, cached = array
-    state = {
-        "python": torch.tensor([version, *words], dtype=torch.int64),
-        "python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
-        "numpy": torch.from_numpy(np.asarray(keys, dtype=np.int64)),
-        "numpy_position": torch.tensor([position, has_gauss], dtype=torch.int64),
-        "numpy_gauss": torch.tensor([cached], dtype=torch.float64),
-        "torch": tensor,
-    }
-    if cuda is not None:
-        state["cuda"] = cuda
-    return state
-
-
-def set_rng_state(state: Mapping[str, Tensor]) -> None:
-    """Put the random states of `rng_state` back."""
-    version, *words = state["python"].tolist()
-    gauss = state["python_gauss"].tolist()
-    random.setstate((version, tuple(words), gauss[0] if gauss else None))
-    position, has_gauss = state["numpy_position"].tolist()
-    keys = state["numpy"].numpy().astype(np.uint32)
-    np.random.set_state(("MT19937", keys, position, has_gauss, state["numpy_gauss"].item()))
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
-
-
 # ------------------------------------------------------------------------------------------------------------ folders
 
 
 class CheckpointWriter:
-    """Write one checkpoint from all processes: into a hidden folder first, renamed when everything is on the disk.
+    """Write one checkpoint: into a hidden folder first, renamed when everything is on the disk.
 
     Args:
         folder: the final folder.
-        rank: this process; process 0 writes everything but the other processes' random states.
+        rank: this process; process 0 writes.
         barrier: waits for all processes.
     """
 
@@ -181,10 +140,8 @@ class CheckpointWriter:
         self.folder, self.rank, self.barrier = folder, rank, barrier
         self.temporary = folder.parent / f".{folder.name}.tmp"
 
-    def write(
-        self, files: Mapping[str, Mapping[str, Tensor]], rng: Mapping[str, Tensor], state: dict[str, Any]
-    ) -> None:
-        """Write `files` (tensors by stem), this process's `rng`, and `state`; replaces a folder of the same name.
+    def write(self, files: Mapping[str, Mapping[str, Tensor]], state: dict[str, Any]) -> None:
+        """Write `files` (tensors by stem) and `state`; replaces a folder of the same name.
 
         Raises `StorageError`; nothing half-written is left then.
         """
@@ -193,10 +150,6 @@ class CheckpointWriter:
                 if self.rank == 0:
                     remove(self.temporary)
                     self.temporary.mkdir(parents=True)
-                self.barrier()
-                write_safetensors(self.temporary / f"rng_{self.rank}.safetensors", rng)
-                self.barrier()
-                if self.rank == 0:
                     self._complete(files, state)
                 self.barrier()
             except BaseException:

@@ -13,6 +13,7 @@ from mmkit.training.config import FitConfig
 from mmkit.training.failures import explaining
 from mmkit.training.loading import Collate, EvalLoader
 from mmkit.training.metrics import TargetError, accuracy, accuracy_sums, metrics_from_sums
+from mmkit.training.randomness import mix_seed, seed_everything
 from mmkit.training.setup import freeze_running_statistics
 
 MetricsFn = Callable[[nn.Module, Any], dict[str, float]]
@@ -57,6 +58,7 @@ class Evaluator:
     def __call__(self, step: int) -> dict[str, float]:
         """The metrics after `step`; raises `InputError` when they are no dict of numbers or the labels do not fit the model."""
         self.trainee.eval()
+        seed_everything(mix_seed(self.loader.seed, step), device=self.accelerator.device)  # for a metric that draws
         try:
             with explaining(lambda: (step, self.loader.batch), ours=self.metrics_fn is None):
                 if self.shared:

@@ -150,7 +150,7 @@ def epoch_listeners(data: Any) -> list[Callable[[int], None]]:
         if callable(getattr(item, "set_epoch", None)):
             found.append(item.set_epoch)
         for value in getattr(item, "__dict__", {}).values():
-            held = value if isinstance(value, (list, tuple)) and len(value) <= 1000 else [value]
+            held = value if type(value) in (list, tuple) and len(value) <= 1000 else [value]
             todo += [
                 v for v in held if hasattr(v, "__dict__") and (hasattr(v, "__getitem__") or hasattr(v, "__iter__"))
             ]
@@ -163,7 +163,13 @@ def train_batches(
     """The batches of `keys` in order, on the CPU; raises what went wrong with one when its turn comes."""
     iterator = iter(_loader(batches, keys, num_workers, pin_memory))
     try:
-        for batch in iterator:
+        while True:
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            except (ConnectionError, EOFError) as error:  # torch notices a worker's death at the next look only
+                raise RuntimeError(f"DataLoader worker died while it sent a batch: {error}") from error
             if isinstance(batch, InputError):
                 raise batch
             yield batch

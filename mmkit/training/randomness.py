@@ -13,8 +13,6 @@ from collections.abc import Callable, Collection, Iterator
 import numpy as np
 import torch
 
-from mmkit.storage import runs as ckpt
-
 _SEED = {
     "python": random.seed,
     "numpy": lambda seed: np.random.seed(seed % 2**32),
@@ -83,8 +81,13 @@ class Untouched:
 @contextlib.contextmanager
 def kept_rng() -> Iterator[None]:
     """Leave the caller's random states as they were."""
-    state = ckpt.rng_state()
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    gpu = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
     try:
         yield
     finally:
-        ckpt.set_rng_state(state)
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+        if gpu is not None:
+            torch.cuda.set_rng_state_all(gpu)

@@ -105,7 +105,7 @@ class RunState:
         self.inner, self.names, self.optimizer, self.scheduler = inner, names, optimizer, scheduler
         self.ema, self.total = ema, total
         self.root = identity.folder / "checkpoints" if identity is not None and identity.folder is not None else None
-        self.rank, self.restored_rng = accelerator.process_index, {}
+        self.rank = accelerator.process_index
 
     def save(self, name: str) -> Path | None:
         """Write the checkpoint `name`; returns its folder. All processes must call it."""
@@ -126,7 +126,7 @@ class RunState:
             "scaler": scaler.state_dict() if scaler is not None else {},
         }
         writer = ckpt.CheckpointWriter(self.root / name, self.rank, self.accelerator.wait_for_everyone)
-        writer.write(files, ckpt.rng_state(), state)
+        writer.write(files, state)
         if self.rank == 0:
             ckpt.prune_checkpoints(self.root, self.config.keep_checkpoints)
         return self.root / name
@@ -146,8 +146,6 @@ class RunState:
                 ckpt.remove_checkpoints(root, after=self.progress.step if found else -1)
             identity.write()
         self.accelerator.wait_for_everyone()
-        if found:
-            ckpt.set_rng_state(self.restored_rng)
 
     def _load_newest(self, source: Path) -> bool:
         """Whether a checkpoint at `source` could be loaded; a damaged one gives way to the one before it."""
@@ -178,7 +176,6 @@ class RunState:
         self.progress.take(Progress.read(saved["progress"]))
         self.progress.losses = tensors["losses"]["losses"].tolist()
         self.progress.best = tensors.get("best", {})
-        self.restored_rng = tensors[f"rng_{self.rank}"]
         ckpt.load_module_tensors(self.inner, tensors["weights"], str(path))
         ckpt.load_optimizer_tensors(self.names, self.optimizer, tensors["optimizer"], saved["optimizer"])
         if self.accelerator.scaler is not None and saved["scaler"]:

@@ -11,7 +11,7 @@ from torch.utils.data import ConcatDataset, Subset, TensorDataset
 
 from mmkit.errors import InputError
 from mmkit.training.loading import Batches, Stream, train_batches
-from mmkit.training.randomness import mix_seed
+from mmkit.training.randomness import kept_rng, mix_seed, seed_everything
 from mmkit.training.sampling import StepKeys, StepSampler
 
 
@@ -188,3 +188,15 @@ def test_what_a_collate_function_draws_depends_on_the_batch_alone():
 
 def test_mixed_seeds_do_not_collide():
     assert len({mix_seed(0, e, i) for e in range(50) for i in range(50)}) == 2500
+
+
+def test_the_callers_random_states_come_back_even_after_an_error():
+    random.gauss(0, 1)
+    np.random.standard_normal()
+    states = random.getstate(), np.random.get_state()[1:], torch.get_rng_state()
+    with pytest.raises(ZeroDivisionError), kept_rng():
+        seed_everything(1) or 1 / 0
+    assert random.getstate() == states[0]
+    assert np.array_equal(np.random.get_state()[1], states[1][0])
+    assert np.random.get_state()[2:] == states[1][1:]
+    assert torch.equal(torch.get_rng_state(), states[2])

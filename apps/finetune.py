@@ -7,49 +7,40 @@ from __future__ import annotations
 
 import html
 import os
-import queue
 import threading
 import uuid
-import zipfile
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
 from PIL import Image
 
 from mmkit.apps import finetune_view as view
-from mmkit.apps.frame import App, output_folder, readable
+from mmkit.apps.finetune_work import (
+    BACKBONES,
+    DIGITS,
+    KEPT_RUNS,
+    UPLOAD,
+    Session,
+    build_model,
+    examples_with_predictions,
+    forget,
+    held_back,
+    open_data,
+    pack,
+    report_of,
+    session_of,
+    train_in_thread,
+)
+from mmkit.apps.frame import App, readable
 from mmkit.backbones import save_backbone
-from mmkit.data import ImageDataset, load_digits, open_dataset
-from mmkit.errors import InputError, MMKitError, nearest
-from mmkit.training import StepInfo
+from mmkit.data import load_digits
+from mmkit.errors import InputError, MMKitError
 from mmkit.vision.classification import (
     LEARNING_RATES,
     FinetuneResult,
     ImageClassificationPipeline,
-    Prepared,
-    prepare,
-    train_prepared,
 )
-
-DIGITS, UPLOAD = "Handwritten digits (sample)", "My pictures (zip)"
-
-BACKBONES: dict[str, tuple[str, dict[str, Any]]] = {
-    "Tiny ViT, 32 px, pre-trained (comes with mmkit)": ("tiny_vit", {}),
-    "ViT, 32 px, random weights": (
-        "vit_tiny_patch16_224",
-        {"img_size": 32, "patch_size": 4, "embed_dim": 96, "depth": 4, "num_heads": 3},
-    ),
-    "ConvNeXt atto, 64 px, random weights": (
-        "convnext_atto",
-        {"pretrained_cfg_overlay": {"input_size": [3, 64, 64]}},
-    ),
-    "ResNet-10, 64 px, random weights": ("resnet10t", {"pretrained_cfg_overlay": {"input_size": [3, 64, 64]}}),
-}
-"""Label -> `create_backbone` name and overrides. Visitors cannot name folders of the server."""
 
 METHODS: dict[str, str] = {
     "ssf": "**SSF** scales and shifts the output of every layer. Can be merged: no cost afterwards.",
@@ -60,169 +51,8 @@ METHODS: dict[str, str] = {
 }
 """Methods for image classifiers, each with one sentence."""
 
+
 LABELS = {"ssf": "SSF", "lora": "LoRA", "bitfit": "BitFit", "linear_probe": "Linear probe", "full": "All weights"}
-KEPT_SESSIONS, KEPT_RUNS, SHOWN = 16, 6, 12
-MAX_ZIP_FILES, MAX_ZIP_BYTES = 20_000, 1_000_000_000
-
-
-@dataclass
-class Session:
-    """What one visitor has on the server: a folder, the opened data, the last result and earlier runs."""
-
-    folder: Path = field(default_factory=output_folder)
-    stop: threading.Event = field(default_factory=threading.Event)
-    data: tuple[str, ImageDataset] | None = None
-    result: FinetuneResult | None = None
-    runs: list[dict[str, Any]] = field(default_factory=list)
-    curves: list[tuple[str, list[tuple[float, float]]]] = field(default_factory=list)
-    count: int = 0
-
-    def new_folder(self, kind: str) -> Path:
-        """A fresh path inside the session's folder, which is marked as in use."""
-        self.folder.mkdir(exist_ok=True)
-        os.utime(self.folder)
-        return self.folder / f"{kind}-{uuid.uuid4().hex[:12]}"
-
-
-_sessions: OrderedDict[str, Session] = OrderedDict()
-_lock = threading.Lock()
-
-
-def _session(request: gr.Request | None) -> Session:
-    """The visitor's session; the one unused for longest gives way when there are too many."""
-    key = request.session_hash if request is not None and request.session_hash else uuid.uuid4().hex
-    with _lock:
-        session = _sessions.setdefault(key, Session())
-        _sessions.move_to_end(key)
-        while len(_sessions) > KEPT_SESSIONS:
-            _sessions.popitem(last=False)[1].stop.set()
-    return session
-
-
-def forget(request: gr.Request) -> None:
-    """The visitor closed the page: stop what runs and drop what was kept."""
-    with _lock:
-        session = _sessions.pop(str(request.session_hash), None)
-    if session is not None:
-        session.stop.set()
-
-
-# ------------------------------------------------------------------------------------------------------------- work
-
-
-def open_data(source: str, archive: str | None, session: Session) -> ImageDataset:
-    """The chosen pictures, opened once per session. Raises `InputError` in words for the page."""
-    key = DIGITS if source == DIGITS else str(archive)
-    if session.data is not None and session.data[0] == key:
-        return session.data[1]
-    if source == DIGITS:
-        data: ImageDataset = load_digits()
-    elif not archive:
-        raise InputError("Upload a zip with one folder of pictures per class, for example cats/1.jpg and dogs/1.jpg.")
-    elif not zipfile.is_zipfile(archive):
-        raise InputError("This file is not a zip. Pack one folder of pictures per class into a .zip file.")
-    else:
-        folder = session.new_folder("data")
-        try:
-            data = open_dataset(
-                archive, on_error="skip", extract_to=folder, max_files=MAX_ZIP_FILES, max_bytes=MAX_ZIP_BYTES
-            )
-        except InputError as error:  # without the server's paths
-            text = str(error)
-            for path in (str(archive), str(folder.resolve()), str(folder)):
-                text = text.replace(path, Path(archive).name if path == str(archive) else "the zip")
-            raise InputError(text) from error
-    session.data = (key, data)
-    return data
-
-
-def build_model(data: ImageDataset, backbone: str, method: str, seed: int = 0, augment: bool = False) -> Prepared:
-    """`prepare` for a label of `BACKBONES` (or the name behind it) and a method. Raises `InputError`."""
-    known = {**BACKBONES, **{name: (name, options) for name, options in BACKBONES.values()}}
-    if backbone not in known:
-        raise InputError(f"Unknown backbone {backbone!r}. {nearest(backbone, known)}")
-    name, overrides = known[backbone]
-    return prepare(data, name, method, seed=int(seed), augment=augment, overrides=overrides)
-
-
-def train_in_thread(
-    prepared: Prepared, stop: threading.Event, **options: Any
-) -> Iterator[tuple[list[StepInfo], FinetuneResult | None]]:
-    """Train in a thread and yield, a few times per second, the steps since the last time; at the end `([...], result)`.
-
-    Closing the generator, or setting `stop`, ends the training after the step it is in.
-    """
-    steps: queue.SimpleQueue[StepInfo] = queue.SimpleQueue()
-    outcome: list[Any] = []
-
-    def work() -> None:
-        try:
-            outcome.append(
-                train_prepared(prepared, on_step=steps.put, should_stop=stop.is_set, progress=False, **options)
-            )
-        except BaseException as error:  # handed to the generator below
-            outcome.append(error)
-
-    def drain() -> list[StepInfo]:
-        found = []
-        while not steps.empty():
-            found.append(steps.get())
-        return found
-
-    thread = threading.Thread(target=work, name="mmkit-training", daemon=True)
-    thread.start()
-    try:
-        while thread.is_alive():
-            thread.join(0.5)
-            if thread.is_alive():
-                yield drain(), None
-        if isinstance(outcome[0], BaseException):
-            raise outcome[0]
-        yield drain(), outcome[0]
-    finally:
-        stop.set()
-        thread.join(30)
-
-
-def report_of(result: FinetuneResult) -> dict[str, Any]:
-    """The run's report; accuracy is None when it was stopped before the first evaluation."""
-    return {**result.report, "accuracy": result.accuracy if result.fit.best_metrics else None}
-
-
-def pack(folder: Path, archive: Path, skip: str = "training") -> str:
-    """Zip the files under `folder`, without the sub-folder `skip`, to `archive`; returns its path."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and skip not in p.relative_to(folder).parts)
-    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as target:
-        for path in files:
-            target.write(path, path.relative_to(folder).as_posix())
-    return str(archive)
-
-
-def held_back(prepared: Prepared, count: int = SHOWN) -> list[tuple[Image.Image, int]]:
-    """Validation pictures spread over the classes, with their labels."""
-    plain = prepared.val.with_transform(None)
-    indices = sorted(range(len(plain)), key=lambda i: (plain.labels[:i].count(plain.labels[i]), plain.labels[i]))
-    return [plain[i] for i in indices[:count]]
-
-
-def examples_with_predictions(prepared: Prepared) -> list[tuple[Image.Image, str]]:
-    """`held_back` pictures, captioned with right or wrong, the prediction and its probability."""
-    pictures = held_back(prepared)
-    found = ImageClassificationPipeline(prepared.model)([p for p, _ in pictures], top_k=1)
-    shown = []
-    for (picture, label), result in zip(pictures, found, strict=True):
-        mark = "✓" if result.label == prepared.class_names[label] else "✗"
-        shown.append((enlarge(picture), f"{mark} {result.label} {100 * result.scores[0]:.0f} %"))
-    return shown
-
-
-def enlarge(picture: Image.Image, side: int = 128) -> Image.Image:
-    """Small pictures are shown with their pixels, not blurred by the browser."""
-    factor = max(1, side // max(picture.size))
-    return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
-
-
-# ----------------------------------------------------------------------------------------------------------- handlers
 
 
 def show_plan(
@@ -231,7 +61,7 @@ def show_plan(
     """What will be trained, before training: data summary, examples, figures, map, the method's sentence, Train enabled."""
     blank = ("", "", "", METHODS.get(method, ""), gr.update(interactive=False))
     try:
-        data = open_data(source, archive, _session(request))
+        data = open_data(source, archive, session_of(request))
         prepared = build_model(data, backbone, method)
     except MMKitError as error:
         return (f"⚠️ {html.escape(str(error))}", *blank)
@@ -255,7 +85,7 @@ def show_plan(
 
 def begin(request: gr.Request) -> tuple[Any, ...]:
     """Right after the click: a fresh stop flag, Stop enabled, the old result gone."""
-    session = _session(request)
+    session = session_of(request)
     session.stop = threading.Event()
     session.result = None
     return (
@@ -269,7 +99,7 @@ def begin(request: gr.Request) -> tuple[Any, ...]:
 
 def stop_training(request: gr.Request) -> tuple[str, Any]:
     """Ask the visitor's training to end; it does after the step it is in."""
-    _session(request).stop.set()
+    session_of(request).stop.set()
     return "Stopping after this step ...", gr.update(interactive=False)
 
 
@@ -292,7 +122,7 @@ def train(
     request: gr.Request,
 ) -> Iterator[tuple[Any, ...]]:
     """Train, with the curves growing: yields status, loss curve, accuracy curve, and at the end the result."""
-    session = _session(request)
+    session = session_of(request)
     stop = session.stop
     prepared = build_model(open_data(source, archive, session), backbone, method, seed, augment)
     session.count += 1
@@ -360,7 +190,7 @@ def finish(
 
 
 def _trained(request: gr.Request) -> FinetuneResult:
-    result = _session(request).result
+    result = session_of(request).result
     if result is None:
         raise InputError("Nothing is trained yet: press Train first.")
     return result
@@ -368,7 +198,7 @@ def _trained(request: gr.Request) -> FinetuneResult:
 
 def pick(event: gr.SelectData, request: gr.Request) -> Image.Image | None:
     """The clicked held-back picture, as it is in the data."""
-    result = _session(request).result
+    result = session_of(request).result
     return None if result is None else held_back(result.prepared)[event.index][0]
 
 
@@ -388,7 +218,7 @@ def merge(request: gr.Request) -> tuple[str, Any]:
     prepared = result.prepared
     if prepared.adapter is None:
         raise InputError("All weights were trained: there is no adapter to merge. Download the model instead.")
-    folder = _session(request).new_folder("merged")
+    folder = session_of(request).new_folder("merged")
     plain = prepared.val.with_transform(None)
     pictures = [plain[i][0] for i in range(min(64, len(plain)))]
     before = [r.label for r in ImageClassificationPipeline(prepared.model)(pictures, top_k=1)]
@@ -443,9 +273,6 @@ def train_endpoint(
             yield report_of(result), pack(folder, folder.with_suffix(".zip"))
         elif steps:
             yield {"step": steps[-1].step, "steps": steps[-1].total, "loss": steps[-1].loss}, None
-
-
-# --------------------------------------------------------------------------------------------------------------- page
 
 
 def _controls() -> dict[str, Any]:

@@ -33,15 +33,13 @@ class TimmBuilder(Builder):
         overrides: dict[str, Any],
         pretrained_cfg: dict[str, Any] | None = None,
     ) -> nn.Module:
-        import timm
-
         _check_name(name)
         wrong = sorted(set(overrides) & set(_NOT_SETTINGS))
         if wrong:
             raise InputError(f"timm:{name}: {wrong} are no settings of a model; see create_backbone's own arguments.")
         settings = overrides if num_classes is None else {**overrides, "num_classes": num_classes}
         try:
-            model = timm.create_model(name, pretrained=bool(pretrained), pretrained_cfg=pretrained_cfg, **settings)
+            model = _create(name, settings, pretrained=bool(pretrained), pretrained_cfg=pretrained_cfg)
         except TypeError as error:
             raise refused(f"timm:{name}", settings, error) from error
         except Exception as error:
@@ -84,6 +82,18 @@ class TimmBuilder(Builder):
             },
             "model_args": {k: v for k, v in info.overrides.items() if k != "num_classes"},
         }
+
+
+def _create(name: str, settings: dict[str, Any], **options: Any) -> nn.Module:
+    """timm's model; `img_size` is what a convolutional network, which takes any size, is said to be prepared for."""
+    import timm
+
+    try:
+        return timm.create_model(name, **options, **settings)
+    except TypeError as error:
+        if "img_size" not in settings or "'img_size'" not in str(error):
+            raise
+        return timm.create_model(name, **options, **{k: v for k, v in settings.items() if k != "img_size"})
 
 
 def _check_name(name: str) -> None:

@@ -15,7 +15,7 @@ from gradio_client import Client, handle_file
 from PIL import Image
 
 import mmkit
-from mmkit.apps import finetune as lab, finetune_view as view
+from mmkit.apps import finetune as lab, finetune_view as view, finetune_work as work
 from mmkit.errors import InputError
 
 TINY = "Tiny ViT, 32 px, pre-trained (comes with mmkit)"
@@ -31,7 +31,7 @@ def visitor():
 
     yield make
     for one in visitors:
-        lab.forget(one)
+        work.forget(one)
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def pictures(tmp_path):
 
 
 def _train(visitor, archive, method="linear_probe", epochs=2):
-    source = lab.UPLOAD if archive else lab.DIGITS
+    source = work.UPLOAD if archive else work.DIGITS
     lab.begin(visitor)
     return list(lab.train(source, archive and str(archive), TINY, method, epochs, None, 8, 0, False, visitor))
 
@@ -58,7 +58,7 @@ def _train(visitor, archive, method="linear_probe", epochs=2):
 def test_plan_counts_what_the_adapter_trains(method):
     from mmkit.data import load_digits
 
-    prepared = lab.build_model(load_digits((0, 1)), "tiny_vit", method)
+    prepared = work.build_model(load_digits((0, 1)), "tiny_vit", method)
     sites = view.trained_sites(prepared)
     assert sum(n for _, n in sites) == prepared.trainable_parameters
     html = view.model_map(prepared)
@@ -69,8 +69,8 @@ def test_plan_counts_what_the_adapter_trains(method):
 def test_random_backbones_build():
     from mmkit.data import load_digits
 
-    for name, _ in lab.BACKBONES.values():
-        assert lab.build_model(load_digits((0, 1)), name, "ssf").trainable_parameters > 0
+    for name, _ in work.BACKBONES.values():
+        assert work.build_model(load_digits((0, 1)), name, "ssf").trainable_parameters > 0
 
 
 @pytest.mark.slow
@@ -83,7 +83,9 @@ def test_train_try_merge_and_download(visitor, pictures, tmp_path):
     assert merge_button["visible"]
     assert len(runs) == 1
     with zipfile.ZipFile(download["value"]) as saved:
-        assert {"adapter_config.json", "adapter_model.safetensors", "report.json"} == set(saved.namelist())
+        assert {"adapter_config.json", "adapter_model.safetensors", "report.json", "mmkit.json"} == set(
+            saved.namelist()
+        )
         saved.extractall(tmp_path / "adapter")
     picture = Image.new("RGB", (24, 24), (210, 205, 200))
     scores = lab.classify(picture, one)
@@ -103,7 +105,7 @@ def test_train_try_merge_and_download(visitor, pictures, tmp_path):
 def test_stop_ends_within_a_step_and_keeps_what_was_learned(visitor):
     one = visitor()
     lab.begin(one)
-    steps = lab.train(lab.DIGITS, None, TINY, "linear_probe", 50, None, 8, 0, False, one)
+    steps = lab.train(work.DIGITS, None, TINY, "linear_probe", 50, None, 8, 0, False, one)
     while not re.search(r"step \d+ of 9000", next(steps)[0]):
         pass
     lab.stop_training(one)
@@ -118,12 +120,12 @@ def test_stop_ends_within_a_step_and_keeps_what_was_learned(visitor):
 def test_leaving_the_page_ends_the_training(visitor):
     one = visitor()
     lab.begin(one)
-    steps = lab.train(lab.DIGITS, None, TINY, "linear_probe", 50, None, 8, 0, False, one)
+    steps = lab.train(work.DIGITS, None, TINY, "linear_probe", 50, None, 8, 0, False, one)
     next(steps), next(steps)
     steps.close()
     assert not _training_threads()
     lab.stop_training(one)
-    waiting = lab.train(lab.DIGITS, None, TINY, "linear_probe", 50, None, 8, 0, False, one)
+    waiting = lab.train(work.DIGITS, None, TINY, "linear_probe", 50, None, 8, 0, False, one)
     assert "stopped after" in list(waiting)[-1][0]  # stopped while it was still waiting
 
 
@@ -133,10 +135,10 @@ def _training_threads():
 
 def test_sessions_are_bounded(visitor):
     first = visitor()
-    stop = lab._session(first).stop
-    for _ in range(lab.KEPT_SESSIONS):
-        lab._session(visitor())
-    assert first.session_hash not in lab._sessions
+    stop = work.session_of(first).stop
+    for _ in range(work.KEPT_SESSIONS):
+        work.session_of(visitor())
+    assert first.session_hash not in work._sessions
     assert stop.is_set()
 
 
@@ -158,7 +160,7 @@ def _zip(path, names):
 )
 def test_bad_zips_are_explained_without_server_paths(visitor, tmp_path, names, message):
     archive = _zip(tmp_path / "bad.zip", names)
-    summary, *_, button = lab.show_plan(lab.UPLOAD, str(archive), TINY, "ssf", visitor())
+    summary, *_, button = lab.show_plan(work.UPLOAD, str(archive), TINY, "ssf", visitor())
     assert re.search(message, summary)
     assert not button["interactive"]
     assert str(tmp_path) not in summary
@@ -176,7 +178,7 @@ def test_one_class_no_zip_and_no_upload(visitor, tmp_path):
         (tmp_path / "text.zip", "not a zip"),
         (None, "Upload"),
     ):
-        summary = lab.show_plan(lab.UPLOAD, archive and str(archive), TINY, "ssf", visitor())[0]
+        summary = lab.show_plan(work.UPLOAD, archive and str(archive), TINY, "ssf", visitor())[0]
         assert message in summary
 
 
@@ -185,11 +187,11 @@ def test_unknown_names_are_refused():
 
     data = load_digits((0, 1))
     with pytest.raises(InputError, match="tiny_vit"):
-        lab.build_model(data, "tiny_vitt", "ssf")
+        work.build_model(data, "tiny_vitt", "ssf")
     with pytest.raises(InputError, match="Unknown backbone"):
-        lab.build_model(data, "/etc", "ssf")
+        work.build_model(data, "/etc", "ssf")
     with pytest.raises(InputError, match="ssf"):
-        lab.build_model(data, "tiny_vit", "sfs")
+        work.build_model(data, "tiny_vit", "sfs")
 
 
 def test_names_from_a_zip_are_escaped():

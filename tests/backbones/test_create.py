@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mmkit.adapters import apply_adapter
-from mmkit.backbones import backbone_info, create_backbone, head_name, save_backbone
+from mmkit.backbones import backbone_info, create_backbone, head_name, image_info, save_backbone
 from mmkit.errors import CheckpointError, InputError
 from mmkit.storage import write_safetensors
 
@@ -143,3 +143,12 @@ def test_diffusers_folder(tmp_path: Path) -> None:
 
 def test_info_of_any_module() -> None:
     assert backbone_info(torch.nn.Linear(2, 2)).blocks == ()
+
+
+def test_img_size_says_what_a_convolutional_network_is_prepared_for(tmp_path: Path) -> None:
+    model = create_backbone("resnet10t", num_classes=3, img_size=64)
+    assert image_info(model).input_size == (3, 64, 64)
+    save_backbone(model, tmp_path / "saved")
+    assert image_info(create_backbone(tmp_path / "saved")).input_size == (3, 64, 64)
+    with pytest.raises(InputError, match="no_such_setting"):
+        create_backbone("resnet10t", img_size=64, no_such_setting=1)

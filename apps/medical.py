@@ -130,7 +130,8 @@ def draw(
     labels = truth if show == TRUTH and truth is not None else result.mask
     picture = result.overlay(0.0 if show == NOTHING else opacity, int(index), number, labels)
     flat = result.mask.ndim == 2
-    right, up = (1.0, 1.0) if flat else (s for a, s in enumerate(result.spacing) if a != number)
+    right, up = (1.0, 1.0) if flat else (s for a, s in enumerate(result.upright_spacing) if a != number)
+    right, up = min(right / min(right, up), 20.0), min(up / min(right, up), 20.0)  # a header can claim any spacing
     scale = max(1.0, 480 / max(picture.width * right, picture.height * up))
     return picture.resize(
         (round(picture.width * right * scale), round(picture.height * up * scale)), Image.Resampling.BICUBIC
@@ -154,7 +155,7 @@ def _show(result: SegmentationResult, truth: np.ndarray | None, opacity: float) 
     if volume:
         note += " · spacing " + " x ".join(f"{s:g}" for s in result.spacing) + " mm"
     mask, record = export(result, truth)
-    depth = result.mask.shape[2] - 1 if volume else 1
+    depth = result.upright(result.mask).shape[2] - 1 if volume else 1
     return [
         SESSIONS.add((result, truth)),
         draw(result, truth, PREDICTION, opacity, axis, best),
@@ -212,7 +213,7 @@ def on_axis(key: str | None, show: str, opacity: float, axis: str) -> tuple[Any,
         return None, gr.update()
     result, truth = SESSIONS.get(key)
     best = result.best_slice(AXES[axis])
-    slider = gr.update(value=best, maximum=result.mask.shape[AXES[axis]] - 1)
+    slider = gr.update(value=best, maximum=result.upright(result.mask).shape[AXES[axis]] - 1)
     return draw(result, truth, show, opacity, axis, best), slider
 
 

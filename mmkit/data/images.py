@@ -6,6 +6,7 @@ import functools
 import io
 import os
 import warnings
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -44,15 +45,21 @@ def load_image(source: ImageLike, *, max_pixels: int = MAX_PIXELS) -> Image.Imag
         return _from_array(source, max_pixels)
     if isinstance(source, Image.Image):
         check_size(source.size, "the picture", max_pixels)
-        return _decode(source.copy(), "the picture", max_pixels)
-    if isinstance(source, bytes):
-        name, file = "the given bytes", io.BytesIO(source)
-    elif isinstance(source, (str, os.PathLike)):
-        name, file = str(source), os.path.expanduser(source)  # type: ignore[assignment]
-        if os.path.exists(file) and not os.path.isfile(file):
-            raise InputError(f"{name} is a folder or a device, not a picture.")  # a pipe would be waited for
-    else:
-        raise InputError(f"An image must be a path, bytes, PIL image or numpy array, not {type(source).__name__}.")
+        return _attempt(lambda: _to_rgb(_upright(source.copy()), max_pixels), "the picture")
+    image, name = open_image(source, max_pixels=max_pixels), _name(source)
+    return _attempt(lambda: _to_rgb(image, max_pixels), name)
+
+
+def open_image(source: str | os.PathLike[str] | bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """A picture from a path or the bytes of a file, decoded and upright, with the mode and values of the file.
+
+    Raises:
+        InputError: missing, unreadable, truncated, too large or empty.
+    """
+    name = _name(source)
+    file: Any = io.BytesIO(source) if isinstance(source, bytes) else os.path.expanduser(source)
+    if not isinstance(source, bytes) and os.path.exists(file) and not os.path.isfile(file):
+        raise InputError(f"{name} is a folder or a device, not a picture.")  # a pipe would be waited for
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is stricter and clearer
@@ -66,7 +73,15 @@ def load_image(source: ImageLike, *, max_pixels: int = MAX_PIXELS) -> Image.Imag
         raise InputError(f"{name} cannot be read as a picture: {_why(source, error)}") from error
     with image:
         check_size(image.size, name, max_pixels)
-        return _decode(image, name, max_pixels)
+        return _attempt(lambda: _upright(image), name)
+
+
+def _name(source: Any) -> str:
+    if isinstance(source, bytes):
+        return "the given bytes"
+    if isinstance(source, (str, os.PathLike)):
+        return str(source)
+    raise InputError(f"An image must be a path, bytes, PIL image or numpy array, not {type(source).__name__}.")
 
 
 def check_size(size: tuple[int, int], name: str, max_pixels: int = MAX_PIXELS) -> None:
@@ -107,19 +122,28 @@ def _why(source: Any, error: Exception) -> str:
     return f"{error}" or type(error).__name__
 
 
-def _decode(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
+def _attempt(decode: Callable[[], Image.Image], name: str) -> Image.Image:
     try:
-        return _to_rgb(image, max_pixels)
+        return decode()
     except InputError:
         raise
     except Exception as error:  # damaged data makes decoders fail in every way there is
         raise InputError(f"{name} cannot be read as a picture: {error or type(error).__name__}") from error
 
 
-def _to_rgb(image: Image.Image, max_pixels: int) -> Image.Image:
+def _upright(image: Image.Image) -> Image.Image:
+    """Decoded, and turned as EXIF says; a damaged EXIF block says nothing."""
     image.load()
-    if _is_turned(image):
-        image = ImageOps.exif_transpose(image)
+    try:
+        turned = image.getexif().get(0x0112, 1) != 1
+    except Exception:
+        turned = False
+    if turned:
+        ImageOps.exif_transpose(image, in_place=True)
+    return image
+
+
+def _to_rgb(image: Image.Image, max_pixels: int) -> Image.Image:
     if image.mode in ("I;16", "I;16B", "I;16L", "I", "F"):
         return _from_array(np.asarray(image), max_pixels)
     if image.has_transparency_data:
@@ -127,14 +151,6 @@ def _to_rgb(image: Image.Image, max_pixels: int) -> Image.Image:
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, rgba).convert("RGB")
     return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def _is_turned(image: Image.Image) -> bool:
-    """Whether EXIF says so; a damaged EXIF block says nothing."""
-    try:
-        return image.getexif().get(0x0112, 1) != 1
-    except Exception:
-        return False
 
 
 def _from_array(array: np.ndarray[Any, Any], max_pixels: int) -> Image.Image:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         hippocampus_cases as hippocampus_cases,
         nuclei_cases as nuclei_cases,
     )
+    from mmkit.vision.medical.labels import load_labels as load_labels
     from mmkit.vision.medical.metrics import dice as dice, dice_per_class as dice_per_class
     from mmkit.vision.medical.model import (
         LightMUNet as LightMUNet,
@@ -38,9 +39,9 @@ if TYPE_CHECKING:
     from mmkit.vision.medical.volumes import (
         Volume as Volume,
         is_volume as is_volume,
-        load_labels as load_labels,
         load_volume as load_volume,
         normalize as normalize,
+        ras as ras,
     )
     from mmkit.vision.medical.windows import sliding_window as sliding_window
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from mmkit.data.drawn.scans import sample_volume
 from mmkit.data.images import load_image
 from mmkit.errors import InputError
-from mmkit.vision.medical.volumes import load_labels, load_volume, normalize
+from mmkit.vision.medical.labels import load_labels
+from mmkit.vision.medical.volumes import load_volume, normalize, ras
 
 Case = tuple[Tensor, Tensor]
 """One image (C, ...), normalised float32, and its labels (...), int64."""
@@ -60,8 +61,9 @@ def hippocampus_cases(folder: str | os.PathLike[str], split: str) -> list[Case]:
     for name in names:
         file = str(name) if str(name).endswith(".nii.gz") else f"{name}.nii.gz"
         volume = load_volume(folder / "images" / file)
-        labels = load_labels(folder / "labels" / file, 3)
-        cases.append((normalize(torch.from_numpy(volume.data)[None]), torch.from_numpy(labels.astype(np.int64))))
+        labels = ras(load_labels(folder / "labels" / file, 3), volume.affine).astype(np.int64)
+        image = np.ascontiguousarray(ras(volume.data, volume.affine))
+        cases.append((normalize(torch.from_numpy(image)[None]), torch.from_numpy(np.ascontiguousarray(labels))))
     return cases
 
 

@@ -1,8 +1,8 @@
 """Medical segmentation without folder rules: a picture or a volume goes in, a mask with measures comes out.
 
 `mmkit.pipeline("medical-segmentation")` takes pictures (2D networks) and NIfTI files or arrays (3D networks), runs the network over
-overlapping windows weighted by a Gaussian (as nnU-Net does, arXiv 1809.10486), and keeps the voxel spacing. Nothing here is a
-medical device.
+overlapping windows weighted by a Gaussian (as nnU-Net does, arXiv 1809.10486), and keeps the voxel spacing. The network sees
+volumes with their axes to the right, front and top (RAS); the answer lies as the file does. Nothing here is a medical device.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mmkit.data.images import ImageLike, load_image
 from mmkit.errors import InputError
 from mmkit.pipelines import Pipeline
 from mmkit.vision.medical.result import SegmentationResult
-from mmkit.vision.medical.volumes import Volume, is_volume, load_volume, normalize
+from mmkit.vision.medical.volumes import Volume, from_ras, is_volume, load_volume, normalize, ras
 from mmkit.vision.medical.windows import sliding_window
 
 _WINDOW = {2: 256, 3: 64}
@@ -130,10 +130,13 @@ class MedicalSegmentationPipeline(Pipeline):
 
         options: dict[str, Any] = {"overlap": overlap, "batch_size": batch_size}
         found = sliding_window(run, x, window, progress=progress, on_progress=on_progress, **options)
-        probability, mask = found.max(0)
+        best, number = found.max(0)
+        mask, probability = number.to(torch.uint8).cpu().numpy(), best.cpu().numpy()
+        if affine is not None:
+            mask, probability = (np.ascontiguousarray(from_ras(a, affine)) for a in (mask, probability))
         return SegmentationResult(
-            mask.to(torch.uint8).cpu().numpy(),
-            probability.cpu().numpy(),
+            mask,
+            probability,
             shown,
             self.class_names,
             tuple(float(s) for s in spacing),
@@ -155,7 +158,7 @@ class MedicalSegmentationPipeline(Pipeline):
             volume = load_volume(image, spacing)
             if self.channels != 1:
                 raise InputError(f"The network takes {self.channels} channels; a volume has one.")
-            tensor = torch.from_numpy(volume.data)[None]
+            tensor = torch.from_numpy(np.ascontiguousarray(ras(volume.data, volume.affine)))[None]
             return volume.data, self._to_input(tensor), volume.spacing, volume.affine
         if is_volume(image):
             raise InputError("This network segments pictures; for a volume choose a network with spatial_dims=3.")

@@ -13,6 +13,7 @@ from PIL import Image
 from mmkit.errors import InputError
 from mmkit.results import Result, json_text, png
 from mmkit.vision.medical.metrics import dice
+from mmkit.vision.medical.volumes import ras
 
 COLORS = (
     (0, 0, 0),
@@ -32,7 +33,7 @@ class SegmentationResult(Result):
     """What the pipeline found.
 
     Attributes:
-        mask: uint8 class per pixel, (H, W) or (X, Y, Z).
+        mask: uint8 class per pixel, (H, W) or (X, Y, Z), lying as the file does.
         probability: float32 probability of the chosen class, same shape.
         image: the input as shown: uint8 (H, W, 3) or float32 (X, Y, Z).
         class_names: background first.
@@ -70,10 +71,25 @@ class SegmentationResult(Result):
             rows.append(row)
         return rows
 
+    def upright(self, data: np.ndarray) -> np.ndarray:
+        """A view of a volume of the mask's shape with its axes to the right, front and top; pictures stay as they are."""
+        return data if self.affine is None or data.ndim != 3 else ras(data, self.affine)
+
+    @property
+    def upright_spacing(self) -> tuple[float, ...]:
+        """`spacing` in the order of the axes of `upright`."""
+        if self.affine is None or self.mask.ndim != 3:
+            return self.spacing
+        from nibabel.orientations import io_orientation
+
+        order = [int(axis) for axis in io_orientation(self.affine)[:, 0]]
+        return tuple(self.spacing[order.index(axis)] for axis in range(3))
+
     def best_slice(self, axis: int = 2) -> int:
-        """The slice of a volume with the largest segmented area along `axis`; the middle one when nothing was found."""
-        area = (self.mask > 0).sum(tuple(a for a in range(self.mask.ndim) if a != axis))
-        return int(area.argmax()) if area.any() else self.mask.shape[axis] // 2
+        """The slice of a volume with the largest segmented area; the middle one when nothing was found. See `overlay`."""
+        mask = self.upright(self.mask)
+        area = (mask > 0).sum(tuple(a for a in range(mask.ndim) if a != axis))
+        return int(area.argmax()) if area.any() else mask.shape[axis] // 2
 
     def overlay(
         self, opacity: float = 0.5, index: int | None = None, axis: int = 2, labels: np.ndarray | None = None
@@ -82,8 +98,8 @@ class SegmentationResult(Result):
 
         Args:
             opacity: of the color, 0..1.
-            index, axis: which slice of a volume; default: the one with the largest area. Slices are shown with the first
-                remaining axis to the right and the second upwards.
+            index, axis: which slice of a volume `upright`; default: the one with the largest area. Axis 0 is sagittal, 1 coronal,
+                2 axial, however the file lies. Slices are shown with the first remaining axis to the right and the second upwards.
             labels: another label map of the same shape to paint instead (the truth).
 
         Raises:
@@ -95,9 +111,10 @@ class SegmentationResult(Result):
         if self.mask.ndim == 2:
             base = self.image.astype(np.float32)
         else:
-            index = self.best_slice(axis) if index is None else min(max(int(index), 0), self.mask.shape[axis] - 1)
-            low, high = np.percentile(self.image, (0.5, 99.5))
-            grey = np.clip((_slice(self.image, index, axis) - low) / max(high - low, 1e-6), 0, 1) * 255
+            image, labels = self.upright(self.image), self.upright(labels)
+            index = self.best_slice(axis) if index is None else min(max(int(index), 0), image.shape[axis] - 1)
+            low, high = np.percentile(image, (0.5, 99.5))
+            grey = np.clip((_slice(image, index, axis) - low) / max(high - low, 1e-6), 0, 1) * 255
             base, labels = np.repeat(grey[..., None], 3, -1), _slice(labels, index, axis)
         colors = np.array([color_of(i) for i in range(len(self.class_names))], np.float32)[labels]
         alpha = np.where(labels[..., None] > 0, float(opacity), 0.0)

@@ -1,34 +1,52 @@
-"""Reading what is segmented: NIfTI volumes with their spacing, and label maps. Nothing is resampled."""
+"""Reading what is segmented: NIfTI volumes with their spacing and orientation, and label maps. Nothing is resampled."""
 
 from __future__ import annotations
 
+import gzip
+import math
 import os
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image
 from torch import Tensor
 
 from mmkit.errors import InputError
 
 VOLUME_SUFFIXES = (".nii", ".nii.gz")
-
-
 MAX_VOXELS = 256_000_000
 """Largest volume that is read: a small file can otherwise claim gigabytes of memory."""
+_LARGEST = 1e12  # larger voxels are fill values or damage, and their squares overflow float32
+_AFTERWARDS = 64_000_000  # bytes that may follow the voxels
+_RAS = np.array([[0, 1], [1, 1], [2, 1]])
 
 
 @dataclass
 class Volume:
-    """A 3D image: `data` float32 (X, Y, Z), `spacing` in mm per axis, `affine` (4, 4) voxel to world."""
+    """A 3D image: `data` float32 (X, Y, Z), `spacing` in mm per axis, `affine` (4, 4) voxel to world (right, anterior, superior).
+
+    `data` lies as in the file; `ras` and `from_ras` turn it and back.
+    """
 
     data: np.ndarray
     spacing: tuple[float, float, float]
     affine: np.ndarray
+
+
+def ras(data: np.ndarray, affine: np.ndarray) -> np.ndarray:
+    """A view of `data` (X, Y, Z) whose axes point right, anterior and superior, as nearly as they can without resampling."""
+    from nibabel.orientations import apply_orientation, io_orientation
+
+    return apply_orientation(data, io_orientation(affine))
+
+
+def from_ras(data: np.ndarray, affine: np.ndarray) -> np.ndarray:
+    """The inverse of `ras`: back to how the file with this `affine` lies."""
+    from nibabel.orientations import apply_orientation, io_orientation, ornt_transform
+
+    return apply_orientation(data, ornt_transform(_RAS, io_orientation(affine)))
 
 
 def is_volume(source: Any) -> bool:
@@ -48,7 +66,8 @@ def load_volume(
         spacing: mm per voxel of an array; files carry their own.
 
     Raises:
-        InputError: unreadable or truncated, not 3D, too large, empty, or with NaN or infinite voxels.
+        InputError: unreadable or truncated, not 3D, several channels, too large, empty, voxels that are no finite numbers or
+            beyond any scanner, or a matrix that does not say where the voxels lie.
     """
     if isinstance(source, Volume):
         name, data, affine = "the volume", source.data, source.affine
@@ -59,73 +78,76 @@ def load_volume(
         affine = np.diag([*spacing, 1.0])
     else:
         name = str(source)
-        data, affine = _read_nifti(Path(source).expanduser())
-    while data.ndim > 3 and data.shape[-1] == 1:
-        data = data[..., 0]
-    if data.ndim != 3:
+        data, affine = _read_nifti(Path(os.path.expanduser(source)))
+    affine = np.asarray(affine, np.float64)
+    if affine.shape != (4, 4) or not np.isfinite(affine).all() or np.linalg.matrix_rank(affine[:3, :3]) < 3:
         raise InputError(
-            f"{name} must have three axes (X, Y, Z), not shape {data.shape}; pass one time point or channel."
+            f"{name} has a voxel-to-world matrix that is singular or not finite: {affine.tolist()}. Mend it."
         )
-    if data.size == 0 or data.size > MAX_VOXELS:
-        raise InputError(f"{name} has {data.size} voxels {data.shape}; between 1 and {MAX_VOXELS} are accepted.")
-    if data.dtype.kind not in "uifb":
-        raise InputError(f"{name} holds {data.dtype} values; voxels must be real numbers.")
-    data = np.ascontiguousarray(data, dtype=np.float32)
-    if not np.isfinite(data).all():
-        bad = int((~np.isfinite(data)).sum())
-        raise InputError(f"{name} has {bad} NaN or infinite voxels; replace them first (numpy.nan_to_num).")
+    data = _checked(data, name)
     if isinstance(source, Volume):
         return Volume(data, source.spacing, affine)
     axes = np.sqrt((affine[:3, :3] ** 2).sum(0))
     return Volume(data, (float(axes[0]), float(axes[1]), float(axes[2])), affine)
 
 
+def _checked(data: np.ndarray, name: str) -> np.ndarray:
+    """The voxels as float32 (X, Y, Z)."""
+    while data.ndim > 3 and data.shape[-1] == 1:
+        data = data[..., 0]
+    if data.dtype.names:
+        raise InputError(f"{name} holds {len(data.dtype.names)} color channels per voxel; pass one channel.")
+    if data.ndim > 3:
+        raise InputError(
+            f"{name} holds {data.shape[3]} channels or time points (shape {data.shape}); pass one time point or channel."
+        )
+    if data.ndim != 3:
+        raise InputError(f"{name} must have three axes (X, Y, Z), not shape {data.shape}.")
+    if data.size == 0 or data.size > MAX_VOXELS:
+        raise InputError(f"{name} has {data.size} voxels {data.shape}; between 1 and {MAX_VOXELS} are accepted.")
+    if data.dtype.kind not in "uifb":
+        raise InputError(f"{name} holds {data.dtype} values; voxels must be real numbers.")
+    low, high = data.min(), data.max()
+    if not (np.isfinite(low) and np.isfinite(high)):
+        bad = int((~np.isfinite(data)).sum())
+        raise InputError(f"{name} has {bad} NaN or infinite voxels; replace them first (numpy.nan_to_num).")
+    if max(abs(float(low)), abs(float(high))) > _LARGEST:
+        raise InputError(
+            f"{name} has voxels in {low:.4g}..{high:.4g}; beyond {_LARGEST:g} they are fill values or damaged. Replace them first."
+        )
+    return np.ascontiguousarray(data, dtype=np.float32)
+
+
 def _read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    if not os.path.isfile(path):
+        raise InputError(f"{path} does not exist or is not a file.")
+    packed = path.name.lower().endswith(".gz")
+    try:
+        with gzip.open(path) if packed else open(path, "rb") as stream:
+            return _read_stream(stream, path)  # type: ignore[arg-type]
+    except InputError:
+        raise
+    except Exception as error:  # damaged headers make the reader fail in every way there is
+        raise InputError(f"{path} cannot be read as a NIfTI volume, or is truncated: {error}") from error
+
+
+def _read_stream(stream: BinaryIO, path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Voxels and matrix; reads to the end, where a gzip stream has its checksum."""
     import nibabel
 
-    if not path.is_file():
-        raise InputError(f"{path} does not exist or is not a file.")
-    try:
-        file = nibabel.load(path)
-        if np.prod(file.shape) > MAX_VOXELS:  # type: ignore[attr-defined]
-            raise InputError(f"{path} claims {file.shape} voxels; at most {MAX_VOXELS} are accepted.")  # type: ignore[attr-defined]
-        affine = file.affine  # type: ignore[attr-defined]
-        return np.asanyarray(file.dataobj), np.eye(4) if affine is None else affine  # type: ignore[attr-defined]
-    except (
-        nibabel.filebasedimages.ImageFileError, nibabel.spatialimages.HeaderDataError, OSError, EOFError, ValueError,
-        OverflowError, zlib.error,
-    ) as error:  # fmt: skip
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path} cannot be read as a NIfTI volume, or is truncated: {error}") from error
+    long_header = int.from_bytes(stream.read(4), "little") in (540, 0x1C020000)  # NIfTI-2, in either byte order
+    stream.seek(0)
+    image = (nibabel.Nifti2Image if long_header else nibabel.Nifti1Image).from_stream(stream)
+    if math.prod(image.shape) > MAX_VOXELS:
+        raise InputError(f"{path} claims {image.shape} voxels; at most {MAX_VOXELS} are accepted.")
+    data, left = np.asanyarray(image.dataobj), _AFTERWARDS
+    while isinstance(stream, gzip.GzipFile) and (chunk := stream.read(1 << 20)):
+        left -= len(chunk)
+        if left < 0:
+            raise InputError(f"{path} goes on long after its {image.shape} voxels; it is damaged.")
+    return data, np.eye(4) if image.affine is None else image.affine
 
 
 def normalize(x: Tensor) -> Tensor:
     """Zero mean and unit standard deviation over all pixels of one image (C, ...); a constant image becomes zeros."""
     return (x - x.mean()) / x.std(correction=0).clamp(min=1e-6)
-
-
-def load_labels(source: str | os.PathLike[str] | np.ndarray, num_classes: int) -> np.ndarray:
-    """A label map as uint8 (H, W) or (X, Y, Z): a NIfTI file, a PNG of class or object numbers, or an array.
-
-    With two classes every value above zero counts as foreground, so that object numbers can be used. Raises `InputError` for
-    unreadable files and for values that are no class.
-    """
-    if isinstance(source, np.ndarray):
-        labels = source
-    elif is_volume(source):
-        labels = load_volume(source).data
-    else:
-        try:
-            with Image.open(Path(source).expanduser()) as picture:
-                labels = np.asarray(picture)
-        except (OSError, ValueError, SyntaxError) as error:
-            raise InputError(f"{source} cannot be read as a label picture: {error}") from error
-        labels = labels[..., 0] if labels.ndim == 3 else labels
-    if num_classes == 2:
-        return (labels > 0).astype(np.uint8)
-    if labels.min() < 0 or labels.max() >= num_classes or (labels != np.round(labels)).any():
-        raise InputError(
-            f"Labels must be whole numbers 0..{num_classes - 1}, found {labels.min():g}..{labels.max():g}."
-        )
-    return labels.astype(np.uint8)

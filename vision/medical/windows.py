@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mmkit.errors import InputError
+from mmkit.vision.medical.volumes import MAX_VOXELS
 
 
 def _starts(size: int, window: int, overlap: float) -> list[int]:
@@ -54,7 +56,7 @@ def sliding_window(
         (K, *spatial) float32 probabilities on the image's device.
 
     Raises:
-        InputError: overlap or batch size out of range, or logits that are not finite (half precision overflowed).
+        InputError: overlap or batch size out of range, too much padding, or logits that are not finite (half precision overflowed).
     """
     if not 0 <= overlap < 1:
         raise InputError(f"overlap must lie in 0..1 (1 excluded), not {overlap}.")
@@ -62,6 +64,11 @@ def sliding_window(
         raise InputError(f"batch_size must be at least 1, not {batch_size}.")
     size = list(image.shape[1:])
     margins = [max(0, w - s) for w, s in zip(window, size, strict=True)]
+    if image.shape[0] * math.prod(max(w, s) for w, s in zip(window, size, strict=True)) > MAX_VOXELS:
+        raise InputError(
+            f"An image of {' x '.join(map(str, image.shape))} that is padded to windows of {' x '.join(map(str, window))} has more "
+            f"than {MAX_VOXELS / 1e6:.0f} million values. Crop it, or use smaller windows."
+        )
     if any(margins):
         image = F.pad(image[None], [m for x in reversed(margins) for m in (0, x)], mode="replicate")[0]
     weight = _gaussian(window, image.device)

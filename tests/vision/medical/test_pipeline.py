@@ -101,13 +101,53 @@ def test_volume_keeps_spacing_and_affine(tmp_path) -> None:
     array = segmenter(3)(truth, spacing=(2, 2, 2))
     assert array.measures()[0]["volume_mm3"] == truth.sum() * 8
     assert result.best_slice() == 9
-    assert result.overlay(index=99, axis=0).size == (24, 18)
+    assert result.overlay(index=99, axis=0).size == (20, 18)  # sagittal: front to back is the file's first axis
     with pytest.raises(InputError, match="axis must be"):
         result.overlay(axis=3)
     with pytest.raises(InputError, match=r"\.nii\.gz"):
         result.save(tmp_path / "mask.png")
     with pytest.raises(InputError, match="suffix"):
         result.save(tmp_path / "mask.mha")
+
+
+class Head(Threshold):
+    """A 'network' that only finds what lies in the upper third of what it is shown: it knows where up is."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        top = torch.arange(x.shape[-1]) > x.shape[-1] * 2 / 3
+        return super().forward(torch.where(top, x, -1.0))
+
+
+@pytest.mark.parametrize("codes", ["RAS", "LPS", "PIR", "ASL", "SRA"])
+def test_the_network_sees_every_scan_upright_and_answers_as_the_file_lies(tmp_path, codes) -> None:
+    upright = np.zeros((12, 16, 20), np.float32)
+    upright[2:5, 3:9, 15:18], upright[7:9, 3:9, 2:5] = 900, 900
+    scan = nibabel.Nifti1Image(upright, np.diag([1, 2, 3, 1]))
+    to = nibabel.orientations.ornt_transform(
+        nibabel.io_orientation(scan.affine), nibabel.orientations.axcodes2ornt(codes)
+    )
+    turned = scan.as_reoriented(to)
+    nibabel.save(turned, tmp_path / "scan.nii.gz")
+    result = mmkit.pipeline("medical-segmentation", Head(3), window=20)(tmp_path / "scan.nii.gz")
+    expected = np.zeros_like(upright)
+    expected[2:5, 3:9, 15:18] = 1
+    lying = nibabel.orientations.apply_orientation(expected, to)
+    assert np.array_equal(result.mask, lying)
+    assert result.probability.shape == result.image.shape == result.mask.shape == turned.shape
+    back = nibabel.load(result.save(tmp_path / "mask.nii.gz"))
+    np.testing.assert_allclose(back.affine, turned.affine)
+    assert np.array_equal(np.asarray(back.dataobj), lying)
+    assert result.upright_spacing == (1.0, 2.0, 3.0)
+    assert 15 <= result.best_slice(2) < 18  # axial: from the feet to the head
+    assert [result.overlay(axis=axis).size for axis in range(3)] == [(16, 20), (12, 20), (12, 16)]
+    axial = np.asarray(result.overlay(1.0, index=16, axis=2)).astype(int)
+    colored = axial[..., 0] != axial[..., 1]
+    assert np.array_equal(colored, expected[:, :, 16].T[::-1] > 0)
+
+
+def test_padding_to_windows_allocates_no_gigabytes() -> None:
+    with pytest.raises(InputError, match="million values"):
+        sliding_window(Threshold(), torch.zeros(3, 1, 1_000_000), (256, 256))
 
 
 def test_a_picture_for_a_volume_network_and_the_reverse() -> None:

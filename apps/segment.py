@@ -50,10 +50,9 @@ class Photo:
     segmenter: InteractiveSegmenter
     original: Image.Image
 
-    def full_mask(self) -> Mask | None:
-        """The current mask at the size of `original`."""
-        mask = self.segmenter.mask
-        return mask if mask is None or mask.image.size == self.original.size else mask.resized(self.original)
+    def full(self, mask: Mask) -> Mask:
+        """A mask of the view at the size of `original`."""
+        return mask if mask.image.size == self.original.size else mask.resized(self.original)
 
 
 SESSIONS: Sessions[Photo] = Sessions()
@@ -79,7 +78,8 @@ def load_engine(name: str) -> Any:
 def draw(segmenter: InteractiveSegmenter, opacity: float, corner: tuple[int, int] | None = None) -> Image.Image:
     """The picture with mask, clicks (green adds, red removes) and box."""
     assert segmenter.image is not None
-    picture = segmenter.mask.overlay(_TINT, opacity) if segmenter.mask else segmenter.image.copy()
+    mask = segmenter.mask
+    picture = mask.overlay(_TINT, opacity) if mask else segmenter.image.copy()
     pen = ImageDraw.Draw(picture)
     r = max(4, max(picture.size) // 90)
     if segmenter.box:
@@ -123,15 +123,19 @@ def show(
 
 
 def finish(key: str | None) -> tuple[Any, ...]:
-    """What may come a moment later: the cut-out shown, and the files of both downloads under a random folder."""
+    """What may come a moment later: the cut-out shown, and the files of both downloads under a random folder.
+
+    The session is read once: clicks and clearing may come while the files are written, and picture and files are of one mask.
+    """
     photo = SESSIONS.get(key) if key else None
-    mask = photo.full_mask() if photo else None
+    mask = photo.segmenter.mask if photo else None
     if photo is None or mask is None:
         return None, gr.DownloadButton(value=None), gr.DownloadButton(value=None)
     folder = output_folder()
-    png, record = str(mask.save(folder / "cutout.png")), str(mask.save(folder / "mask.json"))
+    full = photo.full(mask)
+    png, record = str(full.save(folder / "cutout.png")), str(full.save(folder / "mask.json"))
     return (
-        photo.segmenter.cutout(),
+        mask.cutout(),
         gr.DownloadButton(value=png, interactive=True),
         gr.DownloadButton(value=record, interactive=True),
     )

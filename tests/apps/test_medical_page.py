@@ -40,8 +40,10 @@ def test_the_kind_of_file_chooses_the_model(tmp_path) -> None:
     mask, record = medical.segment_medical(str(tmp_path / "scan.nii.gz"))
     assert nibabel.load(mask).shape == (20, 24, 16)
     assert record["spacing"] == [1.0, 1.0, 3.0]
-    with pytest.raises(Exception, match="must be equal"):
+    with pytest.raises(Exception, match=r"scan\.nii\.gz: labels must be whole numbers"):
         medical.segment_medical(str(tmp_path / "cells.png"), None, str(tmp_path / "scan.nii.gz"))
+    with pytest.raises(Exception, match="must be equal"):
+        medical.segment_medical(str(tmp_path / "cells.png"), None, str(mask))
     (tmp_path / "cut.nii").write_bytes(b"not a volume")
     with pytest.raises(Exception, match=r"^\W*cut\.nii cannot be read(?!.*" + tmp_path.name + ")"):
         medical.segment_medical(str(tmp_path / "cut.nii"))

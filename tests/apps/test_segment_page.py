@@ -1,0 +1,46 @@
+"""The click page without a browser: what is shown and saved belongs to one state of the session."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+pytest.importorskip("gradio")
+
+from mmkit.apps import segment
+from mmkit.vision.clicks.pipeline import InteractiveSegmenter
+from mmkit.vision.clicks.result import Mask
+
+
+@pytest.fixture
+def segmenter() -> InteractiveSegmenter:
+    picture = np.full((60, 80, 3), 90, np.uint8)
+    picture[20:40, 30:60] = (220, 40, 40)
+    session = InteractiveSegmenter("random-walker")
+    session.set_image(picture)
+    session.add_click(40, 30)
+    return session
+
+
+@pytest.mark.parametrize("meanwhile", ["reset", "undo", "click"])
+@pytest.mark.parametrize("scale", [1, 2])
+def test_clicks_while_the_files_are_written_mix_nothing(segmenter, monkeypatch, meanwhile, scale):
+    save, before = Mask.save, segmenter.mask
+
+    def slow(mask, path):
+        written = save(mask, path)
+        {"reset": segmenter.reset, "undo": segmenter.undo, "click": lambda: segmenter.add_click(5, 5)}[meanwhile]()
+        return written
+
+    monkeypatch.setattr(Mask, "save", slow)
+    original = segmenter.image.resize((80 * scale, 60 * scale))
+    shown, png, record = segment.finish(segment.SESSIONS.add(segment.Photo(segmenter, original)))
+    assert np.array_equal(np.asarray(shown), np.asarray(before.cutout()))
+    expected = before if scale == 1 else before.resized(original)
+    with Image.open(png.value["path"] if isinstance(png.value, dict) else png.value) as file:
+        assert np.array_equal(np.asarray(file), np.asarray(expected.cutout()))
+    with open(record.value["path"] if isinstance(record.value, dict) else record.value) as file:
+        assert json.load(file) == json.loads(json.dumps(expected.record()))

@@ -14,7 +14,7 @@ from mmkit.backbones.info import ImageBackboneInfo, backbone_info, checked_facts
 from mmkit.backbones.state import load_backbone_state
 from mmkit.errors import CheckpointError, InputError
 from mmkit.registry import LIBRARIES
-from mmkit.storage import read_json, read_tensors
+from mmkit.storage import new_folder, open_folder, read_json, read_tensors
 from mmkit.weights import list_weights
 
 
@@ -89,12 +89,11 @@ def save_backbone(model: nn.Module, folder: str | os.PathLike[str], *, class_nam
     transformers and diffusers (`from_pretrained(FOLDER)`). Attached adapters are not saved here: merge them first, or use
     `save_adapter`.
 
-    Raises `InputError` when adapters are attached, `folder` is a file, the model did not come from `create_backbone`, or
-    `class_names` are not as many as the classifier's outputs.
+    The folder appears whole or not at all, replaces only a saved backbone, and carries the digests of its files.
+
+    Raises `InputError` when adapters are attached, `folder` is a file or holds something else, the model did not come from
+    `create_backbone`, or `class_names` are not as many as the classifier's outputs.
     """
-    folder = Path(folder).expanduser()
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder} is a file; give a folder to save the model in.")
     adapters = model.__dict__.get("_mmkit_adapters")
     if adapters and (live := adapters.live()):
         raise InputError(
@@ -110,12 +109,13 @@ def save_backbone(model: nn.Module, folder: str | os.PathLike[str], *, class_nam
             outputs = getattr(info, "num_classes", 0)
             raise InputError(f"{len(class_names)} class names for a classifier of {outputs} outputs.")
         info = dataclasses.replace(info, class_names=tuple(class_names))
-    folder.mkdir(parents=True, exist_ok=True)
-    _builder(info.library).write(model, info, folder)
-    return folder
+    with new_folder(folder, kind="backbone") as draft:
+        _builder(info.library).write(model, info, draft)
+    return Path(folder).expanduser()
 
 
 def _from_folder(folder: Path, num_classes: int | None, overrides: dict[str, Any]) -> nn.Module:
+    open_folder(folder, ("backbone", "finetuned"), required=False)
     path = folder / "config.json"
     config = read_json(path)
     builders = [_builder(library) for library in LIBRARIES.names()]

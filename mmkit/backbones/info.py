@@ -197,20 +197,6 @@ def _scope(head: str, blocks: tuple[str, ...]) -> str:
     return next((path for path in outer if not any(b.startswith(f"{path}.") for b in blocks)), head)
 
 
-def head_name(model: nn.Module, *, required: bool = True) -> str:
-    """The first of `head_names`; "" when there is none and `required` is `False`.
-
-    Raises `InputError` when a head is required and cannot be found.
-    """
-    heads = head_names(model)
-    if not heads and required:
-        raise InputError(
-            f"{type(model).__name__} has no classifier that could be found. Build it with num_classes=N, "
-            "or name the module in modules_to_save."
-        )
-    return next(iter(heads), "")
-
-
 def example_input(model: nn.Module, batch_size: int = 1) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Arguments for `model(*args, **kwargs)` that make it run, for checks and tracing; `None` when they are not known.
 

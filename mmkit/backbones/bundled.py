@@ -10,7 +10,7 @@ from torch import nn
 
 from mmkit.backbones.builder import Builder, attach_info
 from mmkit.backbones.create import create_backbone
-from mmkit.backbones.info import BackboneInfo, ImageBackboneInfo, image_info
+from mmkit.backbones.info import BackboneInfo, ImageBackboneInfo, image_info, per_channel
 from mmkit.backbones.model import create_model
 from mmkit.backbones.state import load_backbone_state
 from mmkit.errors import InputError
@@ -33,7 +33,9 @@ class BundledBuilder(Builder):
         load_backbone_state(model, load_tensors(name), f"bundled weights {name!r}", new_head=num_classes is not None)
         fields = {f.name for f in dataclasses.fields(ImageBackboneInfo)}
         known = {k: tuple(v) if isinstance(v, list) else v for k, v in entry.extra.items() if k in fields}
-        info = dataclasses.replace(image_info(model), name=f"mmkit:{name}", **known)
+        info = image_info(model)
+        known |= {k: per_channel(known[k], len(info.mean)) for k in ("mean", "std") if k in known}
+        info = dataclasses.replace(info, name=f"mmkit:{name}", **known)
         if len(info.class_names) != info.num_classes:
             info = dataclasses.replace(info, class_names=())
         return attach_info(model, info)

@@ -76,6 +76,8 @@ class TransformersBuilder(Builder):
         if prefix and all(k in model.state_dict() for k in state):
             return state
         inner: Any = model.get_submodule(prefix[:-1]) if prefix else model
+        if hasattr(inner, "vision_model") and not any("vision_model." in k for k in state):
+            state = {f"vision_model.{k}": v for k, v in state.items()}  # a file of the visual tower alone
         with _quiet():
             filled, report = type(inner).from_pretrained(
                 None,
@@ -228,6 +230,10 @@ def _finish(
 
 
 def _num_features(model: nn.Module) -> int:
+    """Width of what the classifier reads (DINOv2's reads two vectors), else of the pooled output."""
+    linear = [m for m in getattr(model, "classifier", nn.Identity()).modules() if isinstance(m, nn.Linear)]
+    if linear:
+        return linear[0].in_features
     config = _visual(model.config)
     widths = getattr(config, "hidden_sizes", None)
     return int(getattr(config, "output_channels", None) or (widths[-1] if widths else config.hidden_size))
@@ -316,6 +322,10 @@ def _geometry(processor: dict[str, Any], fallback: tuple[int, int]) -> tuple[tup
     target = _edges(crop) if processor.get("do_center_crop") and crop else None
     if "height" in size:
         edges = (size["height"], size["width"])
+        if target and edges[0] * target[1] != edges[1] * target[0]:
+            logger.warning(
+                "resize %s with crop %s: one crop_pct cannot say it; that of the height is taken", edges, target
+            )
         return target or edges, _share(target[0], edges[0]) if target else 1.0, "squash"
     if "longest_edge" in size:
         edge = size["longest_edge"]

@@ -30,11 +30,12 @@ class ImageClassificationPipeline(Pipeline):
     def __init__(self, model: Any = None, *, device: Any = "auto", dtype: Any = "auto"):
         super().__init__(model, device=device, dtype=dtype)
         from mmkit.adapters import attached_adapters
-        from mmkit.backbones import image_info
+        from mmkit.backbones import image_info, warn_if_random
         from mmkit.data import ImageTransform
 
         for adapter in attached_adapters(self.model).values():
             adapter.to(self.device)
+        warn_if_random(self.model)
         self.info = image_info(self.model)
         self.transform = ImageTransform.of(self.info.preprocessing())
 

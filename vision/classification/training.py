@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mmkit.adapters import Adapter, apply_adapter, list_adapters, load_adapter, save_adapter
 from mmkit.adapters.files import CONFIG_NAME, read_adapter_extra
-from mmkit.backbones import create_backbone, example_input, image_info, save_backbone
+from mmkit.backbones import create_backbone, image_info, save_backbone, warn_if_random
 from mmkit.data import ImageDataset, ImageTransform, open_dataset, split_dataset
 from mmkit.errors import CheckpointError, InputError, nearest
 from mmkit.storage import new_folder, read_json, require_folder, write_json
@@ -139,6 +139,7 @@ def prepare(
     model = create_backbone(
         backbone, checkpoint_path, pretrained=pretrained, num_classes=len(dataset.class_names), **(overrides or {})
     )
+    warn_if_random(model)
     info = dataclasses.replace(image_info(model), class_names=tuple(dataset.class_names))
     if not info.heads:
         raise InputError(
@@ -148,8 +149,7 @@ def prepare(
     attached = None
     if adapter != "full":
         attached = apply_adapter(model, adapter, **{"modules_to_save": info.heads, **(settings or {})})
-        args, kwargs = example_input(model)
-        attached.check(*args, **kwargs)
+        attached.check()
     plain = info.preprocessing()
     return Prepared(
         model=model,
@@ -208,6 +208,7 @@ def train_prepared(
         on_step=on_step,
         should_stop=should_stop,
     )
+    prepared.model.__dict__["backbone_info"] = dataclasses.replace(image_info(prepared.model), trained=True)
     result = FinetuneResult(prepared, run, accuracy=run.best_metrics.get("accuracy", 0.0))
     result.merge_error = merge_error(prepared)
     result.report = prepared.describe() | {

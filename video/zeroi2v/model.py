@@ -16,7 +16,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from mmkit.adapters import apply_adapter, forward_context
+from mmkit.adapters import Adapter, apply_adapter, forward_context
 from mmkit.backbones import create_backbone, image_info
 from mmkit.backbones.model import Model
 from mmkit.errors import CheckpointError, InputError
@@ -190,7 +190,7 @@ class VideoClassifier(Model):
         return own_state(self, state)
 
 
-def _parameters_of(adapter: ZeroI2V) -> nn.ModuleDict:
+def _parameters_of(adapter: Adapter) -> nn.ModuleDict:
     """What the adapter trains, as one table: its own sites and the copy of the last norm."""
     return nn.ModuleDict({**adapter.sites, **adapter.saved})
 

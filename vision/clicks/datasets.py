@@ -48,7 +48,8 @@ def build_bank(groups: list[tuple[float, list]], side: int, device: torch.device
         side: of the canvases, in pixels.
         device: where the bank lives and scenes are made.
     """
-    images, sizes, maps, owner, table, boxes, weight = [], [], [], [], [], [], []
+    pictures: list[tuple[np.ndarray, list[int], np.ndarray]] = []  # canvas, height and width, segment ids
+    found: list[tuple[int, np.ndarray, list[int], float]] = []  # picture, table, box, weight
     for share, rows in groups:
         total = sum(o["weight"] for _, _, objects in rows for o in objects) or 1.0
         for image, segments, objects in rows:
@@ -61,17 +62,15 @@ def build_bank(groups: list[tuple[float, list]], side: int, device: torch.device
                 ys, xs = np.nonzero(np.isin(ids, list(o["ids"])))
                 if len(ys) < 40:
                     continue
-                row = np.zeros(256, np.uint8)
-                row[list(o["unknown"])], row[list(o["ids"])] = UNKNOWN, OBJECT
-                owner.append(len(images))
-                table.append(row)
-                boxes.append([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1])
-                weight.append(share * o["weight"] / total)
-            images.append(canvas)
-            sizes.append([h, w])
-            maps.append(ids)
+                kinds = np.zeros(256, np.uint8)
+                kinds[list(o["unknown"])], kinds[list(o["ids"])] = UNKNOWN, OBJECT
+                box = [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]
+                found.append((len(pictures), kinds, box, share * o["weight"] / total))
+            pictures.append((canvas, [h, w], ids))
+    canvases, sizes, maps = zip(*pictures, strict=True)
+    owner, table, boxes, weight = zip(*found, strict=True)
     return Bank(
-        torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous().to(device),
+        torch.from_numpy(np.stack(canvases)).permute(0, 3, 1, 2).contiguous().to(device),
         torch.tensor(sizes, dtype=torch.float32, device=device),
         torch.from_numpy(np.stack(maps)).to(device),
         torch.tensor(owner, device=device),

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from mmkit import __version__
-from mmkit.errors import MMKitError
+from mmkit.errors import InterruptedRun, MMKitError, RunDiffersError
 from mmkit.registry import COMMANDS
 
 app = typer.Typer(
@@ -20,21 +22,56 @@ app = typer.Typer(
 )  # fmt: skip
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM: unwinds like Ctrl-C, so that temporaries are removed."""
+
+
+def _terminate(number: int, frame: Any) -> None:
+    raise _Terminated
+
+
 def _command(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Register `fn` (less its trailing underscore) so that an `MMKitError` ends in one readable line, not a traceback."""
+    """Register `fn` (less its trailing underscore) so that what goes wrong ends in one readable line, not a traceback.
+
+    Exit codes: 1 for errors, 130 after Ctrl-C, 143 after SIGTERM.
+    """
 
     @functools.wraps(fn)
     def wrapped(*args: Any, **kwargs: Any) -> None:
+        before = signal.signal(signal.SIGTERM, _terminate)
         try:
             fn(*args, **kwargs)
-        except MMKitError as error:
+        except InterruptedRun as error:
+            typer.secho(str(error), err=True)
+            raise typer.Exit(128 + error.number) from None
+        except (MMKitError, OSError) as error:
             typer.secho(f"Error: {error}", fg="red", err=True)
             raise typer.Exit(1) from None
-        except KeyboardInterrupt:
-            typer.secho("Interrupted.", err=True)
-            raise typer.Exit(130) from None
+        except KeyboardInterrupt as error:
+            terminated = isinstance(error, _Terminated)
+            typer.secho("Terminated." if terminated else "Interrupted.", err=True)
+            raise typer.Exit(128 + (signal.SIGTERM if terminated else signal.SIGINT)) from None
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
     return app.command(fn.__name__.rstrip("_"))(wrapped)
+
+
+_OPTIONS = {
+    "data": "--data", "data held back": "--data, held back", "val": "--val", "adapter": "--adapter", "backbone": "--backbone",
+    "weights at the start": "--checkpoint or --backbone", "frozen weights": "--checkpoint or --backbone", "lr": "--lr",
+    "epochs": "--epochs", "batch_size": "--batch-size", "seed": "--seed", "augment": "--augment",
+}  # fmt: skip
+
+
+@contextlib.contextmanager
+def _in_words_of_the_command() -> Iterator[None]:
+    """A run that differs is told with the names of the command's options."""
+    try:
+        yield
+    except RunDiffersError as error:
+        advice = "Use the same to continue, run again with --restart to start over, or choose another --output."
+        raise error.reworded(error.folder, _OPTIONS, advice) from None
 
 
 @_command
@@ -42,11 +79,13 @@ def demo(
     headless: Annotated[bool, typer.Option("--headless", help="Run the main job without a browser.")] = False,
     output: Annotated[Path, typer.Option(help="Where the headless run writes.")] = Path("runs/demo"),
     epochs: Annotated[int, typer.Option(help="Passes over the data for each method (headless).")] = 12,
+    restart: Annotated[bool, typer.Option("--restart", help="Start over instead of continuing in --output.")] = False,
     port: Annotated[int, typer.Option(help="Port of the studio on 127.0.0.1.")] = 7860,
 ) -> None:
     """Open the studio, or with --headless adapt the bundled ViT to handwritten digits and compare four methods."""
     if headless:
-        COMMANDS.get("demo")(output, epochs=epochs)
+        with _in_words_of_the_command():
+            COMMANDS.get("demo")(output, epochs=epochs, resume=not restart)
     else:
         _studio(None, port)
 
@@ -81,14 +120,27 @@ def finetune(
     )  # fmt: skip
     about = prepared.describe()
     print(
-        f"{about['train_images']} training and {about['val_images']} validation images of {len(about['class_names'])} classes."
+        f"{about['train_images']} training and {about['val_images']} {about['measured_on']} images of "
+        f"{len(about['class_names'])} classes."
     )
     trained = f"{about['trainable_parameters']:,} of {about['total_parameters']:,} parameters"
     print(f"{adapter} trains {trained} at {len(about['sites'])} places.")
-    result = job.train_prepared(
-        prepared, output_dir=output, epochs=epochs, lr=lr, batch_size=batch_size, seed=seed, resume=not restart
-    )
+    output, steps = output.expanduser().absolute(), []
+    with _in_words_of_the_command():
+        result = job.train_prepared(
+            prepared, output_dir=output, epochs=epochs, lr=lr, batch_size=batch_size, seed=seed, resume=not restart,
+            on_step=steps.append,
+        )  # fmt: skip
+    if result.fit.stopped == "interrupted":
+        raise InterruptedRun(result.fit.steps, result.fit.signal, output / "training")
+    if not steps:
+        print(
+            "This very run had ended before: nothing was left to train. More --epochs continue it, --restart starts over."
+        )
     print("\n" + job.report_table([result.report]))
+    print(
+        f"Accuracy: of the {about['val_images']} {about['measured_on']} images; the epoch that is best on them is saved."
+    )
     print(f'\nSaved to {output}. Try it: mmkit predict IMAGE --model "{output}"')
 
 

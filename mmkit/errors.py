@@ -20,21 +20,28 @@ class InputError(MMKitError, ValueError):
 class RunDiffersError(InputError):
     """A folder holds a run that cannot be continued, because something that decides its result is another now.
 
-    `changes` says what: the name of the argument -> a phrase. Command line and studio put it in their own words.
+    `changes` says what: the name of the argument -> a phrase. `finished`: whether the run in the folder had come to its end.
     """
 
     def __init__(
-        self, folder: object, changes: Mapping[str, str], names: Mapping[str, str] | None = None, advice: str = ""
+        self,
+        folder: object,
+        changes: Mapping[str, str],
+        *,
+        finished: bool = False,
+        advice: str = "Use the same to continue, resume=False to start over, or another output_dir.",
     ):
-        told = [f"{(names or {}).get(k, k)}: {v}" for k, v in changes.items()]
+        told = [f"{k}: {v}" for k, v in changes.items()]
         more = f" (and {len(told) - 4} more)" if len(told) > 4 else ""
-        advice = advice or "Use the same to continue, resume=False to start over, or another output_dir."
         super().__init__(f"{folder} holds a run that differs. {'; '.join(told[:4])}{more}. {advice}")
-        self.folder, self.changes = folder, dict(changes)
+        self.folder, self.changes, self.finished = folder, dict(changes), finished
 
-    def reworded(self, names: Mapping[str, str], advice: str) -> RunDiffersError:
-        """The same with other names of the arguments and another advice."""
-        return RunDiffersError(self.folder, self.changes, names, advice)
+    def reworded(self, folder: object, names: Mapping[str, str], advice: str) -> RunDiffersError:
+        """The same in the words of another interface: its names of the arguments, its advice."""
+        changes: dict[str, str] = {}
+        for key, phrase in self.changes.items():
+            changes.setdefault(names.get(key, key), phrase)
+        return RunDiffersError(folder, changes, finished=self.finished, advice=advice)
 
 
 class CheckpointError(MMKitError, ValueError):
@@ -63,6 +70,16 @@ class TrainingError(MMKitError, RuntimeError):
     def __init__(self, message: str, step: int = 0, files: Iterable[str] = (), saved: object = None):
         super().__init__(message)
         self.step, self.files, self.saved = step, tuple(files), saved
+
+
+class InterruptedRun(MMKitError, KeyboardInterrupt):
+    """A run ended by Ctrl-C or SIGTERM with its state saved. `number`: of the signal."""
+
+    def __init__(self, steps: int, number: int, folder: object):
+        super().__init__(
+            f"Interrupted after {steps} steps; the state is saved in {folder}. Run the same command again to continue."
+        )
+        self.number = number
 
 
 def nearest(name: str, candidates: Iterable[str], n: int = 5) -> str:

@@ -28,6 +28,7 @@ _LABELS = ("labels", "targets")
 _PICTURES = ("images", "data", "arrays")
 _CLASSES = ("class_names", "classes")
 _FETCHED = 16
+_CONSEQUENCES = ("trained tensors", "parameter groups")  # told only when nothing tells why
 
 Row = list[str]  # name, digest of the content, label
 
@@ -227,7 +228,8 @@ def differences(
             changes[key] = _data_change(before, now, old_rows.get(key, []), new_rows.get(key, []))
         else:
             changes[key] = _change(before, now)
-    return changes
+    causes = {k: v for k, v in changes.items() if k not in _CONSEQUENCES}
+    return causes or changes
 
 
 def _change(before: Any, now: Any) -> str:
@@ -270,15 +272,15 @@ def _row_change(old: list[Row], new: list[Row]) -> list[str]:
         return []
     before, now = {r[0]: r for r in old}, {r[0]: r for r in new}
     told = [f"{len(old)} examples are now {len(new)}"] if len(old) != len(new) else []
+    labels = [n for n in now if n in before and before[n][2] != now[n][2]]
+    if labels:
+        told.append(_some([f"{n} was {before[n][2]!r} and is now {now[n][2]!r}" for n in labels]))
     lists = {
         "new": [n for n in now if n not in before],
         "gone": [n for n in before if n not in now],
         "of another content": [n for n in now if n in before and before[n][1] != now[n][1]],
     }
     told += [f"{what}: {_some(names)}" for what, names in lists.items() if names]
-    labels = [n for n in now if n in before and before[n][2] != now[n][2]]
-    if labels:
-        told.append(_some([f"{n} was {before[n][2]!r} and is now {now[n][2]!r}" for n in labels]))
     return told or ["the order of the examples is another"]
 
 

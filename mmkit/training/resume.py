@@ -72,7 +72,8 @@ class Identity:
         for key in lengths:
             changes[key] += " (only a finished run can be given more)"
         if changes:
-            raise RunDiffersError(path.parent.parent, changes)
+            finished = progress.stopped in ("finished", "early")
+            raise RunDiffersError(path.parent.parent, changes, finished=finished)
         return False
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from mmkit.data import load_digits
-from mmkit.errors import MMKitError
-from mmkit.storage import write_json
+from mmkit.errors import InterruptedRun, MMKitError
+from mmkit.storage import atomic_write, write_json
+from mmkit.storage.files import absolute
 from mmkit.vision.classification.training import FinetuneResult, load_finetuned, prepare, report_table, train_prepared
 
 METHODS = ("linear_probe", "ssf", "lora", "full")
 
 
-def run_demo(output_dir: str | os.PathLike[str] = "runs/demo", *, epochs: int = 12, seed: int = 0) -> dict[str, Any]:
+def run_demo(
+    output_dir: str | os.PathLike[str] = "runs/demo", *, epochs: int = 12, seed: int = 0, resume: bool = True
+) -> dict[str, Any]:
     """Train, print one table, write `report.json`, `curves.png` and the best adapter under `output_dir`.
 
     Then the best adapter that folds into the weights is loaded by a fresh process, merged there, and the predictions of all three
@@ -31,11 +35,12 @@ def run_demo(output_dir: str | os.PathLike[str] = "runs/demo", *, epochs: int = 
         output_dir: created when missing.
         epochs: passes over the 1438 training digits, for each method.
         seed: of the split, the start and the order.
+        resume: continue what `output_dir` holds of the same demo; `False` starts over.
 
     Returns:
         What `report.json` holds.
     """
-    folder = Path(output_dir)
+    folder = absolute(output_dir)
     digits = load_digits()
     print(
         f"{len(digits)} real handwritten digits, 10 classes. Backbone: bundled tiny ViT, pre-trained on drawn pictures only.\n"
@@ -45,11 +50,14 @@ def run_demo(output_dir: str | os.PathLike[str] = "runs/demo", *, epochs: int = 
         prepared = prepare(digits, "tiny_vit", method, seed=seed)
         print(f"{method}: {prepared.trainable_parameters:,} trainable parameters")
         run = train_prepared(
-            prepared, output_dir=folder / method, epochs=epochs, batch_size=64, seed=seed, resume=False
+            prepared, output_dir=folder / method, epochs=epochs, batch_size=64, seed=seed, resume=resume
         )
+        if run.fit.stopped == "interrupted":
+            raise InterruptedRun(run.fit.steps, run.fit.signal, folder / method / "training")
         results.append(run)
     reports = [r.report for r in results]
-    print("\n" + report_table(reports) + "\n")
+    print("\n" + report_table(reports))
+    print(f"Accuracy: of the {len(prepared.val)} digits held back; the epoch that is best on them is kept.\n")
     _plot(results, folder / "curves.png")
 
     best = max((r for r in results if r.merge_error is not None), key=lambda r: r.accuracy)
@@ -75,17 +83,15 @@ def _reload_in_fresh_process(best: FinetuneResult) -> dict[str, Any]:
     with torch.no_grad():
         logits = torch.cat([model.eval()(chunk.to(device)).cpu() for chunk in images.split(128)])
     assert best.folder is not None
-    exchange = best.folder / "fresh_process.npz"
-    np.savez(exchange, images=images.numpy(), logits=logits.numpy())
-    try:
+    with tempfile.TemporaryDirectory() as temporary:
+        exchange = Path(temporary) / "logits.npz"
+        np.savez(exchange, images=images.numpy(), logits=logits.numpy())
         out = subprocess.run(
             [sys.executable, "-m", "mmkit.vision.classification.demo", str(best.folder), str(exchange)],
             capture_output=True,
             text=True,
             check=False,
         )
-    finally:
-        exchange.unlink()
     if out.returncode:
         raise MMKitError(f"The fresh process failed:\n{out.stderr[-2000:]}")
     return json.loads(out.stdout.strip().splitlines()[-1])
@@ -130,8 +136,8 @@ def _plot(results: list[FinetuneResult], path: Path) -> None:
     axes.set(xlabel="epoch", ylabel="validation accuracy [%]", title="Bundled tiny ViT adapted to handwritten digits")
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")
 
 
 if __name__ == "__main__":

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import tempfile
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,13 +17,20 @@ import torch
 from torch import Tensor, nn
 
 from mmkit.adapters import Adapter, apply_adapter, list_adapters, load_adapter, save_adapter
-from mmkit.adapters.files import CONFIG_NAME, read_adapter_extra
+from mmkit.adapters.files import CONFIG_NAME
 from mmkit.backbones import create_backbone, image_info, save_backbone, warn_if_random
 from mmkit.data import ImageDataset, ImageTransform, open_dataset, split_dataset
-from mmkit.errors import CheckpointError, InputError, nearest
-from mmkit.storage import new_folder, read_json, require_folder, write_json
+from mmkit.errors import CheckpointError, InputError, RunDiffersError, nearest
+from mmkit.storage import folder_lock, new_folder, open_folder, read_json, require_folder, write_json
+from mmkit.storage.files import absolute
+from mmkit.storage.folders import check_free
 from mmkit.training import FitConfig, FitResult, StepInfo, fit
+from mmkit.training.digest import tensors_digest
 
+KINDS = ("finetuned", "adapter", "backbone")
+"""What a folder of fine-tuning holds, and the kinds that are read and replaced alike."""
+KEPT = ("training",)
+"""The state of the run in such a folder."""
 LEARNING_RATES = {"linear_probe": 3e-2, "ssf": 2e-2, "bitfit": 2e-2, "lora": 5e-3, "full": 5e-4}
 """Peak learning rates that work on small data sets; other methods start from 2e-3."""
 
@@ -41,6 +50,8 @@ class Prepared:
         train, val: data sets of (image tensor, label).
         method: as given. backbone: how to build the backbone again.
         keep_backbone: whether its weights must be saved beside the adapter, because that would not bring them back.
+        measured_on: which pictures `val` holds: "validation", or "test" when the source splits off only such.
+        identity: what decides a run beside data, adapter and settings: see `mmkit.training.fit`.
     """
 
     model: nn.Module
@@ -51,6 +62,8 @@ class Prepared:
     method: str
     backbone: dict[str, Any]
     keep_backbone: bool
+    measured_on: str = "validation"
+    identity: dict[str, Any] = field(default_factory=dict)
 
     @property
     def trainable_parameters(self) -> int:
@@ -69,6 +82,7 @@ class Prepared:
             "class_names": self.class_names,
             "train_images": len(self.train),
             "val_images": len(self.val),
+            "measured_on": self.measured_on,
         }
 
 
@@ -79,8 +93,9 @@ class FinetuneResult:
     Attributes:
         prepared: the model with the trained adapter still attached.
         fit: history, metrics, seconds.
-        folder: where it was saved, or `None`.
-        accuracy: best validation accuracy, 0..1.
+        folder: where it was saved, or `None`; also `None` after Ctrl-C or SIGTERM (`fit.stopped` is "interrupted"): then
+            only the state of the run is kept, to be continued.
+        accuracy: best accuracy on the pictures that `prepared.measured_on` names, 0..1. The saved weights are those of it.
         file_size: bytes of the saved files that are needed beside the backbone.
         merge_error: largest difference of the logits after merging, or `None` when the method cannot be merged.
     """
@@ -130,6 +145,7 @@ def prepare(
     if len(dataset.class_names) < 2:
         raise InputError(f"Training needs at least two classes; found {dataset.class_names}.")
     train, held = split_dataset(dataset, val, seed)
+    splits = set(dataset.splits or ())
     torch.manual_seed(seed)
     is_folder = Path(backbone).expanduser().is_dir()
     spec = {
@@ -160,7 +176,22 @@ def prepare(
         method=adapter,
         backbone=spec,
         keep_backbone=bool(checkpoint_path) or not (is_folder or info.name.startswith("mmkit:")),
+        measured_on="test" if {"train", "test"} <= splits and "val" not in splits else "validation",
+        identity={
+            "backbone": Path(backbone).name if is_folder else str(backbone),
+            "overrides": overrides or None,
+            "method": adapter,
+            "validation share": None if {"train"} < splits else val,
+            "augment": augment,
+            "weights at the start": _start(model, info.heads) if attached is None else None,
+        },
     )
+
+
+def _start(model: nn.Module, heads: tuple[str, ...]) -> str:
+    """The digest of what full fine-tuning starts from; the classifiers start at random, from the seed."""
+    fresh = tuple(f"{head}." for head in heads)
+    return tensors_digest((k, v) for k, v in model.state_dict().items() if not k.startswith(fresh))
 
 
 def train_prepared(
@@ -181,11 +212,17 @@ def train_prepared(
 
     Args:
         config: everything at once; else `epochs`, `lr` (`None`: the method's usual), `batch_size`, `seed` and `progress`.
-        resume: continue the run that `output_dir` holds, if there is one; `False` starts over.
+        resume: continue the run that `output_dir` holds, if there is one; a finished run may be given more `epochs` (see
+            `mmkit.training.fit`). `False` starts over; what was saved there stays until the new run has ended.
         on_step, should_stop: see `mmkit.training.fit`.
 
     Returns:
         The result; the adapter stays attached to `result.prepared.model`.
+
+    Raises:
+        RunDiffersError: `output_dir` holds a run of other data or settings; what differs is named.
+        InputError: `output_dir` holds something else, or another process is training there.
+        StorageError: it cannot be written.
     """
     peak = lr if lr is not None else LEARNING_RATES.get(prepared.method, 2e-3)
     config = config or FitConfig(
@@ -197,33 +234,56 @@ def train_prepared(
         warmup_epochs=1.0,
         weight_decay=0.01,
     )
-    folder = Path(output_dir).expanduser() if output_dir is not None else None
-    run = fit(
-        prepared.model,
-        prepared.train,
-        prepared.val,
-        config=config,
-        output_dir=folder / "training" if folder else None,
-        adapter=prepared.adapter,
-        on_step=on_step,
-        should_stop=should_stop,
-    )
+    if not resume:
+        config = dataclasses.replace(config, resume=False)
+    options = {"config": config, "on_step": on_step, "should_stop": should_stop}
+    if output_dir is None:
+        return _report(prepared, _fit(prepared, None, options), None)
+    folder = absolute(output_dir)
+    check_free(folder, KINDS, KEPT)
+    main = int(os.environ.get("RANK", "0")) == 0  # of several processes under torchrun one writes
+    with folder_lock(folder / KEPT[0]) if main else contextlib.nullcontext():
+        run = _fit(prepared, folder, options)
+        return _report(prepared, run, folder if main and run.stopped != "interrupted" else None)
+
+
+def _fit(prepared: Prepared, folder: Path | None, options: dict[str, Any]) -> FitResult:
+    """Run `fit` in the words of `finetune`."""
+    try:
+        return fit(
+            prepared.model,
+            prepared.train,
+            prepared.val,
+            output_dir=folder / KEPT[0] if folder else None,
+            adapter=prepared.adapter,
+            identity=prepared.identity,
+            **options,
+        )
+    except RunDiffersError as error:
+        names = {"train": "data", "val": "data held back", "validation share": "val", "method": "adapter"}
+        advice = "Use the same to continue, resume=False to start over, or another output_dir."
+        raise error.reworded(folder, names, advice) from None
+
+
+def _report(prepared: Prepared, run: FitResult, folder: Path | None) -> FinetuneResult:
+    """Measure and save what came out."""
     prepared.model.__dict__["backbone_info"] = dataclasses.replace(image_info(prepared.model), trained=True)
-    result = FinetuneResult(prepared, run, accuracy=run.best_metrics.get("accuracy", 0.0))
-    result.merge_error = merge_error(prepared)
+    result = FinetuneResult(prepared, run, folder, accuracy=run.best_metrics.get("accuracy", 0.0))
+    result.merge_error = merge_error(prepared) if run.stopped != "interrupted" else None
     result.report = prepared.describe() | {
         "accuracy": result.accuracy,
+        "best": run.best_metrics,
+        "last": run.metrics,
         "seconds": round(run.seconds, 2),
         "merge_error": result.merge_error,
         "stopped": run.stopped,
         "steps": run.steps,
     }
-    if folder is None:
+    if folder is not None:
+        result.file_size = _save(prepared, folder, result.report | {"history": run.history})
+    else:
         with tempfile.TemporaryDirectory() as temporary:
             result.file_size = _save(prepared, Path(temporary) / "model")
-    else:
-        result.file_size = _save(prepared, folder, result.report | {"history": run.history})
-        result.folder = folder
     result.report["file_size"] = result.file_size
     return result
 
@@ -238,9 +298,14 @@ def finetune(
     lr: float | None = None,
     batch_size: int = 32,
     seed: int = 0,
+    resume: bool | str = "auto",
     **options: Any,
 ) -> FinetuneResult:
     """`prepare` and `train_prepared` in one call; `options` go to `prepare`.
+
+    Args:
+        resume: `True` continues the run in `output_dir` and refuses another one, `False` starts over. "auto" continues the same
+            run, refuses an unfinished other one, and replaces a finished other one with a warning that names what differs.
 
     Example:
         >>> from mmkit.data import load_digits
@@ -249,13 +314,25 @@ def finetune(
         >>> 0 <= result.accuracy <= 1
         True
     """
+    if resume not in (True, False, "auto"):
+        raise InputError(f"resume must be True, False or 'auto', not {resume!r}.")
     prepared = prepare(data, backbone, adapter, seed=seed, **options)
-    return train_prepared(prepared, output_dir=output_dir, epochs=epochs, lr=lr, batch_size=batch_size, seed=seed)
+    settings: dict[str, Any] = {
+        "output_dir": output_dir, "epochs": epochs, "lr": lr, "batch_size": batch_size, "seed": seed,
+    }  # fmt: skip
+    try:
+        return train_prepared(prepared, resume=bool(resume), **settings)
+    except RunDiffersError as error:
+        if resume != "auto" or not error.finished:
+            raise
+        told = "; ".join(f"{k}: {v}" for k, v in error.changes.items())
+        warnings.warn(f"{output_dir} holds a finished run that differs ({told}). Starting over.", stacklevel=2)
+    return train_prepared(prepared, resume=False, **settings)
 
 
 def _save(prepared: Prepared, folder: Path, report: dict[str, Any] | None = None) -> int:
     """Save what the backbone's name alone does not bring back, and the report; returns the size of the former in bytes."""
-    with new_folder(folder, kind="finetuned", keep=("training",), replaces=("adapter", "backbone")) as draft:
+    with new_folder(folder, KINDS[0], keep=KEPT, replaces=KINDS[1:]) as draft:
         backbone = dict(prepared.backbone)
         if prepared.adapter is None:
             save_backbone(prepared.model, draft, class_names=tuple(prepared.class_names))
@@ -286,9 +363,18 @@ def load_finetuned(folder: str | os.PathLike[str], *, backbone: str | os.PathLik
         CheckpointError: the folder is damaged or does not say which backbone it needs.
     """
     folder = require_folder(folder)
-    if not (folder / CONFIG_NAME).exists():
+    manifest = open_folder(folder, KINDS, required=False)
+    adapted, whole = (folder / CONFIG_NAME).exists(), (folder / "config.json").exists()
+    if manifest is None and adapted and whole:
+        raise CheckpointError(
+            f"{folder} holds an adapter ({CONFIG_NAME}) and a whole model (config.json), and nothing says which is meant. "
+            "Move one of them to a folder of its own."
+        )
+    if not adapted and not whole and (folder / KEPT[0]).is_dir():
+        raise CheckpointError(f"{folder} holds a run that has not ended. Run the same command again to finish it.")
+    if not adapted:
         return create_backbone(folder).eval()
-    extra = read_adapter_extra(folder)
+    extra = (manifest or {}).get("extra") or {}
     spec = extra.get("backbone") or {}
     classes = extra.get("class_names") or []
     if backbone is None:
@@ -332,15 +418,17 @@ def _logits(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def report_table(reports: list[dict[str, Any]]) -> str:
-    """Reports of several methods as one aligned text table."""
-    rows = [["method", "accuracy", "trainable", "of total", "file", "seconds", "merge error"]]
+    """Reports of several methods as one aligned text table: accuracy of the best (saved) and of the last evaluation."""
+    rows = [["method", "best accuracy", "last", "trainable", "of total", "file", "seconds", "merge error"]]
     for r in reports:
         share = r["trainable_parameters"] / r["total_parameters"]
         error = "-" if r["merge_error"] is None else f"{r['merge_error']:.1e}"
+        last = r.get("last", {}).get("accuracy")
         rows.append(
             [
-                r["method"], f"{100 * r['accuracy']:.1f} %", f"{r['trainable_parameters']:,}", f"{100 * share:.1f} %",
-                f"{r['file_size'] / 1024:,.0f} kB", f"{r['seconds']:.1f}", error,
+                r["method"], f"{100 * r['accuracy']:.1f} %", "-" if last is None else f"{100 * last:.1f} %",
+                f"{r['trainable_parameters']:,}", f"{100 * share:.1f} %", f"{r['file_size'] / 1024:,.0f} kB",
+                f"{r['seconds']:.1f}", error,
             ]
         )  # fmt: skip
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]

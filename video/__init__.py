@@ -14,13 +14,8 @@ if TYPE_CHECKING:
         check_videos as check_videos,
     )
     from mmkit.video.encode import write_video as write_video
-    from mmkit.video.io import (
-        Clip as Clip,
-        VideoDecodeError as VideoDecodeError,
-        VideoReader as VideoReader,
-        backends as backends,
-        read_frames as read_frames,
-    )
+    from mmkit.video.frames import Clip as Clip, VideoDecodeError as VideoDecodeError
+    from mmkit.video.io import VideoReader as VideoReader, backends as backends, read_frames as read_frames
     from mmkit.video.samplers import (
         DenseSampler as DenseSampler,
         SegmentSampler as SegmentSampler,

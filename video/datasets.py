@@ -26,7 +26,8 @@ from mmkit.data.images import SUFFIXES
 from mmkit.data.labels import class_order, from_folders, near_twins, read_table, read_text, split_of
 from mmkit.data.listing import Folder, list_folder
 from mmkit.errors import InputError
-from mmkit.video.io import VIDEO_SUFFIXES, VideoDecodeError, VideoReader
+from mmkit.video.frames import VideoDecodeError
+from mmkit.video.io import VIDEO_SUFFIXES, VideoReader
 from mmkit.video.samplers import Sampler, UniformSampler
 from mmkit.video.transforms import ClipTransform
 

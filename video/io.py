@@ -11,70 +11,44 @@ import logging
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from mmkit.data.images import SUFFIXES, load_image
 from mmkit.data.listing import PathList, list_folder
 from mmkit.errors import InputError
 from mmkit.ops.backends import choose_backend
+from mmkit.video.frames import Clip, Placement, VideoDecodeError, resize, to_rgb
 
 logger = logging.getLogger("mmkit.video")
 
+
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".flv", ".wmv", ".ogv", ".3gp")
+
 
 # Only real video containers in one local file: FFmpeg would also "play" text, pictures and play lists that name URLs.
 _FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,flv,asf,ogg,gif,h264,hevc,m4v,ivf,dv,mxf"
+
+
 _OPEN_OPTIONS = {"format_whitelist": _FORMATS, "protocol_whitelist": "file"}
+
+
 _NO_TIMESTAMPS = {"avi", "h264", "hevc", "m4v", "mpegvideo", "dv"}  # presentation times there are FFmpeg's guesses
+
+
 MAX_PIXELS = 64_000_000
 """Largest frame that is decoded, in pixels."""
+
+
 MAX_BYTES = 8_000_000_000
 """Largest clip that `read` returns."""
+
+
 _SEEK_GAIN = 60  # frames that a seek must at least skip: a seek costs about one group of pictures
-
-
-class VideoDecodeError(InputError):
-    """A video cannot be read: missing, empty, not a video, or damaged beyond `tolerance`."""
-
-
-@dataclass(frozen=True)
-class Clip:
-    """Frames of one video.
-
-    Attributes:
-        frames: uint8 `(T, H, W, 3)`, RGB.
-        indices: frame number of each, `(T,)`.
-        seconds: presentation time of each, `(T,)`, from the start of the video.
-        num_frames, fps, duration: of the whole video (average rate; seconds).
-        num_replaced: frames that could not be decoded and show their nearest decoded neighbour in time.
-        num_corrupt: data packets the decoder refused, plus frames it marked as damaged, up to now.
-        path, backend: where they came from.
-    """
-
-    frames: np.ndarray[Any, Any]
-    indices: np.ndarray[Any, Any]
-    seconds: np.ndarray[Any, Any]
-    num_frames: int
-    fps: float
-    duration: float
-    num_replaced: int = 0
-    num_corrupt: int = 0
-    path: str = ""
-    backend: str = "pyav"
-
-    def __len__(self) -> int:
-        return len(self.frames)
-
-    def tensor(self) -> Tensor:
-        """The frames as a uint8 tensor `(T, 3, H, W)`, without a copy."""
-        return torch.from_numpy(self.frames).permute(0, 3, 1, 2)
 
 
 def _pyav_problem(device: torch.device) -> str | None:
@@ -245,7 +219,7 @@ class VideoReader:
         self._first_stamp = min(known[0], 0) if known else 0
         self._keys = sorted(keys)
 
-    def _first_placement(self) -> _Placement:
+    def _first_placement(self) -> Placement:
         import av
 
         try:
@@ -253,14 +227,14 @@ class VideoReader:
             for i, packet in enumerate(self._container.demux(self._stream)):
                 try:
                     for frame in packet.decode():
-                        return _Placement.of(frame)
+                        return Placement.of(frame)
                 except av.error.InvalidDataError:
                     continue
                 if i > 200:
                     break
         except (av.error.FFmpegError, OSError) as error:
             logger.info("%s: %s", self.path, _reason(error))
-        return _Placement()
+        return Placement()
 
     # -- facts
 
@@ -397,12 +371,12 @@ class VideoReader:
         for place, frame in self._decoded(places[0]):
             while at < len(wanted) and places[at] < place:  # passed without being decoded: take the nearer neighbour
                 near = frame if previous is None or place - places[at] < places[at] - previous[0] else previous[1]
-                yield wanted[at], _to_rgb(near, size), "replaced"
+                yield wanted[at], to_rgb(near, size), "replaced"
                 at += 1
             if at < len(wanted) and places[at] == place:
                 if frame.is_corrupt:
                     self._corrupt_shown.add(wanted[at])
-                yield wanted[at], _to_rgb(frame, size), "ok"
+                yield wanted[at], to_rgb(frame, size), "ok"
                 at += 1
             if at == len(wanted):
                 return
@@ -410,7 +384,7 @@ class VideoReader:
         if previous is None:
             raise VideoDecodeError(f"{self.path} is damaged: no frame of it can be decoded.")
         for index in wanted[at:]:
-            yield index, _to_rgb(previous[1], size), "replaced"
+            yield index, to_rgb(previous[1], size), "replaced"
 
     def _decoded(self, first: int) -> Iterator[tuple[int, Any]]:
         """Frames from the last key frame before `first` on, with their place (presentation stamp, or count)."""
@@ -472,7 +446,7 @@ class VideoReader:
                 part = wanted[start : start + 16]
                 data = decoder.get_frames_at(part).data.numpy()
                 for index, frame in zip(part, data, strict=True):
-                    yield index, _resize(frame, size), "ok"
+                    yield index, resize(frame, size), "ok"
         except (RuntimeError, ValueError, IndexError) as error:
             raise VideoDecodeError(
                 f"{self.path}: torchcodec cannot decode it ({_reason(error)}). backend='pyav' recovers damaged files."
@@ -520,47 +494,3 @@ def _is_cover_art(stream: Any) -> bool:
     import av
 
     return bool(stream.disposition & av.stream.Disposition.attached_pic)
-
-
-@dataclass(frozen=True)
-class _Placement:
-    """How a stored picture is turned to be looked at: rows and columns swapped first, then mirrored."""
-
-    swapped: bool = False
-    mirrored: bool = False  # left and right
-    flipped: bool = False  # top and bottom
-
-    @classmethod
-    def of(cls, frame: Any) -> _Placement:
-        """From the display matrix, whose first two rows hold where the stored x and y axes point (ISO 14496-12, 6.2.2)."""
-        from av.sidedata.sidedata import SideDataContainer
-
-        data = SideDataContainer(frame).get(
-            "DISPLAYMATRIX"
-        )  # `frame.side_data` keeps frame and decoder alive in a circle
-        if data is None:
-            return cls()
-        a, b, _, c, d, *_ = np.frombuffer(data, np.int32, 9).astype(np.int64)
-        if abs(b) + abs(c) > abs(a) + abs(d):
-            return cls(swapped=True, mirrored=bool(c < 0), flipped=bool(b < 0))
-        return cls(mirrored=bool(a < 0), flipped=bool(d < 0))
-
-    def apply(self, array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """A view of `(H, W, 3)` as it is looked at."""
-        array = array.transpose(1, 0, 2) if self.swapped else array
-        return array[:: -1 if self.flipped else 1, :: -1 if self.mirrored else 1]
-
-
-def _to_rgb(frame: Any, size: tuple[int, int]) -> np.ndarray[Any, Any]:
-    """A decoded frame as upright RGB of `size` (height, width)."""
-    placement = _Placement.of(frame)
-    height, width = (size[1], size[0]) if placement.swapped else size
-    return placement.apply(frame.to_ndarray(format="rgb24", width=width, height=height, interpolation="AREA"))
-
-
-def _resize(frame: np.ndarray[Any, Any], size: tuple[int, int]) -> np.ndarray[Any, Any]:
-    if frame.shape[:2] == size:
-        return frame
-    from PIL import Image
-
-    return np.asarray(Image.fromarray(frame).resize((size[1], size[0]), Image.Resampling.BOX))

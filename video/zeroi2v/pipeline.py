@@ -16,7 +16,8 @@ from tqdm import tqdm
 from mmkit.backbones import load_weights
 from mmkit.errors import InputError
 from mmkit.pipelines import Pipeline
-from mmkit.video.io import Clip, VideoReader
+from mmkit.video.frames import Clip
+from mmkit.video.io import VideoReader
 from mmkit.video.samplers import DenseSampler, UniformSampler, window_starts
 from mmkit.video.transforms import ClipTransform
 from mmkit.video.zeroi2v.model import VideoClassifier

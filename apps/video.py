@@ -144,7 +144,7 @@ def classify(
 
 def make_playable(video: str | None) -> Any:
     """A copy that the browser plays, where it does not play the uploaded file (AVI and the like)."""
-    from mmkit.video.encode import browser_copy
+    from mmkit.video import browser_copy
 
     try:
         copy = str(browser_copy(video, output_folder())) if video else video

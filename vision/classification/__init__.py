@@ -13,6 +13,7 @@ from mmkit.lazy import door
 if TYPE_CHECKING:
     from mmkit.vision.classification.demo import run_demo as run_demo
     from mmkit.vision.classification.pipeline import ImageClassificationPipeline as ImageClassificationPipeline
+    from mmkit.vision.classification.report import report_table as report_table
     from mmkit.vision.classification.result import ImageClassification as ImageClassification
     from mmkit.vision.classification.training import (
         LEARNING_RATES as LEARNING_RATES,
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
         load_finetuned as load_finetuned,
         merge_error as merge_error,
         prepare as prepare,
-        read_report as read_report,
-        report_table as report_table,
         train_prepared as train_prepared,
     )
 

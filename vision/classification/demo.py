@@ -18,7 +18,8 @@ from mmkit.data import load_digits
 from mmkit.errors import InterruptedRun, MMKitError
 from mmkit.storage import atomic_write, write_json
 from mmkit.storage.files import absolute
-from mmkit.vision.classification.training import FinetuneResult, load_finetuned, prepare, report_table, train_prepared
+from mmkit.vision.classification.report import report_table
+from mmkit.vision.classification.training import FinetuneResult, load_finetuned, prepare, train_prepared
 
 METHODS = ("linear_probe", "ssf", "lora", "full")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import tempfile
 import warnings
@@ -21,7 +20,7 @@ from mmkit.adapters.files import CONFIG_NAME
 from mmkit.backbones import create_backbone, image_info, save_backbone, warn_if_random
 from mmkit.data import ImageDataset, ImageTransform, open_dataset, split_dataset
 from mmkit.errors import CheckpointError, InputError, RunDiffersError, nearest
-from mmkit.storage import folder_lock, new_folder, open_folder, read_json, require_folder, write_json
+from mmkit.storage import folder_lock, new_folder, open_folder, require_folder, write_json
 from mmkit.storage.files import absolute
 from mmkit.storage.folders import check_free
 from mmkit.training import FitConfig, FitResult, StepInfo, fit
@@ -29,8 +28,12 @@ from mmkit.training.digest import tensors_digest
 
 KINDS = ("finetuned", "adapter", "backbone")
 """What a folder of fine-tuning holds, and the kinds that are read and replaced alike."""
+
+
 KEPT = ("training",)
 """The state of the run in such a folder."""
+
+
 LEARNING_RATES = {"linear_probe": 3e-2, "ssf": 2e-2, "bitfit": 2e-2, "lora": 5e-3, "full": 5e-4}
 """Peak learning rates that work on small data sets; other methods start from 2e-3."""
 
@@ -415,33 +418,3 @@ def _logits(model: nn.Module, images: Tensor) -> Tensor:
             return model.eval()(images)
     finally:
         model.train(training)
-
-
-def report_table(reports: list[dict[str, Any]]) -> str:
-    """Reports of several methods as one aligned text table: accuracy of the best (saved) and of the last evaluation."""
-    rows = [["method", "best accuracy", "last", "trainable", "of total", "file", "seconds", "merge error"]]
-    for r in reports:
-        share = r["trainable_parameters"] / r["total_parameters"]
-        error = "-" if r["merge_error"] is None else f"{r['merge_error']:.1e}"
-        last = r.get("last", {}).get("accuracy")
-        rows.append(
-            [
-                r["method"], f"{100 * r['accuracy']:.1f} %", "-" if last is None else f"{100 * last:.1f} %",
-                f"{r['trainable_parameters']:,}", f"{100 * share:.1f} %", f"{r['file_size'] / 1024:,.0f} kB",
-                f"{r['seconds']:.1f}", error,
-            ]
-        )  # fmt: skip
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
-        for row in rows
-    ]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
-
-
-def read_report(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """`report.json` of a fine-tuning folder."""
-    report = read_json(Path(folder) / "report.json")
-    if not isinstance(report, dict):
-        raise CheckpointError(f"{folder}/report.json is not a report: {json.dumps(report)[:60]}")
-    return report

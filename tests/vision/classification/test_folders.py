@@ -26,7 +26,8 @@ from mmkit.data import load_digits, open_dataset
 from mmkit.errors import CheckpointError, InputError, RunDiffersError, StorageError
 from mmkit.storage import open_folder
 from mmkit.vision.classification import demo
-from mmkit.vision.classification.training import _save, finetune, load_finetuned, prepare, report_table, train_prepared
+from mmkit.vision.classification.report import report_table
+from mmkit.vision.classification.training import _save, finetune, load_finetuned, prepare, train_prepared
 
 QUICK = {"adapter": "linear_probe", "epochs": 1, "lr": 0.05}
 

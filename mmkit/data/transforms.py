@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 from PIL import Image
 from torch import Tensor
 
-from mmkit.data.images import ImageLike, load_image
+from mmkit.data.images import ImageLike, check_size, load_image
 from mmkit.errors import InputError, nearest
 
 _INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming", "random")
@@ -83,6 +84,7 @@ class ImageTransform:
                 PadEnd(self.size, fill),
                 *steps[-2:],
             ]
+        steps[-1].inplace = True  # the tensor is fresh: nobody sees it before it is normalised
         return T.Compose([*self._grey(), *steps])
 
     def _training_steps(self) -> Any:
@@ -91,7 +93,7 @@ class ImageTransform:
 
         crop = T.RandomResizedCrop(self.size, self.scale, self.ratio, interpolation=str_to_interp_mode(self._method))
         flip = [T.RandomHorizontalFlip(self.hflip)] if self.hflip else []
-        return T.Compose([*self._grey(), crop, *flip, T.ToTensor(), T.Normalize(self.mean, self.std)])
+        return T.Compose([*self._grey(), crop, *flip, T.ToTensor(), T.Normalize(self.mean, self.std, True)])
 
     @property
     def _method(self) -> str:
@@ -118,7 +120,14 @@ class ImageTransform:
     def __call__(self, image: ImageLike) -> Tensor:
         if not isinstance(image, Image.Image) or image.mode != "RGB":
             image = load_image(image)
-        return self._steps(image)
+        if not self.train and self.crop_mode == "center":  # the whole picture is resized, long strips to enormous ones
+            factor = max(s / self.crop_pct / own for s, own in zip(self.size, (image.height, image.width), strict=True))
+            name = f"A picture of {image.width}x{image.height}, resized to cover {self.size[1]}x{self.size[0]},"
+            check_size((math.ceil(image.width * factor), math.ceil(image.height * factor)), name)
+        try:
+            return self._steps(image)
+        except ValueError as error:  # a strip whose short side shrinks to nothing
+            raise InputError(f"A picture of {image.width}x{image.height} cannot be prepared: {error}") from error
 
     def __repr__(self) -> str:
         shown = (

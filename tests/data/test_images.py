@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import resource
 import struct
 import zlib
 
@@ -157,6 +158,27 @@ def test_the_callers_picture_is_not_handed_back():
     mine = Image.new("RGB", (2, 2))
     load_image(mine).putpixel((0, 0), (9, 9, 9))
     assert corner(mine) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("size", [(10_000, 1), (1, 10_000), (1_000_000, 1)])
+def test_long_strips_allocate_no_gigabytes(size):
+    file = io.BytesIO()
+    Image.new("L", size).save(file, "PNG")
+    assert len(file.getvalue()) < 3000
+    ImageTransform(224)(Image.new("RGB", (9, 9)))  # libraries are loaded
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(InputError, match=r"resized to cover 224x224, is .* million pixels; the limit is 64 million"):
+        ImageTransform(224)(file.getvalue())
+    assert ImageTransform(224, train=True)(file.getvalue()).shape == (3, 224, 224)
+    assert ImageTransform(224, crop_mode="squash")(file.getvalue()).shape == (3, 224, 224)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kB
+
+
+@pytest.mark.parametrize("size", [(10_000, 1), (1, 10_000)])
+@pytest.mark.parametrize("mode", ["border", "pad"])
+def test_a_strip_that_shrinks_to_nothing_is_said(size, mode):
+    with pytest.raises(InputError, match="cannot be prepared"):
+        ImageTransform(224, crop_mode=mode)(Image.new("RGB", size))
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])

@@ -141,6 +141,10 @@ def finetune(
     print(
         f"Accuracy: of the {about['val_images']} {about['measured_on']} images; the epoch that is best on them is saved."
     )
+    if result.test_accuracy is not None:
+        print(
+            f"Test accuracy: {100 * result.test_accuracy:.1f} % of {about['test_images']} images that had no say in it."
+        )
     print(f'\nSaved to {output}. Try it: mmkit predict IMAGE --model "{output}"')
 
 

@@ -53,6 +53,7 @@ class Prepared:
         train, val: data sets of (image tensor, label).
         method: as given. backbone: how to build the backbone again.
         keep_backbone: whether its weights must be saved beside the adapter, because that would not bring them back.
+        test: the test split of a source that has one beside validation pictures, else `None`; it gives the final score.
         measured_on: which pictures `val` holds: "validation", or "test" when the source splits off only such.
         identity: what decides a run beside data, adapter and settings: see `mmkit.training.fit`.
     """
@@ -65,6 +66,7 @@ class Prepared:
     method: str
     backbone: dict[str, Any]
     keep_backbone: bool
+    test: ImageDataset | None = None
     measured_on: str = "validation"
     identity: dict[str, Any] = field(default_factory=dict)
 
@@ -85,6 +87,7 @@ class Prepared:
             "class_names": self.class_names,
             "train_images": len(self.train),
             "val_images": len(self.val),
+            "test_images": len(self.test) if self.test is not None else 0,
             "measured_on": self.measured_on,
         }
 
@@ -99,6 +102,7 @@ class FinetuneResult:
         folder: where it was saved, or `None`; also `None` after Ctrl-C or SIGTERM (`fit.stopped` is "interrupted"): then
             only the state of the run is kept, to be continued.
         accuracy: best accuracy on the pictures that `prepared.measured_on` names, 0..1. The saved weights are those of it.
+        test_accuracy: of the saved weights on `prepared.test`, which had no say in choosing them; `None` without a test split.
         file_size: bytes of the saved files that are needed beside the backbone.
         merge_error: largest difference of the logits after merging, or `None` when the method cannot be merged.
     """
@@ -107,6 +111,7 @@ class FinetuneResult:
     fit: FitResult
     folder: Path | None = None
     accuracy: float = 0.0
+    test_accuracy: float | None = None
     file_size: int = 0
     merge_error: float | None = None
     report: dict[str, Any] = field(default_factory=dict)
@@ -179,6 +184,9 @@ def prepare(
         method=adapter,
         backbone=spec,
         keep_backbone=bool(checkpoint_path) or not (is_folder or info.name.startswith("mmkit:")),
+        test=dataset.split("test").with_transform(ImageTransform.of(plain))
+        if {"train", "val", "test"} <= splits
+        else None,
         measured_on="test" if {"train", "test"} <= splits and "val" not in splits else "validation",
         identity={
             "backbone": Path(backbone).name if is_folder else str(backbone),
@@ -273,8 +281,10 @@ def _report(prepared: Prepared, run: FitResult, folder: Path | None) -> Finetune
     prepared.model.__dict__["backbone_info"] = dataclasses.replace(image_info(prepared.model), trained=True)
     result = FinetuneResult(prepared, run, folder, accuracy=run.best_metrics.get("accuracy", 0.0))
     result.merge_error = merge_error(prepared) if run.stopped != "interrupted" else None
+    result.test_accuracy = test_accuracy(prepared) if run.stopped != "interrupted" else None
     result.report = prepared.describe() | {
         "accuracy": result.accuracy,
+        "test_accuracy": result.test_accuracy,
         "best": run.best_metrics,
         "last": run.metrics,
         "seconds": round(run.seconds, 2),
@@ -409,6 +419,19 @@ def merge_error(prepared: Prepared) -> float | None:
     finally:
         adapter.unmerge()
     return float((before - after).abs().max())
+
+
+def test_accuracy(prepared: Prepared) -> float | None:
+    """Share of right answers on the test pictures, 0..1; `None` without a test split."""
+    data = prepared.test
+    if data is None:
+        return None
+    device, right = next(prepared.model.parameters()).device, 0
+    for first in range(0, len(data), 32):
+        part = range(first, min(first + 32, len(data)))
+        answers = _logits(prepared.model, torch.stack([data[i][0] for i in part]).to(device)).argmax(-1).tolist()
+        right += sum(answer == data.labels[i] for answer, i in zip(answers, part, strict=True))
+    return right / len(data)
 
 
 def _logits(model: nn.Module, images: Tensor) -> Tensor:

@@ -278,6 +278,18 @@ def test_best_and_last_are_named_and_what_they_were_measured_on(pictures: Path, 
     told = train(tmp_path / "split", tmp_path / "other").output
     assert "16 test images" in told
     assert "of the 16 test images" in told
+
+
+def test_a_test_split_gives_the_final_score_beside_validation_pictures(pictures: Path, tmp_path: Path) -> None:
+    for split in ("train", "val", "test"):
+        shutil.copytree(pictures, tmp_path / "split" / split)
+    for i in range(8):  # the test pictures of one class show the other: half of the answers must be wrong there
+        shutil.copy(pictures / "dog" / f"{i}.png", tmp_path / "split" / "test" / "cat" / f"{i}.png")
+    told = train(tmp_path / "split", tmp_path / "out").output
+    assert "16 validation images" in told
+    assert "Test accuracy: 50.0 % of 16 images" in told
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert (report["test_accuracy"], report["test_images"], report["measured_on"]) == (0.5, 16, "validation")
     assert open_dataset(tmp_path / "split").splits is not None
 
 

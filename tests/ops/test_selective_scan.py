@@ -229,14 +229,14 @@ def test_missing_cuda_kernel_names_the_pip_command_and_auto_falls_back_visibly(c
     with pytest.raises(InputError, match="unknown backend"):
         selective_scan(*tensors, backend="fast")
     from mmkit.ops import backends
-    from mmkit.ops.selective_scan import _PREFERENCE, _PROBLEMS, _mamba_ssm_problem
+    from mmkit.ops.selective_scan import _PREFERENCE, _PROBLEMS, cuda
 
     monkeypatch.setitem(sys.modules, "mamba_ssm", None)
-    _mamba_ssm_problem.cache_clear()
+    cuda.mamba_ssm_problem.cache_clear()
     monkeypatch.setattr(backends, "_announced", set())
     with caplog.at_level(logging.INFO, logger="mmkit.ops"):
         chosen = backends.choose_backend("selective_scan", "auto", torch.device("cuda"), _PREFERENCE, _PROBLEMS)
-    _mamba_ssm_problem.cache_clear()
+    cuda.mamba_ssm_problem.cache_clear()
     assert chosen == "torch"
     assert "pip install 'mmkit[cuda]'" in caplog.text
 

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from mmkit.errors import InputError
 from mmkit.ops.backends import choose_backend
+from mmkit.ops.selective_scan import cuda
 
 _NAME = "selective_scan"
 _HAS_NUMBA = importlib.util.find_spec("numba") is not None  # looked up here: dynamo cannot trace the lookup
-_PIP = "pip install 'mmkit[cuda]' (mamba-ssm; needs nvcc or a prebuilt wheel for this torch)"
 
 
 def selective_scan(
@@ -66,8 +66,7 @@ def selective_scan(
         raise InputError(f"{_NAME}: backend {backend!r} computes in float32; use backend='torch' for float64.")
     chosen = choose_backend(_NAME, backend, u.device, _DOUBLE if double else _PREFERENCE, _PROBLEMS)
     if chosen == "cuda":
-        scan = _mamba_ssm().selective_scan_fn
-        return scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
+        return cuda.kernels().selective_scan_fn(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
     work = torch.float64 if double else torch.float32
     u_, delta, A, B, C = (t.to(work) for t in (u, delta, A, B, C))
     D, z, delta_bias = (None if t is None else t.to(work) for t in (D, z, delta_bias))
@@ -265,26 +264,6 @@ def _differentiate_cpu(ctx, gout, glast, _):
 _cpu_op.register_autograd(_differentiate_cpu, setup_context=_save_cpu)
 
 
-def _mamba_ssm() -> ModuleType:
-    return importlib.import_module("mamba_ssm.ops.selective_scan_interface")
-
-
-@functools.cache
-def _mamba_ssm_problem() -> str | None:
-    """Why mamba-ssm's kernel cannot be used; some of its releases import without having it, others fail to import."""
-    try:
-        interface = _mamba_ssm()
-    except (ImportError, OSError, RuntimeError) as error:
-        return f"mamba-ssm cannot be imported ({type(error).__name__}: {error}): {_PIP}."
-    if getattr(interface, "selective_scan_cuda", None) is None:
-        return f"mamba-ssm was installed without its CUDA kernels: {_PIP}."
-    return None
-
-
-def _cuda_problem(device: torch.device) -> str | None:
-    return _mamba_ssm_problem() if device.type == "cuda" else "mamba-ssm runs on CUDA tensors only."
-
-
 def _cpu_problem(device: torch.device) -> str | None:
     if device.type != "cpu":
         return f"the Numba kernels run on CPU tensors only, not on {device.type}."
@@ -294,7 +273,7 @@ def _cpu_problem(device: torch.device) -> str | None:
 _PREFERENCE = {"cuda": ("cuda", "torch"), "cpu": ("cpu", "torch"), "mps": ("torch",)}
 _DOUBLE = {"cpu": ("torch",)}
 _PROBLEMS = {
-    "cuda": _cuda_problem,
+    "cuda": cuda.problem,
     "cpu": _cpu_problem,
     "torch": lambda device: None,
     "reference": lambda device: None,

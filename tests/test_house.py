@@ -143,6 +143,20 @@ def test_a_room_has_a_door_that_says_what_it_is_and_whose(folder):
         _ = package.no_such_name
 
 
+LONG = {"mmkit/adapters/core.py": "the contract of an adapter, read in one piece"}
+"""Files above 500 lines, and why."""
+
+
+def test_a_file_is_read_in_one_sitting_or_says_why_not():
+    long = {
+        path.relative_to(ROOT).as_posix()
+        for folder in (*AREAS, "examples", "benchmarks")
+        for path in (ROOT / folder).rglob("*.py")
+        if len(path.read_text(encoding="utf-8").splitlines()) > 500
+    }
+    assert long <= LONG.keys()
+
+
 @pytest.mark.parametrize("folder", ROOMS)
 def test_a_room_has_the_usual_files(folder):
     files = {p.name for p in (ROOT / folder).glob("*.py")}

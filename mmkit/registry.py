@@ -25,10 +25,18 @@ class Registry:
         kind: what a name stands for, used in messages ("adapter", "model", ...).
         known: name -> "module:attribute".
         entry_point_group: entry points that installed packages may add names through.
+        aliases: other names that `get` understands; they are not listed.
     """
 
-    def __init__(self, kind: str, known: dict[str, str], entry_point_group: str | None = None):
+    def __init__(
+        self,
+        kind: str,
+        known: dict[str, str],
+        entry_point_group: str | None = None,
+        aliases: dict[str, str] | None = None,
+    ):
         self.kind = kind
+        self._aliases = aliases or {}
         self._known: dict[str, Any] = dict(known)
         self._group = entry_point_group
 
@@ -54,6 +62,7 @@ class Registry:
 
     def get(self, name: str) -> Any:
         """The object behind `name`. Raises `InputError` with the nearest names when there is none."""
+        name = self._aliases.get(name, name)
         if name not in self._known:
             self._read_entry_points()
         if name not in self._known:
@@ -108,6 +117,7 @@ ADAPTERS = Registry(
         "gmm": "mmkit.vision.gmm.adapter:GMMAdapter",
     },
     entry_point_group="mmkit.adapters",
+    aliases={"peft": "lora"},
 )
 
 

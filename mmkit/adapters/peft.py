@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from mmkit.adapters import hooks
@@ -36,9 +37,9 @@ METHODS: dict[str, dict[str, Any]] = {  # settings that differ from peft's defau
     "dora": {"lora_alpha": 16, "use_dora": True},
     "beft": {},
     "boft": {},
-    "c3a": {},
+    "c3a": {"init_weights": True},  # zero, as every other method starts; peft's default is not the identity
     "delora": {},
-    "fourierft": {},
+    "fourierft": {"init_weights": True},
     "gralora": {},
     "hira": {},
     "hra": {},
@@ -186,6 +187,15 @@ class PeftAdapter(SiteAdapter):
 
     def _make_config(self, paths: list[str]) -> Any:
         settings = {**METHODS[self.method], **self.config.settings}
+        if settings.get("bias", "none") != "none":
+            raise InputError(
+                f"bias={settings['bias']!r} would train biases of the base: put a 'bitfit' adapter beside this one."
+            )
+        patterns = [p for k, v in settings.items() if k.endswith("_pattern") for p in v or ()]
+        if wrong := [
+            p for p in patterns if not re.fullmatch(r"[\w.]{1,300}", str(p))
+        ]:  # peft takes them as regular expressions
+            raise InputError(f"{str(wrong[0])[:60]!r} is not a plain module name.")
         init = settings.get("init_lora_weights")
         if isinstance(init, str) and init.lower().startswith(_CHANGES_BASE):
             raise InputError(
@@ -204,17 +214,23 @@ class PeftAdapter(SiteAdapter):
             self.link(model, path, PeftAction(layer))
 
     def starts_as_identity(self) -> bool:
-        return all(self.config.settings.get(k, True) is not False for k in ("init_lora_weights", "init_weights"))
+        return not any(k.startswith("init_") for k in self.config.settings)  # a start that the caller chose
 
     def fold(self, site: nn.Module, module: nn.Module) -> dict[str, Tensor]:
         layer, base = _copied(site), double_copy(module)
+        added = getattr(base, "bias", 0) is None
+        if added:  # so that what a method adds has a place to go
+            base.bias = nn.Parameter(base.weight.new_zeros(module.weight.shape[0]))  # type: ignore[operator, union-attr, index]
         layer.base_layer = base
         try:
             layer.double().merge(adapter_names=[KEY])  # type: ignore[operator]
         except (ValueError, TypeError, RuntimeError, AttributeError, NotImplementedError, KeyError) as error:
             raise NotMergeableError(f"peft: {error}") from error
         merged = layer.get_base_layer()  # type: ignore[operator]
-        return {k: v.detach() for k, v in merged.named_parameters() if k in ("weight", "bias")}
+        folded = {k: v.detach() for k, v in merged.named_parameters() if k in ("weight", "bias")}
+        if added and not folded.get("bias", torch.zeros(1)).any():
+            folded.pop("bias", None)
+        return folded
 
     # --- tensors and files ------------------------------------------------------------------------------------------------
 

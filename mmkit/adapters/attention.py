@@ -78,9 +78,8 @@ class ExplicitAttention:
             weights = weights.mean(1) if average_attn_weights else weights
         else:
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
-        out = m.out_proj(out.transpose(1, 2).reshape(B, L, E))
-        if not m.batch_first:
-            out = out.transpose(0, 1)
+        out = out.transpose(1, 2).reshape(B, L, E)
+        out = m.out_proj(out if m.batch_first else out.transpose(0, 1))  # rows lie where they lay for in_proj
         if not batched:
             out = out.squeeze(0 if m.batch_first else 1)
             weights = None if weights is None else weights.squeeze(0)

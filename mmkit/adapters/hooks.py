@@ -243,10 +243,14 @@ def links_at(module: nn.Module) -> list[Link]:
 
 
 class _NoFastPath:
-    """A pre-hook that does nothing: in eval mode `nn.TransformerEncoderLayer` reads its weights directly unless one is there."""
+    """A pre-hook that does nothing: in eval mode torch's transformer layers read their weights directly unless one is there.
 
-    def __init__(self, owner: Any):
-        self.owner = owner
+    An encoder would also pack padded batches into nested tensors, which only that fast path understands: `nested` keeps its
+    setting until the last hook goes.
+    """
+
+    def __init__(self, owner: Any, nested: bool | None):
+        self.owner, self.nested = owner, nested
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         return None
@@ -255,15 +259,27 @@ class _NoFastPath:
 def call_all_modules(model: nn.Module, owner: Any) -> None:
     """Make torch's transformer layers call the modules inside them, for as long as `owner` is there."""
     for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer):
-            module.register_forward_pre_hook(_NoFastPath(owner))
+        if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerEncoder):
+            present = [h.nested for h in module._forward_pre_hooks.values() if isinstance(h, _NoFastPath)]
+            nested = present[0] if present else getattr(module, "use_nested_tensor", None)
+            module.register_forward_pre_hook(_NoFastPath(owner, nested))
+            if nested is not None:
+                module.use_nested_tensor = False
+
+
+def _leave_fast_path(module: nn.Module, owner: Any) -> None:
+    found = {k: h for k, h in module._forward_pre_hooks.items() if isinstance(h, _NoFastPath)}
+    mine = [k for k, h in found.items() if h.owner is owner]
+    for key in mine:
+        hook = module._forward_pre_hooks.pop(key)
+        if len(mine) == len(found) and hook.nested is not None:  # type: ignore[attr-defined]
+            module.use_nested_tensor = hook.nested  # type: ignore[attr-defined, assignment]
 
 
 def remove(model: nn.Module, owner: Any) -> None:
     """Take everything `owner` placed in `model` out again."""
     for module in list(model.modules()):
-        for key in [k for k, hook in module._forward_pre_hooks.items() if getattr(hook, "owner", None) is owner]:
-            del module._forward_pre_hooks[key]
+        _leave_fast_path(module, owner)
         chain = module.__dict__.get("forward")
         if not isinstance(chain, Chain):
             continue
@@ -282,8 +298,9 @@ def plain_copy(module: nn.Module) -> nn.Module:
     """A deep copy without anything that adapters placed in it."""
     memo: dict[int, Any] = {}
     for m in module.modules():
-        for placed in (m.__dict__.get("forward"), m.__dict__.get("_mmkit_adapters"), m._modules.get("in_proj")):
-            if isinstance(placed, Chain) or type(placed).__name__ in ("AdapterStack", "InProjection"):
+        own = (m.__dict__.get("forward"), m.__dict__.get("_mmkit_adapters"), m._modules.get("in_proj"))
+        for placed in (*own, *m._forward_pre_hooks.values()):
+            if isinstance(placed, Chain | _NoFastPath) or type(placed).__name__ in ("AdapterStack", "InProjection"):
                 memo[id(placed)] = None
     copied = copy.deepcopy(module, memo)
     for m in copied.modules():
@@ -291,6 +308,8 @@ def plain_copy(module: nn.Module) -> nn.Module:
             del m.__dict__[name]
         if "in_proj" in m._modules and m._modules["in_proj"] is None:
             del m._modules["in_proj"]
+        for key in [k for k, hook in m._forward_pre_hooks.items() if hook is None]:
+            del m._forward_pre_hooks[key]
     return copied
 
 

@@ -261,6 +261,8 @@ class PeftAdapter(SiteAdapter):
         """The files peft's `save_pretrained` would write."""
         attentions = self._whole_attentions()
         state = {f"base_model.model.{_to_peft(k, attentions)}": v for k, v in self.state_dict().items()}
+        for key in _repeated(state):
+            state[key] = state[key] / _times_out_proj()
         write_safetensors(folder / TENSORS_NAME, state)
         config = copy.deepcopy(self.peft_config)
         inside = tuple(f"{a}." for a in attentions)
@@ -303,6 +305,7 @@ class PeftAdapter(SiteAdapter):
         ]:
             if not re.fullmatch(r"[\w.]{1,300}", str(pattern)):
                 raise CheckpointError(f"{folder}/{CONFIG_NAME}: {str(pattern)[:60]!r} is not a plain module name.")
+        tensors = tensors | {k: tensors[k] * _times_out_proj() for k in _repeated(tensors)}
         state = {_from_peft(k.removeprefix("base_model.model.")): v for k, v in tensors.items()}
         sites, whole = _sites_of(model, state, theirs.modules_to_save or ())
         method, config = _from_config(theirs, sites, whole)
@@ -403,6 +406,27 @@ def _to_peft(key: str, attentions: list[str]) -> str:
         if key.startswith(f"{a}.out_proj."):
             return f"{a}.base_layer.{key.removeprefix(f'{a}.')}"
     return key
+
+
+def _repeated(state: dict[str, Tensor]) -> list[str]:
+    """The tensors of a peft file that make up the update of an attention's output projection, one factor of each."""
+    return [k for k in state if k.endswith(".base_layer.out_proj.lora_B.weight")]
+
+
+@functools.cache
+def _times_out_proj() -> int:
+    """How often the installed peft adds that update (0.21 does it twice): a file means what peft makes of it."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    holder = nn.Module()
+    holder.attn = nn.MultiheadAttention(2, 1)
+    before = holder.attn.out_proj.weight.detach().clone()
+    config = LoraConfig(r=1, lora_alpha=1, target_modules=["attn"], init_lora_weights=False)
+    layer: Any = inject_adapter_in_model(config, holder).attn
+    once = layer.base_layer.out_proj.get_delta_weight(KEY)
+    layer.merge()
+    after = layer.base_layer.out_proj.get_base_layer().weight
+    return max(1, round(float(((after - before) / once).mean())))
 
 
 def _from_peft(key: str) -> str:

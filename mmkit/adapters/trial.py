@@ -20,6 +20,7 @@ from mmkit.adapters.config import Edit
 from mmkit.errors import InputError, NotMergeableError
 
 _CONV = nn.modules.conv._ConvNd
+_CANNOT_RUN = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError)
 _BATCH_NORM = nn.modules.batchnorm._BatchNorm
 
 
@@ -75,7 +76,7 @@ def require_equal_folds(adapter: Any, model: nn.Module, edits: list[Edit], scale
         host = hooks.get_module(model, path)
         try:
             problem = _fold_problem(host, path, links, edits, scale)
-        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+        except _CANNOT_RUN as error:
             problem = f"could not be tried: {str(error).splitlines()[0][:100] if str(error) else type(error).__name__}"
         if problem:
             refused[path] = f"{path} ({type(hooks.unwrap(host)).__name__}: {problem})"
@@ -217,8 +218,8 @@ def require_identity(adapter: Any, model: nn.Module) -> None:
         try:
             base, x = double_copy(host), _input_like(host, None)
             want, got = _answer(base, [], x), _answer(base, [(link, 1.0)], x)
-        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError):
-            continue  # takes other input than one tensor of its kind
+        except _CANNOT_RUN:
+            continue  # takes other input than one tensor of its kind, or acts on what a call carries
         tolerance = max([1e-5, *(4 * torch.finfo(t.dtype).eps for t in weights if t.is_floating_point())])
         if want.shape == got.shape and float((want - got).abs().max()) > tolerance * max(1.0, float(want.abs().max())):
             tried[kind] = f"{path} ({type(hooks.unwrap(host)).__name__}, by {float((want - got).abs().max()):.1e})"
@@ -284,7 +285,7 @@ def _asked_axis(module: nn.Module, channels: int) -> int | None:
                 return axis
             probe.weight.data[0] += 1.0  # type: ignore[index, union-attr]
             moved = (probe(x) - before).abs()
-        except (RuntimeError, ValueError, TypeError, IndexError):
+        except _CANNOT_RUN:
             continue
         if moved.shape == shape and moved.select(axis, 0).max() > 0 and moved.narrow(axis, 1, channels - 1).max() == 0:
             return axis

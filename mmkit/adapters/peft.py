@@ -369,7 +369,8 @@ def _peft_class(method: str) -> type:
 
 def _stand_in(module: nn.Module) -> nn.Module:
     """A module of the same class with the same parameters (the same table of them) that calls nothing of the original's."""
-    stand_in = copy.copy(module)
+    stand_in = object.__new__(type(module))  # not copy.copy: parametrised modules refuse it
+    stand_in.__dict__.update(module.__dict__)
     for table in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
         stand_in.__dict__[table] = OrderedDict()
     stand_in.__dict__.pop("forward", None)

@@ -97,18 +97,13 @@ class SSF(SiteAdapter):
     config_class = SSFConfig
 
     def is_site(self, path: str, module: nn.Module) -> bool:
-        return channel_axis(module) is not None or isinstance(module, nn.Identity)
+        return path in self._identities or channel_axis(module) is not None
 
     def default_sites(self, model: nn.Module, candidates: dict[str, nn.Module]) -> list[str]:
-        identities = _official_identity_sites(model) if self.config.identity_sites else []
-        left_out = re.compile(
+        left_out = re.compile(  # not official sites
             r"(^|\.)(fc_norm|q_norm|k_norm)$|^(layers|stages)\.\d+\.downsample\."
-        )  # not official sites
-        return [
-            p
-            for p in super().default_sites(model, candidates)
-            if p in identities or (not isinstance(candidates[p], nn.Identity) and not left_out.search(p))
-        ]
+        )
+        return [p for p in super().default_sites(model, candidates) if p in self._identities or not left_out.search(p)]
 
     def make_site(self, path: str, module: nn.Module) -> nn.Module:
         dim_axis = channel_axis(module)
@@ -117,6 +112,7 @@ class SSF(SiteAdapter):
         return ScaleShift(*dim_axis, self.config.init_std, self.config.official_axis)
 
     def build(self, model: nn.Module) -> None:
+        self._identities = _official_identity_sites(model) if self.config.identity_sites else []
         self._identity_dim = int(getattr(model, "num_features", 0))
         super().build(model)
 

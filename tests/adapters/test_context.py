@@ -220,6 +220,9 @@ def test_prompt_tokens_live_beside_masks_and_forward_intermediates(order: tuple[
         num_heads=4,
         dynamic_img_size=True,
     ).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.15 * torch.randn_like(p))
     x = torch.randn(2, 3, 32, 48)  # another grid than the one it was built for
     with torch.no_grad():
         base = model(x)

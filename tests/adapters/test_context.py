@@ -290,9 +290,9 @@ def test_threads_do_not_see_each_others_context() -> None:
 def test_unknown_values_are_named() -> None:
     with pytest.raises(InputError, match="timesteps"), forward_context(timesteps=3):
         pass
-    with forward_context(frames=4) as context:
+    with forward_context(num_frames=4) as context:
         assert isinstance(context, ForwardContext)
-        assert context.frames == 4
+        assert context.num_frames == 4
 
 
 # --- models made of several ----------------------------------------------------------------------------------------------------

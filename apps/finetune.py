@@ -35,7 +35,7 @@ from mmkit.apps.finetune_work import (
 from mmkit.apps.frame import App, readable
 from mmkit.backbones import save_backbone
 from mmkit.data import load_digits
-from mmkit.errors import InputError, MMKitError
+from mmkit.errors import InputError, MMKitError, RunDiffersError
 from mmkit.vision.classification import (
     LEARNING_RATES,
     FinetuneResult,
@@ -52,6 +52,7 @@ METHODS: dict[str, str] = {
 """Methods for image classifiers, each with one sentence."""
 
 
+CONTINUE = "Continue the last run"
 LABELS = {"ssf": "SSF", "lora": "LoRA", "bitfit": "BitFit", "linear_probe": "Linear probe", "full": "All weights"}
 
 
@@ -108,6 +109,21 @@ def end() -> tuple[Any, Any]:
     return gr.update(interactive=True), gr.update(interactive=False)
 
 
+_FIELDS = {
+    "data": "Pictures", "data held back": "Pictures held back", "adapter": "Adapter", "backbone": "Backbone",
+    "epochs": "Epochs", "lr": "Learning rate", "batch_size": "Batch size", "seed": "Seed", "augment": "Random crops and flips",
+}  # fmt: skip
+
+
+def _in_words_of_the_page(steps: Iterator[Any]) -> Iterator[Any]:
+    """A run that differs is told with the names of the page's fields."""
+    try:
+        yield from steps
+    except RunDiffersError as error:
+        advice = f"Set them as they were, or untick '{CONTINUE}' to start over."
+        raise error.reworded("The page", _FIELDS, advice) from None
+
+
 @readable
 def train(
     source: str,
@@ -119,9 +135,13 @@ def train(
     batch_size: int,
     seed: int,
     augment: bool,
+    resume: bool,
     request: gr.Request,
 ) -> Iterator[tuple[Any, ...]]:
-    """Train, with the curves growing: yields status, loss curve, accuracy curve, and at the end the result."""
+    """Train, with the curves growing: yields status, loss curve, accuracy curve, and at the end the result.
+
+    With `resume` the visitor's last run goes on, if it is the same; else a message says what differs.
+    """
     session = session_of(request)
     stop = session.stop
     prepared = build_model(open_data(source, archive, session), backbone, method, seed, augment)
@@ -129,12 +149,15 @@ def train(
     run = f"{session.count}: {LABELS[method]}"
     losses: list[tuple[int, float]] = []
     points: list[tuple[float, float]] = []
-    folder = session.new_folder("run")
+    if resume and session.last_run is None:
+        raise InputError(f"There is no run to continue yet. Untick '{CONTINUE}'.")
+    folder = session.last_run if resume and session.last_run is not None else session.new_folder("run")
+    session.last_run = folder
     keep = (gr.skip(),) * 8
     yield (f"Run {run}: preparing ...", view.loss_curve([]), view.accuracy_curve(session.curves, epochs), *keep)
     options = {"epochs": int(epochs), "lr": lr or None, "batch_size": int(batch_size), "seed": int(seed)}
     result = None
-    for steps, result in train_in_thread(prepared, stop, output_dir=folder, **options):
+    for steps, result in _in_words_of_the_page(train_in_thread(prepared, stop, output_dir=folder, **options)):
         losses += [(s.step, s.loss) for s in steps]
         for s in steps:
             if "accuracy" in s.metrics and (not points or points[-1][1] != s.metrics["accuracy"]):
@@ -174,7 +197,9 @@ def finish(
     adapted = result.prepared.adapter is not None
     archive = result.folder.with_name(f"mmkit-{report['method']}-{uuid.uuid4().hex[:6]}.zip")
     if report["accuracy"] is not None:
-        status += f" {view.percent(report['accuracy'])} of {report['val_images']} held-back pictures are right."
+        status += (
+            f" {view.percent(report['accuracy'])} of {report['val_images']} held-back pictures are right (best epoch)."
+        )
     return (
         status,
         *curves,
@@ -303,6 +328,9 @@ def _controls() -> dict[str, Any]:
         c["augment"] = gr.Checkbox(
             label="Random crops and flips", info="Not for digits or text", elem_id="finetune-augment"
         )
+        c["resume"] = gr.Checkbox(
+            label=CONTINUE, info="Goes on where it was stopped, or for more epochs", elem_id="finetune-resume"
+        )
     with gr.Row():
         c["train"] = gr.Button("Train", variant="primary", interactive=False, elem_id="finetune-train")
         c["stop"] = gr.Button("Stop", variant="stop", interactive=False, elem_id="finetune-stop")
@@ -367,7 +395,7 @@ def build() -> None:
         lambda source: gr.update(visible=source == UPLOAD), c["source"], c["archive"], queue=False, **private
     )
     buttons = [c["train"], c["stop"]]
-    settings = [c["epochs"], c["lr"], c["batch"], c["seed"], c["augment"]]
+    settings = [c["epochs"], c["lr"], c["batch"], c["seed"], c["augment"], c["resume"]]
     outputs = [
         c["status"], c["loss"], c["accuracy"], c["result"], c["result_figures"], c["shown"], c["download"], c["runs"],
         c["merge_text"], c["merge"], c["merged"],

@@ -54,12 +54,13 @@ MAX_ZIP_FILES, MAX_ZIP_BYTES = 20_000, 1_000_000_000
 
 @dataclass
 class Session:
-    """What one visitor has on the server: a folder, the opened data, the last result and earlier runs."""
+    """What one visitor has on the server: a folder, the opened data, the last run and its result, and earlier runs."""
 
     folder: Path = field(default_factory=output_folder)
     stop: threading.Event = field(default_factory=threading.Event)
     data: tuple[str, ImageDataset] | None = None
     result: FinetuneResult | None = None
+    last_run: Path | None = None
     runs: list[dict[str, Any]] = field(default_factory=list)
     curves: list[tuple[str, list[tuple[float, float]]]] = field(default_factory=list)
     count: int = 0

@@ -59,7 +59,10 @@ class WeightEntry:
 
 @functools.cache
 def _manifest() -> dict[str, WeightEntry]:
-    return {row["name"]: WeightEntry(**row) for row in read_json(MANIFEST)} if MANIFEST.exists() else {}
+    try:
+        return {row["name"]: WeightEntry(**row) for row in read_json(MANIFEST)} if MANIFEST.exists() else {}
+    except (TypeError, KeyError) as error:
+        raise CheckpointError(f"{MANIFEST} is damaged ({error!r}): reinstall mmkit.") from error
 
 
 def list_weights() -> list[str]:
@@ -82,7 +85,10 @@ def load_tensors(name: str) -> dict[str, Tensor]:
     found = sha256_file(entry.path)
     if found != entry.sha256:
         raise CheckpointError(f"{entry.path} is damaged: sha256 {found[:12]}, manifest says {entry.sha256[:12]}.")
-    return {k: v.float() if v.dtype == torch.float16 else v for k, v in read_tensors(entry.path).items()}
+    return {
+        k: v.float() if v.dtype == torch.float16 else v
+        for k, v in read_tensors(entry.path, allow_pickle_format=False).items()
+    }
 
 
 def bundle(entry: WeightEntry, state: dict[str, Tensor], *, half: bool = True) -> WeightEntry:

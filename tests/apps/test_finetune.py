@@ -48,10 +48,10 @@ def pictures(tmp_path):
     return path
 
 
-def _train(visitor, archive, method="linear_probe", epochs=2):
+def _train(visitor, archive, method="linear_probe", epochs=2, resume=False):
     source = work.UPLOAD if archive else work.DIGITS
     lab.begin(visitor)
-    return list(lab.train(source, archive and str(archive), TINY, method, epochs, None, 8, 0, False, visitor))
+    return list(lab.train(source, archive and str(archive), TINY, method, epochs, None, 8, 0, False, resume, visitor))
 
 
 @pytest.mark.parametrize("method", list(lab.METHODS))
@@ -95,7 +95,7 @@ def test_train_try_merge_and_download(visitor, pictures, tmp_path):
     text, merged = lab.merge(one)
     assert "on 4 of 4 pictures" in text
     with zipfile.ZipFile(merged["value"]) as saved:
-        assert set(saved.namelist()) == {"config.json", "model.safetensors"}
+        assert set(saved.namelist()) == {"config.json", "model.safetensors", "mmkit.json"}
     with pytest.raises(gr.Error, match="Nothing is trained yet"):
         lab.classify(picture, other)  # another visitor sees nothing of it
     assert lab.classify(None, other) is None
@@ -105,7 +105,7 @@ def test_train_try_merge_and_download(visitor, pictures, tmp_path):
 def test_stop_ends_within_a_step_and_keeps_what_was_learned(visitor):
     one = visitor()
     lab.begin(one)
-    steps = lab.train(work.DIGITS, None, TINY, "linear_probe", 50, None, 8, 0, False, one)
+    steps = lab.train(work.DIGITS, None, TINY, "linear_probe", 50, None, 8, 0, False, False, one)
     while not re.search(r"step \d+ of 9000", next(steps)[0]):
         pass
     lab.stop_training(one)
@@ -120,13 +120,26 @@ def test_stop_ends_within_a_step_and_keeps_what_was_learned(visitor):
 def test_leaving_the_page_ends_the_training(visitor):
     one = visitor()
     lab.begin(one)
-    steps = lab.train(work.DIGITS, None, TINY, "linear_probe", 50, None, 8, 0, False, one)
+    steps = lab.train(work.DIGITS, None, TINY, "linear_probe", 50, None, 8, 0, False, False, one)
     next(steps), next(steps)
     steps.close()
     assert not _training_threads()
     lab.stop_training(one)
-    waiting = lab.train(work.DIGITS, None, TINY, "linear_probe", 50, None, 8, 0, False, one)
+    waiting = lab.train(work.DIGITS, None, TINY, "linear_probe", 50, None, 8, 0, False, False, one)
     assert "stopped after" in list(waiting)[-1][0]  # stopped while it was still waiting
+
+
+@pytest.mark.slow
+def test_the_last_run_can_be_continued_and_given_more_epochs(visitor, pictures):
+    one = visitor()
+    with pytest.raises(gr.Error, match="no run to continue"):
+        _train(one, pictures, resume=True)
+    first = _train(one, pictures, epochs=1)[-1][0]
+    steps = int(re.search(r"after (\d+) steps", first)[1])
+    assert f"after {3 * steps} steps" in _train(one, pictures, epochs=3, resume=True)[-1][0]
+    with pytest.raises(gr.Error, match=r"The page holds a run that differs\. Adapter: .*untick"):
+        _train(one, pictures, method="ssf", epochs=3, resume=True)
+    assert f"after {steps} steps" in _train(one, pictures, epochs=1)[-1][0]
 
 
 def _training_threads():

@@ -127,3 +127,20 @@ def test_damaged_json_is_named(tmp_path: Path, content: bytes) -> None:
         read_json(tmp_path / "a.json")
     with pytest.raises(CheckpointError, match="not a readable"):
         read_json(tmp_path)
+
+
+@pytest.mark.parametrize("content", ['[{"name": "a"}]', "[1]", '[{"nam": "a"}]', "{", "null"])
+def test_a_damaged_list_of_bundled_weights_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str
+) -> None:
+    from mmkit import weights
+
+    (tmp_path / "manifest.json").write_text(content)
+    monkeypatch.setattr(weights, "MANIFEST", tmp_path / "manifest.json")
+    weights._manifest.cache_clear()
+    try:
+        with pytest.raises(CheckpointError, match=r"manifest\.json"):
+            weights.list_weights()
+    finally:
+        monkeypatch.undo()
+        weights._manifest.cache_clear()

@@ -12,6 +12,7 @@ every file of the result. Nothing hidden may be left.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import random
@@ -222,7 +223,7 @@ def compare(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=20, help="how many runs of each kind to kill")
-    parser.add_argument("--only", choices=("fit", "finetune"), help="one kind, without writing the results")
+    parser.add_argument("--only", choices=("fit", "finetune"), help="one kind")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--train", help=argparse.SUPPRESS)
@@ -230,22 +231,28 @@ def main() -> None:
     if args.train:
         train(args.train, args.steps)
         return
-    results: dict[str, Any] = {}
+    results = []
     if args.only != "finetune":
         print("fit")
-        results["fit"] = compare(lambda f: fit_command(f, args.steps), MOMENTS[:2], args.runs, args.steps, args.seed)
+        command = functools.partial(fit_command, steps=args.steps)
+        results.append(record("fit", compare(command, MOMENTS[:2], args.runs, args.steps, args.seed)))
     if args.only != "fit":
         print("mmkit finetune")
         with tempfile.TemporaryDirectory() as folder:
-            data = write_pictures(Path(folder) / "data")
-            command = lambda f: finetune_command(f, args.steps, data)  # noqa: E731
-            results["mmkit finetune"] = compare(command, MOMENTS, args.runs, args.steps, args.seed)
-    if args.only is None:
-        from mmkit.storage import write_json
+            command = functools.partial(finetune_command, steps=args.steps, data=write_pictures(Path(folder) / "data"))
+            results.append(record("mmkit finetune", compare(command, MOMENTS, args.runs, args.steps, args.seed)))
+    sys.exit(any(r["bit_equal"] != r["runs"] for r in results))
 
-        machine = {"torch": torch.__version__, "device": "cpu", "cores": os.cpu_count()}
-        write_json(RESULTS / "resume.json", {**results, **machine})
-    sys.exit(any(r["bit_equal"] != r["runs"] for r in results.values()))
+
+def record(kind: str, result: dict[str, Any]) -> dict[str, Any]:
+    """Write the result of one kind of runs beside those of the other."""
+    from mmkit.storage import read_json, write_json
+
+    file = RESULTS / "resume.json"
+    machine = {"torch": torch.__version__, "device": "cpu", "cores": os.cpu_count()}
+    found = read_json(file) if file.exists() else {}
+    write_json(file, {k: found[k] for k in ("fit", "mmkit finetune") if k in found} | {kind: result | machine})
+    return result
 
 
 if __name__ == "__main__":

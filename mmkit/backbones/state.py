@@ -27,12 +27,12 @@ def load_backbone_state(model: nn.Module, state: dict[str, Tensor], source: str,
     own = model.state_dict()
     state = dict(state)
     if new_head:
-        state = _with_fresh_heads(state, own, info.heads, source)
+        state = _with_fresh_heads(state, own, (*info.heads, *_named(model, "classifier")), source)
     if isinstance(info, ImageBackboneInfo):
         for key in [k for k in state if k in own and state[k].shape != own[k].shape]:
             if key.endswith(("pos_embed", "positional_embedding")):
                 state[key] = _resize_positions(state[key], own[key], info, key, source)
-            elif key in _input_weights(model):
+            elif key.removesuffix(".weight") in _named(model, "first_conv"):
                 state[key] = _other_channels(state[key], own[key], key, source)
     rebuilt = [
         k for k, _ in model.named_buffers() if k.endswith(("relative_position_index", "attn_mask", "position_ids"))
@@ -51,7 +51,7 @@ def _with_fresh_heads(
     if {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}:
         return state
     found = "has a classifier of other classes" if theirs else "brings no classifier"
-    logger.warning("%s %s: the classifier (%s) starts untrained", source, found, ", ".join(heads))
+    logger.warning("%s %s: the classifier (%s) starts untrained", source, found, ", ".join(dict.fromkeys(heads)))
     return {k: v for k, v in state.items() if k not in theirs} | ours
 
 
@@ -70,11 +70,11 @@ def _resize_positions(theirs: Tensor, ours: Tensor, info: ImageBackboneInfo, key
     return resample_abs_pos_embed(table, list(info.grid), num_prefix_tokens=prefix).reshape(ours.shape)
 
 
-def _input_weights(model: nn.Module) -> list[str]:
-    """Keys of the first convolutions, as timm names them."""
+def _named(model: nn.Module, role: str) -> tuple[str, ...]:
+    """Module paths that timm lists for "classifier" (also those that only act in training) or "first_conv"."""
     cfg: Any = getattr(model, "pretrained_cfg", None) or {}
-    names = cfg.get("first_conv") or ()
-    return [f"{name}.weight" for name in ((names,) if isinstance(names, str) else names)]
+    names = cfg.get(role) or ()
+    return (names,) if isinstance(names, str) else tuple(names)
 
 
 def _other_channels(theirs: Tensor, ours: Tensor, key: str, source: str) -> Tensor:

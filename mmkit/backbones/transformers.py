@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 import logging
 import math
 from collections.abc import Iterator
@@ -38,7 +39,7 @@ class ImageClassifier(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Pictures (B, C, H, W), or clips (B, T, C, H, W) for a video model -> (B, num_classes)."""
-        return self.model(pixel_values=pixel_values).logits
+        return self.model(pixel_values=pixel_values)[0]  # without labels there is no loss before the logits
 
 
 class TransformersBuilder(Builder):
@@ -89,9 +90,10 @@ class TransformersBuilder(Builder):
         wrong_size, missing = {key for key, *_ in report["mismatched_keys"]}, set(report["missing_keys"])
         base = inner.base_model_prefix
         beside = {k for k in missing if hasattr(inner, base) and k.partition(".")[0] != base}
-        if any(k.startswith("classifier.") for k in beside):
+        heads = tuple(f"{name}." for name in _classifiers(inner))
+        if any(k.startswith(heads) for k in beside):
             # a file of the bare model: what the class adds beside its classifier (a norm) starts fresh with it
-            missing -= {k for k in beside if not k.startswith("classifier.")}
+            missing -= {k for k in beside if not k.startswith(heads)}
         known = {k: v for k, v in filled.state_dict().items() if k not in missing | wrong_size}
         known |= {k: state[k] for k in wrong_size if k in state}
         parts = {name for name, _ in inner.named_children()}
@@ -112,7 +114,7 @@ class TransformersBuilder(Builder):
     ) -> tuple[nn.Module, dict[str, Tensor]]:
         written = str(next(iter(config.get("architectures") or ()), ""))
         ours, head = config.get("mmkit"), folder / _HEAD_FILE
-        classifies = written.endswith("Classification") or head.is_file()
+        classifies = "Classification" in written or head.is_file()
         if num_classes is None and isinstance(ours, dict) and head.is_file():
             num_classes = ours.get("num_classes")
         whole = num_classes is None and classifies
@@ -180,8 +182,14 @@ def _class(name: str, classify: bool) -> Any:
         raise InputError(
             f"transformers has no model {name!r}. {nearest(name, classes if name[:1].isupper() else types)}"
         )
-    if cls.main_input_name != "pixel_values":
-        raise InputError(f"transformers:{name} does not take pictures (its input is {cls.main_input_name!r}).")
+    if cls.__name__.startswith("TimmWrapper"):
+        raise InputError(
+            f"transformers:{name} wraps a timm model; give that model's own name, such as 'timm:resnet18'."
+        )
+    if cls.main_input_name != "pixel_values" or "spatial_shapes" in inspect.signature(cls.forward).parameters:
+        raise InputError(
+            f"transformers:{name} does not take pictures alone (its first input is {cls.main_input_name!r})."
+        )
     return cls
 
 
@@ -222,32 +230,41 @@ def _finish(
 ) -> nn.Module:
     """Wrap a model that is to return logits, and attach its info."""
     inner, outer = model, model
-    if num_classes and type(model).__name__.endswith("Classification"):
+    if num_classes and "Classification" in type(model).__name__:
         outer = ImageClassifier(model)
     elif num_classes:
         outer = ClassifierOnTower(model, _num_features(model), num_classes)
     return attach_info(outer, _describe(outer, inner, processor, overrides=overrides, trained=trained))
 
 
+def _classifiers(model: nn.Module) -> tuple[str, ...]:
+    """The classifiers of a classification class; distilled models have two."""
+    if "Classification" not in type(model).__name__:
+        return ()
+    children = {n: c for n, c in model.named_children() if n.endswith(("classifier", "head", "fc"))}
+    return tuple(n for n, c in children.items() if any(True for _ in c.parameters()))
+
+
 def _num_features(model: nn.Module) -> int:
     """Width of what the classifier reads (DINOv2's reads two vectors), else of the pooled output."""
-    linear = [m for m in getattr(model, "classifier", nn.Identity()).modules() if isinstance(m, nn.Linear)]
-    if linear:
-        return linear[0].in_features
+    for head in _classifiers(model):
+        for module in model.get_submodule(head).modules():
+            if isinstance(module, nn.Linear):
+                return module.in_features
     config = _visual(model.config)
     widths = getattr(config, "hidden_sizes", None)
-    return int(getattr(config, "output_channels", None) or (widths[-1] if widths else config.hidden_size))
+    return int(
+        getattr(config, "output_channels", None) or (widths[-1] if widths else getattr(config, "hidden_size", 0))
+    )
 
 
 def _describe(outer: nn.Module, inner: nn.Module, processor: dict[str, Any], **known: Any) -> BackboneInfo:
     config, prefix = _visual(inner.config), _prefix(outer)
-    classes = getattr(
-        outer, "num_classes", inner.config.num_labels if type(inner).__name__.endswith("Classification") else 0
-    )
+    classes = getattr(outer, "num_classes", inner.config.num_labels if "Classification" in type(inner).__name__ else 0)
     labels = tuple((inner.config.id2label or {}).values())
     named = len(labels) == classes and not all(str(v).startswith("LABEL_") for v in labels)
     facts = _preprocessing(processor, getattr(config, "num_channels", 3), getattr(config, "image_size", None))
-    heads = {"tower.": ("head",), "model.": ("model.classifier",)}.get(prefix) or (("classifier",) if classes else ())
+    heads = ("head",) if prefix == "tower." else tuple(f"{prefix}{name}" for name in _classifiers(inner))
     return describe(
         outer, f"transformers:{type(inner).__name__}", **known, **facts, **_patches(inner, config), heads=heads,
         num_features=_num_features(inner), num_frames=int(getattr(config, "num_frames", 0) or 0), num_classes=classes,

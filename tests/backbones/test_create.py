@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ import torch
 from mmkit.adapters import apply_adapter
 from mmkit.backbones import backbone_info, create_backbone, head_names, image_info, save_backbone
 from mmkit.errors import CheckpointError, InputError
-from mmkit.storage import write_safetensors
+from mmkit.storage import write_json, write_safetensors
 
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
 
@@ -151,3 +153,78 @@ def test_img_size_says_what_a_convolutional_network_is_prepared_for(tmp_path: Pa
     assert image_info(create_backbone(tmp_path / "saved")).input_size == (3, 64, 64)
     with pytest.raises(InputError, match="no_such_setting"):
         create_backbone("resnet10t", img_size=64, no_such_setting=1)
+
+
+def test_a_backbone_says_whether_it_was_trained(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert vit().backbone_info.trained is False
+    assert create_backbone("mmkit:tiny_vit").backbone_info.trained
+    assert backbone_info(torch.nn.Linear(2, 2)).trained is None
+    write_safetensors(tmp_path / "m.safetensors", vit(num_classes=5).state_dict())
+    assert vit(num_classes=5, checkpoint_path=tmp_path / "m.safetensors").backbone_info.trained
+    assert "untrained" not in caplog.text
+    fresh = vit(num_classes=3, checkpoint_path=tmp_path / "m.safetensors")
+    assert "of other classes: the classifier (head) starts untrained" in caplog.text
+    save_backbone(fresh, tmp_path / "saved")
+    assert create_backbone(tmp_path / "saved").backbone_info.trained
+    headless = {k: v for k, v in vit(num_classes=5).state_dict().items() if not k.startswith("head.")}
+    write_safetensors(tmp_path / "headless.safetensors", headless)
+    vit(num_classes=5, checkpoint_path=tmp_path / "headless.safetensors")
+    assert "brings no classifier" in caplog.text
+    with pytest.raises(CheckpointError, match=r"2 missing: head\.weight"):
+        create_backbone("vit_tiny_patch16_224", tmp_path / "headless.safetensors", **{**VIT, "num_classes": None})
+
+
+def test_a_norm_of_the_head_is_loaded_when_the_classes_are_other(tmp_path: Path) -> None:
+    model = create_backbone("test_convnext", num_classes=5)
+    torch.nn.init.normal_(model.head.norm.weight)
+    write_safetensors(tmp_path / "m.safetensors", model.state_dict())
+    other = create_backbone("test_convnext", tmp_path / "m.safetensors", num_classes=3)
+    assert torch.equal(other.head.norm.weight, model.head.norm.weight)
+
+
+def test_random_weights_are_said_before_they_answer() -> None:
+    from mmkit.vision.classification.pipeline import ImageClassificationPipeline
+
+    with pytest.warns(UserWarning, match="random weights"):
+        ImageClassificationPipeline(vit(num_classes=2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ImageClassificationPipeline()
+
+
+def test_a_damaged_or_foreign_folder_is_refused_and_none_is_lost(tmp_path: Path) -> None:
+    folder = save_backbone(vit(num_classes=5), tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_classes": 4}))
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        create_backbone(folder)
+    save_backbone(vit(num_classes=5), folder)  # replaces its own kind, whole
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"notes\.txt"):
+        save_backbone(vit(num_classes=5), folder)
+    with pytest.raises(InputError, match="3 class names for a classifier of 5 outputs"):
+        save_backbone(vit(num_classes=5), tmp_path / "n", class_names=("a", "b", "c"))
+    with pytest.raises(InputError, match="did not come from create_backbone"):
+        save_backbone(torch.nn.Linear(2, 2), tmp_path / "n")
+    assert not (tmp_path / "n").exists()
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "config.json").write_text("[]")
+    with pytest.raises(CheckpointError, match="names no architecture"):
+        create_backbone(tmp_path / "none")
+
+
+def test_folders_of_earlier_versions_are_read(tmp_path: Path) -> None:
+    model = vit(num_classes=5)
+    info = {
+        k: v for k, v in dataclasses.asdict(model.backbone_info).items() if k not in ("heads", "trained", "crop_mode")
+    }
+    config = {
+        "mmkit": {**info, "head": "head", "mean": [0.1, 0.2, 0.3], "class_names": list("abcde")},
+        "architecture": "vit_tiny_patch16_224", "num_classes": 5, "pretrained_cfg": {}, "model_args": VIT,
+    }  # fmt: skip
+    write_json(tmp_path / "config.json", config)
+    write_safetensors(tmp_path / "model.safetensors", model.state_dict())
+    again = create_backbone(tmp_path).eval()
+    assert (again.backbone_info.mean, again.backbone_info.class_names) == ((0.1, 0.2, 0.3), tuple("abcde"))
+    x = torch.randn(1, 3, 32, 32)
+    assert torch.equal(again(x), model(x))

@@ -55,7 +55,8 @@ def test_the_heads_of_a_family_are_called_and_a_copy_of_them_acts(pattern: str, 
     assert create_backbone(name, num_classes=0).backbone_info.heads == ()
 
 
-def test_every_timm_model_with_classes_names_its_heads() -> None:
+@pytest.mark.slow
+def test_every_module_of_timm_names_its_heads() -> None:
     import timm
 
     missing = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -272,15 +273,24 @@ def test_an_open_clip_tower_takes_a_classifier_and_its_published_files(name: str
     assert torch.equal(create_backbone(tmp_path / "m").eval()(x), model(x))
 
 
-def test_every_open_clip_configuration_has_a_size_and_statistics() -> None:
+@pytest.mark.slow
+def test_towers_of_open_clip_and_types_of_transformers_answer_with_logits_or_say_why() -> None:
     import open_clip
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES as types
 
-    for name in open_clip.list_models():
-        if open_clip.get_model_config(name)["vision_cfg"].get("timm_model_name"):
-            continue  # timm's models are built for real above
-        with torch.device("meta"):
-            info = image_info(create_backbone(f"open_clip:{name}", num_classes=2))
-        assert (info.input_size[0], len(info.mean), info.heads) == (3, 3, ("head",))
+    refused = []
+    for name in [f"open_clip:{n}" for n in open_clip.list_models()[::12]] + [f"transformers:{n}" for n in types]:
+        try:
+            with torch.device("meta"):  # shapes without values: even the largest cost nothing
+                model = create_backbone(name, num_classes=7).eval()
+        except InputError as error:
+            refused.append((name, str(error)))
+            continue
+        args, kwargs = example_input(model, 2) or ((), {})
+        with torch.no_grad(), torch.device("meta"):
+            assert model(*args, **kwargs).shape == (2, 7), name
+    assert len(refused) < 10
+    assert all(re.search("take pictures alone|requires|wraps a timm model", message) for _, message in refused)
 
 
 DIFFUSERS = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import pickle
 import resource
 import struct
 import zlib
@@ -181,16 +182,61 @@ def test_a_strip_that_shrinks_to_nothing_is_said(size, mode):
         ImageTransform(224, crop_mode=mode)(Image.new("RGB", size))
 
 
-@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-@pytest.mark.parametrize("size,crop_pct", [(32, 0.875), (48, 1.0)])
-def test_evaluation_transform_equals_timm(interpolation, size, crop_pct):
+def test_the_evaluation_transform_is_timm_s_for_each_of_its_configurations():
+    import timm
+    from timm.data import create_transform, resolve_data_config
+
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (70, 90, 3), dtype=np.uint8))
+    configs = {}
+    for name in timm.list_pretrained():
+        config = resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg(name).to_dict())
+        configs.setdefault(repr(sorted(config.items())), config)
+    shapes = set()
+    for config in configs.values():
+        ours, theirs = ImageTransform.of(config), create_transform(**config)
+        assert repr(ours._steps) == repr(theirs)
+        kind = (
+            config["crop_mode"],
+            config["interpolation"],
+            config["crop_pct"] < 1,
+            len(set(config["input_size"][1:])),
+        )
+        if kind not in shapes and (max(config["input_size"]) <= 384 or config["crop_mode"] == "border"):
+            shapes.add(kind)
+            assert torch.equal(ours(image), theirs(image)), config
+    assert {mode for mode, *_ in shapes} == {"center", "squash", "border"}
+
+
+@pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])
+@pytest.mark.parametrize("size,crop_pct", [((32, 32), 0.875), ((48, 40), 1.0), ((40, 40), 1.15)])
+@pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"])
+def test_evaluation_transform_equals_timm(interpolation, size, crop_pct, crop_mode):
     from timm.data import create_transform
 
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (70, 90, 3), dtype=np.uint8))
-    mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
-    theirs = create_transform((3, size, size), interpolation=interpolation, mean=mean, std=std, crop_pct=crop_pct)
-    ours = ImageTransform(size, mean, std, interpolation, crop_pct=crop_pct)
-    assert torch.equal(ours(image), theirs(image))
+    kw = {
+        "mean": (0.5, 0.4, 0.3),
+        "std": (0.2, 0.3, 0.4),
+        "interpolation": interpolation,
+        "crop_pct": crop_pct,
+        "crop_mode": crop_mode,
+    }
+    assert torch.equal(ImageTransform(size, **kw)(image), create_transform((3, *size), **kw)(image))
+
+
+def test_padding_puts_the_picture_into_the_upper_left_corner():
+    image = Image.fromarray(np.full((30, 60, 3), 255, dtype=np.uint8))
+    padded = ImageTransform(40, (0.5,) * 3, (0.5,) * 3, crop_mode="pad")(image)
+    assert torch.equal(padded[:, :20], torch.ones(3, 20, 40))
+    assert padded[:, 20:].abs().max() < 0.01
+    assert pickle.loads(pickle.dumps(ImageTransform(40, crop_mode="pad")))(image).shape == (3, 40, 40)
+
+
+def test_random_interpolation_of_a_configuration_is_bilinear():
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (70, 90, 3), dtype=np.uint8))
+    assert torch.equal(
+        ImageTransform(32, interpolation="random")(image), ImageTransform(32, interpolation="bilinear")(image)
+    )
 
 
 def test_transform_of_a_backbone_and_training_variation():

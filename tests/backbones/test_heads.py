@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import fnmatch
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 
 from mmkit.backbones import ImageBackboneInfo, backbone_info, create_backbone, example_input, head_names, head_scopes
 from mmkit.errors import InputError
+from mmkit.storage import write_safetensors
 
 # One per way of keeping classifiers; names by pattern, so that new versions of timm are swept too.
 KINDS = {
@@ -102,3 +104,11 @@ def test_classes_for_a_model_without_a_classifier_are_refused() -> None:
     with pytest.raises(InputError, match="does not apply"):
         create_backbone("diffusers:AutoencoderTiny", num_classes=3)
     assert backbone_info(nn.Linear(2, 2)).heads == ()
+
+
+def test_a_classifier_that_only_acts_in_training_starts_fresh_with_the_others(tmp_path: Path) -> None:
+    model = create_backbone("volo_d1_224", num_classes=5)
+    assert head_names(model) == ("head",)  # what a prediction comes from
+    write_safetensors(tmp_path / "m.safetensors", model.state_dict())
+    other = create_backbone("volo_d1_224", tmp_path / "m.safetensors", num_classes=3)
+    assert other.aux_head.out_features == other.head.out_features == 3

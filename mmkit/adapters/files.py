@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mmkit import __version__
 from mmkit.errors import CheckpointError, InputError
-from mmkit.storage import open_folder, read_json, read_tensors, require_folder, write_json, write_safetensors
+from mmkit.storage import read_json, read_tensors, require_folder, write_json, write_safetensors
 
 logger = logging.getLogger(__name__)
 
@@ -118,10 +118,3 @@ def read_adapter_tensors(folder: Path) -> dict[str, Tensor]:
     if bad:
         raise CheckpointError(f"{folder / TENSORS_NAME} holds NaN or infinite values in {bad[:4]}.")
     return tensors
-
-
-def read_adapter_extra(folder: Any) -> dict[str, Any]:
-    """What was given to `save_adapter` as `extra`; empty for a folder that peft wrote. Raises `CheckpointError`."""
-    manifest = open_folder(folder, required=False)
-    extra = (manifest or {}).get("extra", {})
-    return extra if isinstance(extra, dict) else {}

@@ -522,6 +522,8 @@ def _resolve_saved(model: nn.Module, names: tuple[str, ...]) -> list[str]:
     """Paths of `modules_to_save`: "head" stands for the model's classifiers. None may lie in another."""
     from mmkit.backbones import head_names
 
+    if not names:
+        return []
     plain = dict(hooks.named_plain_modules(model))
     paths: list[str] = []
     for name in names:
@@ -557,7 +559,8 @@ def _signature(model: nn.Module, path: str) -> str:
     except AttributeError:
         return "missing"
     kind = "in_proj" if isinstance(module, InProjection) else type(module).__name__
-    return f"{kind} {sorted((k, tuple(p.shape)) for k, p in module.named_parameters())}"
+    own = module.named_parameters() if module._modules else module._parameters.items()
+    return f"{kind} {[(k, tuple(p.shape)) for k, p in own if p is not None]}"
 
 
 def _owner_and_leaf(path: str, key: str) -> tuple[str, str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -348,21 +348,22 @@ def get_module(model: nn.Module, path: str) -> nn.Module:
     return module
 
 
-def named_plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def named_plain_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """`model.named_modules()` as the plain model would list it: others' peft wrappers are passed through, adapters left out.
 
     A module under two names is listed once, under its first.
     """
+    found: list[tuple[str, nn.Module]] = []
     seen: set[int] = set()
-
-    def walk(prefix: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    pending = [("", model)]
+    while pending:
+        path, module = pending.pop()
         plain = unwrap(module)
         if id(plain) in seen:
-            return
+            continue
         seen.add(id(plain))
-        yield prefix, plain
-        for name, child in plain._modules.items():
-            if child is not None and not name.startswith("mmkit_adapter_"):
-                yield from walk(f"{prefix}.{name}" if prefix else name, child)
-
-    yield from walk("", model)
+        found.append((path, plain))
+        prefix = f"{path}." if path else ""
+        children = [(prefix + k, c) for k, c in plain._modules.items() if c is not None and k[:14] != "mmkit_adapter_"]
+        pending += reversed(children)
+    return found

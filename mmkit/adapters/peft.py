@@ -26,7 +26,7 @@ from mmkit.adapters.config import AdapterConfig
 from mmkit.adapters.core import Adapter
 from mmkit.adapters.files import CONFIG_NAME, TENSORS_NAME
 from mmkit.adapters.sites import SiteAdapter
-from mmkit.adapters.targets import match_targets, no_match
+from mmkit.adapters.targets import match_targets
 from mmkit.adapters.trial import double_copy
 from mmkit.errors import CheckpointError, InputError, NotMergeableError
 from mmkit.storage import read_json, write_json, write_safetensors
@@ -142,24 +142,13 @@ class PeftAdapter(SiteAdapter):
         ]
         return match_targets(_ATTENTION, [p for p in layers if isinstance(candidates[p], nn.Linear)]) or layers
 
-    def choose_sites(self, model: nn.Module) -> dict[str, nn.Module]:
+    def match(self, candidates: dict[str, nn.Module], plain: dict[str, nn.Module]) -> list[str]:
         if isinstance(self.config.targets, _Regex):
-            plain = dict(hooks.named_plain_modules(model))
-            chosen = {p: m for p, m in plain.items() if self.is_site(p, m) and re.fullmatch(self.config.targets, p)}
-            if not chosen:
-                raise no_match(self.method, self.config.targets, [], list(plain))
-            return chosen
-        fused = [p for p, m in hooks.named_plain_modules(model) if is_fused_attention(m)]
-        if self.config.targets is None or not fused:
-            return super().choose_sites(model)
-        plain = dict(hooks.named_plain_modules(model))  # naming an attention, as peft does, means its two projections
-        candidates = {p: m for p, m in plain.items() if p and not self.inside_saved(p) and self.is_site(p, m)}
+            return [p for p in candidates if re.fullmatch(self.config.targets, p)]
+        fused = {p for p, m in plain.items() if is_fused_attention(m)}  # naming an attention means its two projections
         named = match_targets(self.config.targets, [*candidates, *fused])
         chosen = {q for p in named for q in ((f"{p}.in_proj", f"{p}.out_proj") if p in fused else (p,))}
-        chosen -= set(match_targets(self.config.exclude, list(chosen)))
-        if not chosen:
-            raise no_match(self.method, self.config.targets, list(candidates), list(plain))
-        return {p: m for p, m in candidates.items() if p in chosen}
+        return [p for p in candidates if p in chosen]
 
     def build(self, model: nn.Module) -> None:
         from peft import inject_adapter_in_model

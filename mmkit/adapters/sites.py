@@ -54,12 +54,16 @@ class SiteAdapter(Adapter):
         if self.config.targets is None:
             paths = self.default_sites(model, candidates)
         else:
-            paths = match_targets(self.config.targets, candidates)
+            paths = self.match(candidates, plain)
         left_out = set(match_targets(self.config.exclude, paths))
         paths = [p for p in paths if p not in left_out]
         if not paths:
             raise no_match(self.method, self.config.targets, list(candidates), list(plain))
         return {p: plain[p] for p in paths}
+
+    def match(self, candidates: dict[str, nn.Module], plain: dict[str, nn.Module]) -> list[str]:
+        """The candidates that `targets` names; `plain` are all modules of the model."""
+        return match_targets(self.config.targets, candidates)
 
     def install(self, model: nn.Module) -> None:
         for path in self.own_paths:

@@ -315,14 +315,22 @@ def from_peft_config(config: Any) -> tuple[type[PeftAdapter], PeftMethodConfig]:
     targets = config.target_modules
     if isinstance(targets, str):
         targets = "*" if targets == "all-linear" else _Regex(targets)
-    return _from_config(config, None if targets is None else targets, config.modules_to_save or ())
+    exclude = getattr(config, "exclude_modules", None) or ()
+    if isinstance(exclude, str) or getattr(config, "layers_to_transform", None) is not None:
+        raise InputError(
+            "exclude_modules as an expression and layers_to_transform are not taken from a peft config: pass the method's name with "
+            'targets=("blocks.[0-5].*",) and exclude=(...).'
+        )
+    return _from_config(config, targets, config.modules_to_save or (), tuple(sorted(exclude)))
 
 
 class _Regex(str):
     """A regular expression that a caller wrote (never one from a file) in place of target names."""
 
 
-def _from_config(theirs: Any, targets: Any, saved: Any) -> tuple[type[PeftAdapter], PeftMethodConfig]:
+def _from_config(
+    theirs: Any, targets: Any, saved: Any, exclude: tuple[str, ...] = ()
+) -> tuple[type[PeftAdapter], PeftMethodConfig]:
     kind = str(getattr(theirs.peft_type, "value", theirs.peft_type)).lower()
     kind = "dora" if kind == "lora" and getattr(theirs, "use_dora", False) else kind
     if kind not in METHODS:
@@ -340,7 +348,7 @@ def _from_config(theirs: Any, targets: Any, saved: Any) -> tuple[type[PeftAdapte
     settings = {k: sorted(v) if isinstance(v, set) else v for k, v in settings.items()}
     targets = targets if isinstance(targets, str) or targets is None else tuple(sorted(targets))
     cls = _method_class(kind)
-    return cls, cls.config_class(targets=targets, modules_to_save=tuple(saved), settings=settings)
+    return cls, cls.config_class(targets=targets, exclude=exclude, modules_to_save=tuple(saved), settings=settings)
 
 
 # --- helpers ------------------------------------------------------------------------------------------------------------

@@ -189,3 +189,17 @@ def test_attaching_does_not_touch_modules_it_does_not_adapt() -> None:
     adapter = apply_adapter(model, "lora", targets=("0",), r=2)
     assert adapter.own_paths == ["0"]
     assert "forward" not in model[2].__dict__
+
+
+def test_a_peft_config_means_what_it_means_to_peft() -> None:
+    from peft import LoraConfig
+
+    def paths(**settings: Any) -> list[str]:
+        return apply_adapter(contract.build("vit"), LoraConfig(r=2, **settings)).own_paths
+
+    ours, projections = [f"blocks.{i}.attn.qkv" for i in range(2)], [f"blocks.{i}.attn.proj" for i in range(2)]
+    assert paths(target_modules=["qkv"]) == ours
+    assert paths(target_modules=["proj"], exclude_modules=["patch_embed.proj"]) == projections
+    assert paths(target_modules=r"blocks\.1\.attn\.(qkv|proj)") == [ours[1], projections[1]]
+    with pytest.raises(InputError, match="layers_to_transform"):
+        paths(target_modules=["qkv"], layers_to_transform=[0])

@@ -2,8 +2,9 @@
 
     python benchmarks/adapters.py          # writes benchmarks/results/adapters.json
 
-Attaching LoRA to the 96 projections of 48 blocks is timed against `peft.inject_adapter_in_model` on the same model. Every round times plain, SSF, SSF merged, LoRA, LoRA merged and peft's own wrapper once, in turn, in process CPU time; the ratio to the
-plain run of the same round is taken, and the median over rounds reported.
+Every round times plain, SSF, SSF merged, LoRA, LoRA merged and peft's own wrapper once, in turn, in process CPU time; the ratio to the
+plain run of the same round is taken, and the median over rounds reported. Attaching LoRA to the 96 projections of 48 blocks is timed
+against `peft.inject_adapter_in_model` on the same model.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ disk and the state of random generators do not count.
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import functools
 import hashlib
@@ -41,29 +42,39 @@ _STREAMS = (torch.Generator, random.Random, np.random.Generator, np.random.Rando
 class FileDigests:
     """Content digests of files, remembered by path, size and both time stamps, so that a resume reads no file again.
 
-    50,000 pictures of 100 kB take seconds the first time (the disk decides) and a fraction of one afterwards.
+    50,000 pictures take some seconds the first time (the disk decides) and two afterwards.
     """
 
     def __init__(self, known: Mapping[str, list[Any]] | None = None) -> None:
         self.known = dict(known or {})
         self.used: dict[str, list[Any]] = {}
+        self.seen: dict[str, str] = {}  # by the path as given: one run looks at each file once
 
     def __call__(self, path: str) -> str:
         """The digest, 32 hexadecimal digits; raises `OSError`."""
-        path = os.path.abspath(path)
+        if path not in self.seen:
+            self.seen[path] = self._look(os.path.abspath(path))
+        return self.seen[path]
+
+    def _look(self, path: str) -> str:
         facts = os.stat(path)
         stamp = [facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns]
-        found = self.used.get(path) or self.known.get(path)
+        found = self.known.get(path)
         if found is None or found[:3] != stamp:
             found = [*stamp, _file_digest(path, facts.st_size)]
         if time.time_ns() - facts.st_ctime_ns > _RECENT:
             self.used[path] = found
         return found[3]
 
-    def warm(self, paths: Iterable[str]) -> None:
-        """Digest many files at once."""
+    def warm(self, paths: Iterable[Any]) -> None:
+        """Digest the files among `paths`, several at once; `seen` holds them then."""
+
+        def look(path: str) -> None:
+            with contextlib.suppress(OSError, ValueError):  # no file, or none that can be read: training will name it
+                self(path)
+
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            list(pool.map(self, paths))
+            list(pool.map(look, map(str, paths), chunksize=64))
 
 
 def _file_digest(path: str, size: int) -> str:

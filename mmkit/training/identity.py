@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -95,18 +97,18 @@ def _data(data: Any, files: FileDigests, skip: Sequence[Any]) -> tuple[dict[str,
         return {"identity": _fact(data, files, skip)}, []
     if isinstance(data, (list, tuple)):
         rows = [_example(f"example {i}", item, files, skip) for i, item in enumerate(data)]
-        return {"examples": len(rows), "content": digest(rows, files)}, rows
+        return {"examples": len(rows), "content": _content(rows)}, rows
     if hasattr(data, "dataset") and hasattr(data, "indices"):  # torch's Subset
         facts, rows = _data(data.dataset, files, skip)
         rows = [rows[i] for i in data.indices] if rows else []
-        chosen = digest(rows or [facts.get("content"), list(data.indices)], files)
+        chosen = _content(rows or [[facts.get("content", "")], [str(i) for i in data.indices]])
         return facts | {"examples": len(data.indices), "content": chosen}, rows
     attributes = {k: v for k, v in getattr(data, "__dict__", {}).items() if not k.startswith("_") and k not in PASSING}
     names = next((attributes[k] for k in _CLASSES if k in attributes), None)
     rows, covered = _rows(data, attributes, names, files, skip)
     facts: dict[str, Any] = {}
     if rows:
-        facts = {"examples": len(rows), "content": digest(rows, files)}
+        facts = {"examples": len(rows), "content": _content(rows)}
     elif hasattr(data, "__len__"):
         facts["examples"] = len(data)
         if not attributes:
@@ -134,19 +136,25 @@ def _rows(
     label_names = names if isinstance(names, (list, tuple)) else ()
     if whole is not None:
         items = attributes[whole]
-        files.warm(str(p) for item in items for p in _parts(item) if is_file(p))
+        files.warm(p for item in items for p in _parts(item) if is_file(p))
         rows = [_example(f"example {i}", item, files, skip, label_names) for i, item in enumerate(items)]
         return rows, {whole, *(k for k in (*_LISTS, *_LABELS) if k in attributes)}
     if labels is None or (paths is None and pictures is None):
         return [], set()
     if paths is not None:
-        files.warm(str(p) for p in attributes[paths] if is_file(p))
+        files.warm(attributes[paths])
     rows = []
     for i in range(length):
         path = attributes[paths][i] if paths is not None else f"example {i}"
-        content = attributes[pictures][i] if pictures is not None else path
-        rows.append([short_name(path), digest(content, files, skip), _label(attributes[labels][i], label_names)])
+        content = files.seen.get(str(path)) if pictures is None else None
+        if content is None:
+            content = digest(attributes[pictures][i] if pictures is not None else path, files, skip)
+        rows.append([short_name(path), content, _label(attributes[labels][i], label_names)])
     return rows, {k for k in (paths, labels, pictures) if k is not None}
+
+
+def _content(rows: list[Row]) -> str:
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:32]
 
 
 _COLUMN = (Sequence, np.ndarray, Tensor)

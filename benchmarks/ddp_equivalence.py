@@ -28,7 +28,7 @@ CASES: dict[str, dict[str, Any]] = {
     "ssf adapter": {"adapter": True, "grad_accum": 1, "examples": 160, "lr": 1e-2},
     "gradient accumulation": {"adapter": True, "grad_accum": 2, "examples": 160, "lr": 1e-2},
     "ragged last step": {"adapter": False, "grad_accum": 2, "examples": 157, "lr": 2e-3},
-    "fsdp, ssf adapter": {"adapter": True, "grad_accum": 2, "examples": 157, "lr": 1e-2, "fsdp": True},
+    "fsdp, ssf adapter": {"adapter": True, "grad_accum": 2, "examples": 157, "lr": 1e-2, "fsdp": True, "ema": 0.9},
     "full, float64": {"adapter": False, "grad_accum": 1, "examples": 512, "lr": 2e-3, "double": True},
 }
 
@@ -90,6 +90,7 @@ def train(folder: str, batch_size: int, case: dict[str, Any]) -> None:
         grad_accum=case["grad_accum"],
         lr=case["lr"],
         warmup_steps=3,
+        ema_decay=case.get("ema"),
         restore_best=False,
         progress=False,
         device="cpu",

@@ -126,9 +126,10 @@ class FitConfig:
         for name, hint in get_type_hints(type(self)).items():
             value, allowed = getattr(self, name), get_args(hint) or (hint,)
             if isinstance(value, numbers.Real) and not isinstance(value, bool) and {int, float} & set(allowed):
-                exact = float not in allowed
-                self._require(name, not exact or float(value).is_integer(), "a whole number")
-                object.__setattr__(self, name, int(value) if exact else float(value))
+                plain = int(value) if isinstance(value, numbers.Integral) else float(value)
+                whole = float not in allowed
+                self._require(name, not whole or plain == plain // 1, "a whole number")
+                object.__setattr__(self, name, int(plain) if whole else float(plain))
             elif not isinstance(value, tuple(get_origin(t) or t for t in allowed)) or (
                 isinstance(value, bool) and bool not in allowed
             ):

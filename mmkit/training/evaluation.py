@@ -72,8 +72,7 @@ class Evaluator:
             freeze_running_statistics(self.trainee)
             if self.sharded:  # without a backward pass FSDP would leave its root whole
                 for module in self.trainee.modules():
-                    if hasattr(module, "reshard"):
-                        module.reshard()
+                    getattr(module, "reshard", lambda: None)()
         if not isinstance(found, dict):
             raise InputError(f"metrics_fn must return a dict of numbers, not {type(found).__name__}.")
         try:

@@ -32,6 +32,7 @@ def parameter_groups(
     """
     if adapter is not None:
         _only_train(trainee, [p for _, p in adapter.trainable_parameters()], "the adapter's parameters")
+    parts: list[tuple[dict[str, Any], list[nn.Parameter]]]
     if given is None:
         parts = [({}, [p for p in trainee.parameters() if p.requires_grad])]
         if not parts[0][1]:

@@ -153,7 +153,7 @@ class _Run:
         identity: Mapping[str, Any] | None,
     ) -> None:
         self.model, self.val, self.config, self.adapter = model, val, config, adapter
-        self.train = train if is_map_style(train) else Stream(train, config.seed)
+        self.train: Any = train if is_map_style(train) else Stream(train, config.seed)
         mixing = (config.mixup, config.cutmix, config.mixup_prob)
         self.loss_fn = loss_fn or CrossEntropyLoss(config.label_smoothing, *mixing)
         self.metrics_fn, self.given_groups, self.collate_fn = metrics_fn, parameter_groups, collate_fn

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterator
 import numpy as np
 import torch
 
-_SEED = {
+_SEED: dict[str, Callable[[int], object]] = {
     "python": random.seed,
     "numpy": lambda seed: np.random.seed(seed % 2**32),
     "torch": torch.default_generator.manual_seed,  # not torch.manual_seed: that would reseed the GPU as well

@@ -98,6 +98,7 @@ def current_lr(optimizer: torch.optim.Optimizer) -> float:
 
 def make_optimizer(config: FitConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     """torch's or timm's optimiser; raises `InputError` with the nearest names for an unknown one or an unknown setting."""
+    known: dict[str, Callable[..., torch.optim.Optimizer]]
     known = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": partial(torch.optim.SGD, momentum=0.9)}
     if config.optimizer in known:
         optimizer = known[config.optimizer](groups, lr=config.lr)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import traceback
+from array import array
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Sized
 from typing import Any
 
@@ -54,7 +55,8 @@ class Batches(Dataset[Any]):
 
     def _read(self, epoch: int, indices: Sequence[int]) -> Any:
         if self.whole:
-            return list(self.data[torch.as_tensor(indices)])
+            known = isinstance(indices, array)
+            return list(self.data[torch.frombuffer(indices, dtype=torch.int64) if known else torch.as_tensor(indices)])
         found = self.examples(epoch, indices)
         if self.collate is not collate:  # the caller's may draw, as timm's mixing ones do
             seed_everything(mix_seed(self.seed, epoch, indices[0], len(indices)))

@@ -257,7 +257,7 @@ class _Run:
         )
 
     def _open_log(self) -> RunLog | None:
-        if self.folder is None or not self.accelerator.is_main_process:
+        if self.folder is None or self.rank != 0:
             return None
         return RunLog(self.folder, self.state.step, self.config.tensorboard)
 
@@ -273,7 +273,7 @@ class _Run:
             config.num_workers,
             pin_memory=self.accelerator.device.type == "cuda",
         )
-        show = config.progress and self.accelerator.is_main_process
+        show = config.progress and self.rank == 0
         ours = isinstance(self.loss_fn, CrossEntropyLoss)
         try:
             with (
@@ -309,7 +309,7 @@ class _Run:
             shown = {"loss": loss, **{f"val {k}": v for k, v in state.metrics.items()}}
             bar.set_postfix({k: f"{v:.4f}" for k, v in shown.items()}, refresh=False)
         self._after_step(log, stop=stop)
-        if self.accelerator.is_main_process:
+        if self.rank == 0:
             self.on_step(StepInfo(state.step, self.total, epoch, loss, lr, dict(state.metrics)))
 
     def _after_step(self, log: RunLog | None, *, stop: str = "", saved: bool = False) -> None:
@@ -370,7 +370,7 @@ class _Run:
         self.batch = next(batches)
         seed_everything(mix_seed(self.config.seed, self.state.step, i, self.rank), device=accelerator.device)
         try:
-            if isinstance(loss_fn, CrossEntropyLoss):
+            if isinstance(loss_fn, CrossEntropyLoss) and accelerator.device.type != "cpu":
                 loss_fn.check(self.batch)
             batch = send_to_device(self.batch, accelerator.device, non_blocking=True)
             with contextlib.nullcontext() if i == len(micro) - 1 else accelerator.no_sync(self.trainee):
@@ -467,7 +467,7 @@ class _Run:
             trainable_parameters=self.trainable,
             signal=self.signals.number,
         )
-        if self.folder is not None and self.accelerator.is_main_process:
+        if self.folder is not None and self.rank == 0:
             summary = {
                 "measured on": "the validation data" if self.val is not None else "the training data: losses only",
                 "best": result.best_metrics,

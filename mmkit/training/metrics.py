@@ -40,6 +40,9 @@ def split_batch(batch: Any) -> tuple[Any, Tensor]:
     )
 
 
+_NO_LABEL = -(2**31)  # torch ignores -100 unless told otherwise
+
+
 class TargetError(InputError):
     """Labels that do not fit the model. `wrong`: bool `(B,)`, which of the batch; None when it is about all of them."""
 
@@ -70,8 +73,9 @@ def check_targets(targets: Tensor, num_classes: int) -> Tensor:
             f"The labels of a batch are {tuple(targets.shape)} {targets.dtype}; expected integers (B,), or "
             f"probabilities (B, {num_classes}). Return int(label) from the data set, or pass loss_fn and metrics_fn."
         )
-    outside = (targets < 0) | (targets >= num_classes)
-    if outside.any():
+    lowest, highest = targets.aminmax()
+    if lowest < 0 or highest >= num_classes:
+        outside = (targets < 0) | (targets >= num_classes)
         raise TargetError(
             f"Label {int(targets[outside][0])} is outside 0..{num_classes - 1}, the {num_classes} classes the model "
             "tells apart. Number the classes from 0, or build the model with more classes.",
@@ -83,8 +87,8 @@ def check_targets(targets: Tensor, num_classes: int) -> Tensor:
 class CrossEntropyLoss:
     """The default `loss_fn`: cross entropy of `model(images)` `(B, K)` against targets `(B,)` int or `(B, K)` soft.
 
-    The first batch shows K; from then on `check` can look at labels while they are still on the CPU, because a GPU would
-    end the process over a wrong one.
+    A CPU refuses a label outside 0..K-1 by itself; a GPU would end the process over it. There the first batch shows K, and
+    from then on `check` looks at labels while they are still on the CPU.
 
     Args:
         label_smoothing: share of the target spread over all classes.
@@ -114,11 +118,18 @@ class CrossEntropyLoss:
         if self.num_classes is None:
             self.num_classes = logits.shape[-1]
             check_targets(targets, self.num_classes)
+        try:
+            return self._loss(logits, targets, shares)
+        except (IndexError, RuntimeError):
+            check_targets(targets, self.num_classes)
+            raise
+
+    def _loss(self, logits: Tensor, targets: Tensor, shares: Tensor | None) -> Tensor:
         if not targets.is_floating_point():
-            targets = targets.long() if shares is None else F.one_hot(targets.long(), self.num_classes).to(logits.dtype)
+            targets = targets.long() if shares is None else F.one_hot(targets.long(), logits.shape[-1]).to(logits.dtype)
         if shares is not None:
             targets = shares.to(targets.dtype) @ targets
-        return F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing)
+        return F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing, ignore_index=_NO_LABEL)
 
     def _mix(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mixed images, and how much of each target each of them holds `(B, B)`.

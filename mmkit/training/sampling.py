@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -53,7 +54,8 @@ class StepSampler:
             return range(epoch * self.length, (epoch + 1) * self.length)
         if self._order[0] != epoch:
             generator = torch.Generator().manual_seed(mix_seed(self.seed, epoch))
-            self._order = (epoch, torch.randperm(self.length, generator=generator).tolist())
+            # an array, so that a batch of a tensor is indexed without a Python number for each example
+            self._order = (epoch, array("q", torch.randperm(self.length, generator=generator).numpy().tobytes()))
         return self._order[1]
 
     def examples(self, step: int) -> Sequence[int]:

@@ -24,6 +24,7 @@ from mmkit.errors import InputError
 from mmkit.training.randomness import Untouched, example_seeder, mix_seed, seed_everything
 from mmkit.training.sampling import Key
 
+_SMALL = 2**26  # bytes that may lie in memory twice
 Collate = Callable[[list[Any]], Any]
 
 
@@ -42,7 +43,7 @@ class Batches(Dataset[Any]):
     def __init__(self, data: Any, seed: int, collate_fn: Collate | None) -> None:
         self.data, self.seed, self.collate = data, seed, collate_fn or collate
         self.drawn: set[str] = set()
-        self.whole = type(data) is TensorDataset and collate_fn is None  # its examples need not be taken apart first
+        self.columns = columns_of(data) if collate_fn is None else None
         self._tell: list[Callable[[int], None]] | None = None
 
     def __getitem__(self, key: Key) -> Any:
@@ -54,9 +55,10 @@ class Batches(Dataset[Any]):
             return error
 
     def _read(self, epoch: int, indices: Sequence[int]) -> Any:
-        if self.whole:
+        if self.columns is not None:
             known = isinstance(indices, array)
-            return list(self.data[torch.frombuffer(indices, dtype=torch.int64) if known else torch.as_tensor(indices)])
+            chosen = torch.frombuffer(indices, dtype=torch.int64) if known else torch.as_tensor(indices)
+            return [column[chosen] for column in self.columns]
         found = self.examples(epoch, indices)
         if self.collate is not collate:  # the caller's may draw, as timm's mixing ones do
             seed_everything(mix_seed(self.seed, epoch, indices[0], len(indices)))
@@ -92,6 +94,28 @@ class Batches(Dataset[Any]):
             raise InputError(
                 f"The data set failed at {name}: {type(error).__name__}: {error}. Mend or leave out this example."
             ) from error
+
+
+def columns_of(data: Any) -> list[Tensor] | None:
+    """The tensors of a `TensorDataset`, or of a small list of like tuples stacked: batches are then cut from whole tensors.
+
+    None for other data sets, and for lists whose batches would not all be stacked alike.
+    """
+    if type(data) is TensorDataset:
+        return list(data.tensors)
+    if type(data) is not list or type(data[0]) is not tuple:
+        return None
+    kinds = [_kind(part) for part in data[0]]
+    size = len(data) * sum(part.nbytes for part in data[0] if isinstance(part, Tensor))
+    if None in kinds or size > _SMALL or any(type(e) is not tuple or [_kind(p) for p in e] != kinds for e in data):
+        return None
+    return [torch.stack(c) if isinstance(c[0], Tensor) else default_collate(list(c)) for c in zip(*data, strict=True)]
+
+
+def _kind(part: Any) -> Any:
+    if type(part) is Tensor:
+        return part.dtype, part.shape, part.device, part.requires_grad
+    return type(part) if type(part) in (int, float) else None
 
 
 class _StreamEndedError(InputError):

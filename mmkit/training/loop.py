@@ -404,7 +404,7 @@ class _Run:
         self.statistics.restore()
         step = self.state.step
         chosen = self.sampler.examples(step)
-        epoch, again = step // self.sampler.steps_per_epoch, Batches(self.train, self.config.seed, None)
+        epoch, again = step // self.sampler.steps_per_epoch, Batches(self.train, self.config.seed, list)
         bad = [i for i in chosen if not self.sampler.stream and has_non_finite(again, epoch, i)]
         files = describe_examples(self.train, bad or chosen)
         shown = ", ".join(files[:8]) + (f" and {len(files) - 8} more" if len(files) > 8 else "")

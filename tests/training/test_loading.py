@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
+from array import array
 
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import ConcatDataset, Subset, TensorDataset
+from torch.utils.data import ConcatDataset, Subset, TensorDataset, default_collate
 
 from mmkit.errors import InputError
 from mmkit.training.loading import Batches, Stream, train_batches
@@ -176,6 +177,26 @@ def test_tensors_are_indexed_by_the_batch():
     found = Batches(TensorDataset(x, y), 0, None)[0, [4, 2]]
     assert torch.equal(found[0], x[[4, 2]])
     assert found[1].tolist() == [4, 2]
+
+
+def test_lists_in_memory_are_stacked_once_and_batched_as_ever():
+    examples = [(torch.randn(3), torch.arange(2), i, i / 2) for i in range(9)]
+    batches = Batches(examples, 0, None)
+    assert batches.columns is not None
+    expected = default_collate([examples[4], examples[2]])
+    found = batches[0, array("q", [4, 2])]
+    assert [f.dtype for f in found] == [e.dtype for e in expected]
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    for other in (
+        [(torch.randn(3), 0), (torch.randn(3), 1.0)],
+        [(torch.randn(3), 0), (torch.randn(3).double(), 1)],
+        [(torch.randn(3), "cat")] * 2,
+        [{"x": torch.randn(3)}] * 2,
+        [(torch.randn(3), 0), (torch.randn(3),)],
+        [(torch.zeros(1).expand(2**20), 0)] * 20,
+    ):
+        assert Batches(other, 0, None).columns is None
+    assert Batches(examples, 0, list).columns is None
 
 
 def test_what_a_collate_function_draws_depends_on_the_batch_alone():

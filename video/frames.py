@@ -62,9 +62,8 @@ class Placement:
         """From the display matrix, whose first two rows hold where the stored x and y axes point (ISO 14496-12, 6.2.2)."""
         from av.sidedata.sidedata import SideDataContainer
 
-        data = SideDataContainer(frame).get(
-            "DISPLAYMATRIX"
-        )  # `frame.side_data` keeps frame and decoder alive in a circle
+        container: Any = SideDataContainer  # `frame.side_data` keeps frame and decoder alive in a circle
+        data = container(frame).get("DISPLAYMATRIX")
         if data is None:
             return cls()
         a, b, _, c, d, *_ = np.frombuffer(data, np.int32, 9).astype(np.int64)

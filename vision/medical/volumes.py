@@ -8,7 +8,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -131,7 +131,7 @@ def _read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray]:
         raise InputError(f"{path} cannot be read as a NIfTI volume, or is truncated: {error}") from error
 
 
-def _read_stream(stream: BinaryIO, path: Path) -> tuple[np.ndarray, np.ndarray]:
+def _read_stream(stream: Any, path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Voxels and matrix; reads to the end, where a gzip stream has its checksum."""
     import nibabel
 

@@ -100,8 +100,8 @@ def main() -> None:
     result = fit(model, train, val, config=config)
     print({k: round(v, 4) for k, v in result.best_metrics.items()})
     model.eval().merge()
-    model.save_pretrained(args.out)
-    answer = mmkit.pipeline("video-classification", args.out)(train.samples[0].path, top_k=3)
+    model.save_pretrained(args.out / "model")
+    answer = mmkit.pipeline("video-classification", args.out / "model")(train.samples[0].path, top_k=3)
     print(f"{answer.path}: {answer.labels} {[round(s, 3) for s in answer.scores]}")
 
 

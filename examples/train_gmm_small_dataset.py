@@ -137,7 +137,7 @@ def main() -> None:
     )
     model.cpu().eval()
     if args.output:
-        model.save_pretrained(args.output)
+        model.save_pretrained(args.output / "model")
     if args.bundle:
         store(model, args, classes, Views(val, plain, 1))
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from mmkit.errors import CheckpointError, InputError
 from mmkit.registry import MODELS
-from mmkit.storage import load_state, read_json, read_tensors, write_json, write_safetensors
+from mmkit.storage import load_state, new_folder, open_folder, read_json, read_tensors, write_json, write_safetensors
 
 _HUB_ERRORS = (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError)
 
@@ -47,6 +47,22 @@ class Model(nn.Module, PyTorchModelHubMixin):
         __init__.__signature__ = signature  # type: ignore[attr-defined]
         cls.__init__ = __init__  # type: ignore[assignment]
 
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: str | os.PathLike[str],
+        *,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        **kwargs: Any,
+    ) -> str | None:
+        """Write `config.json`, `model.safetensors` and a model card; the folder appears complete or not at all.
+
+        Raises `InputError` when the folder holds anything else, `StorageError` when it cannot be written.
+        """
+        with new_folder(save_directory, kind="model") as draft:
+            super().save_pretrained(draft, **kwargs)
+        return self.push_to_hub(repo_id or Path(save_directory).name) if push_to_hub else None
+
     def _save_pretrained(self, save_directory: Path) -> None:
         write_json(save_directory / "config.json", {"model": type(self).__name__, "config": self.config})
         write_safetensors(save_directory / "model.safetensors", self.state_dict())
@@ -60,6 +76,7 @@ class Model(nn.Module, PyTorchModelHubMixin):
         folder = Path(pretrained_model_name_or_path).expanduser()
         if not folder.is_dir():
             folder = hub_folder(str(pretrained_model_name_or_path))
+        open_folder(folder, "model", required=False)
         saved = read_json(folder / "config.json")
         if not isinstance(saved, dict) or saved.get("model") != cls.__name__:
             found = saved.get("model") if isinstance(saved, dict) else type(saved).__name__

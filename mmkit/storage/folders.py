@@ -37,7 +37,7 @@ _DOCUMENTS = {
     "LICENSE",
     "LICENSE.txt",
     "LICENSE.md",
-}  # may be added to a folder, and say nothing to a reader
+}  # may be added or edited, and say nothing to a reader
 _drafts: dict[Path, dict[str, Any]] = {}  # folders being filled -> their facts
 
 
@@ -210,9 +210,10 @@ def open_folder(
         raise CheckpointError(f"{folder} holds {_a(manifest['kind'])}; expected {' or '.join(map(_a, wanted))}.")
     found = _files(folder)
     listed = manifest["files"]
-    missing = sorted(listed.keys() - found.keys())
+    missing = sorted(listed.keys() - found.keys() - _DOCUMENTS)
     added = sorted(found.keys() - listed.keys() - {MANIFEST} - _DOCUMENTS - _below(folder, manifest.get("kept", ())))
-    changed = [name for name in sorted(listed.keys() & found.keys()) if sha256_file(found[name]) != listed[name]]
+    compared = sorted((listed.keys() & found.keys()) - _DOCUMENTS)
+    changed = [name for name in compared if sha256_file(found[name]) != listed[name]]
     faults = [
         f"{what}: {_some(names)}"
         for what, names in (("missing", missing), ("changed", changed), ("not written with it", added))

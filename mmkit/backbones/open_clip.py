@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mmkit.backbones.builder import Builder, ClassifierOnTower, attach_info, read_weights, refused, unreachable
 from mmkit.backbones.info import describe
-from mmkit.errors import InputError, nearest
+from mmkit.errors import CheckpointError, InputError, nearest
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,10 @@ class OpenClipBuilder(Builder):
     def open(
         self, folder: Path, config: dict[str, Any], num_classes: int | None, overrides: dict[str, Any]
     ) -> tuple[nn.Module, dict[str, Tensor]]:
-        settings = {**config["mmkit"].get("overrides", {}), **overrides}
+        saved = config["mmkit"].get("overrides", {})
+        if not isinstance(saved, dict):
+            raise CheckpointError(f"{folder}/config.json: overrides must be an object. Save the folder again.")
+        settings = {**saved, **overrides}
         classes = settings.pop("num_classes", None)
         name = _saved_name(config).partition(":")[2]
         model = self.build(name, False, classes if num_classes is None else num_classes, settings)
@@ -92,7 +95,7 @@ def _load(name: str, tag: str) -> Any:
 def _tower(name: str, config: dict[str, Any], embed_dim: int, overrides: dict[str, Any]) -> Any:
     from open_clip.model import _build_vision_tower
 
-    vision = {**config["vision_cfg"], **overrides.get("vision_cfg", {})}
+    vision = {**config["vision_cfg"], **overrides.get("vision_cfg", {}), "timm_model_pretrained": False}
     try:
         return _build_vision_tower(embed_dim, vision, config.get("quick_gelu", False))
     except Exception as error:

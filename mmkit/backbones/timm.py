@@ -34,6 +34,10 @@ class TimmBuilder(Builder):
         pretrained_cfg: dict[str, Any] | None = None,
     ) -> nn.Module:
         _check_name(name)
+        if isinstance(pretrained, str):
+            raise InputError(
+                f"timm names its weights behind a dot: create_backbone('{name}.{pretrained}', pretrained=True)."
+            )
         wrong = sorted(set(overrides) & set(_NOT_SETTINGS))
         if wrong:
             raise InputError(f"timm:{name}: {wrong} are no settings of a model; see create_backbone's own arguments.")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mmkit.backbones.builder import Builder, ClassifierOnTower, attach_info, read_weights, refused
 from mmkit.backbones.info import BackboneInfo, ImageBackboneInfo, describe, per_channel
-from mmkit.errors import CheckpointError, InputError, nearest
+from mmkit.errors import CheckpointError, InputError, MMKitError, nearest
 from mmkit.storage import read_json, read_tensors, write_json, write_safetensors
 
 logger = logging.getLogger(__name__)
@@ -57,7 +57,8 @@ class TransformersBuilder(Builder):
                 f"transformers:{name} names an architecture. Download a model and give its folder instead."
             )
         cls = _class(name, bool(num_classes))
-        config = _configure(cls, overrides)
+        config = cls.config_class()
+        _set(config, overrides)
         if num_classes:
             config.num_labels = num_classes
         try:
@@ -119,16 +120,21 @@ class TransformersBuilder(Builder):
             num_classes = ours.get("num_classes")
         whole = num_classes is None and classifies
         cls = _class(written if whole else config["model_type"], bool(num_classes) or whole)
-        theirs = cls.config_class.from_pretrained(folder, local_files_only=True)
-        _set(theirs, overrides)
-        if num_classes:
-            theirs.num_labels = num_classes
+        if config.get("use_pretrained_backbone"):
+            raise CheckpointError(
+                f"{folder}/config.json asks for weights from the hub (use_pretrained_backbone). Set it to false."
+            )
         try:
-            model = cls(theirs)
+            theirs = cls.config_class.from_pretrained(folder, local_files_only=True)
+            _set(theirs, overrides)
+            if num_classes:
+                theirs.num_labels = num_classes
+            classes = theirs.num_labels if whole else num_classes
+            model = _finish(cls(theirs), classes, _read_processor(folder, config), overrides, trained=True)
+        except MMKitError:
+            raise
         except Exception as error:
-            raise CheckpointError(f"{folder}/config.json does not fit {cls.__name__}: {error}") from error
-        classes = theirs.num_labels if whole else num_classes
-        model = _finish(model, classes, _read_processor(folder, config), overrides, trained=True)
+            raise CheckpointError(f"The JSON files of {folder} do not make a {cls.__name__}: {error}") from error
         state = self.own_keys(model, read_weights(folder))
         return model, state | (read_tensors(head) if head.is_file() and isinstance(model, ClassifierOnTower) else {})
 
@@ -193,14 +199,8 @@ def _class(name: str, classify: bool) -> Any:
     return cls
 
 
-def _configure(cls: Any, settings: dict[str, Any]) -> Any:
-    """The class's configuration with `settings`, of its visual part where it has several."""
-    config = cls.config_class()
-    _set(config, settings)
-    return config
-
-
 def _visual(config: Any) -> Any:
+    """The configuration of the visual part, where a model has several."""
     return getattr(config, "vision_config", config)
 
 

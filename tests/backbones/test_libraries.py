@@ -159,6 +159,31 @@ def test_a_folder_s_own_image_processor_is_honoured(settings: dict, tmp_path: Pa
     assert min((expected[:, 1:-1, 1:-1] - s).abs().max() for s in shifted) < 0.02 / min(processor.image_std)
 
 
+def test_a_damaged_or_greedy_transformers_folder_is_explained(tmp_path: Path) -> None:
+    model = create_backbone("transformers:vit", num_classes=2, **PLAIN)
+    model.model.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    for key, value, match in (
+        ("hidden_size", "wide", "do not make a ViTForImageClassification"),
+        ("architectures", ["NoSuchForImageClassification"], "no model"),
+        ("use_pretrained_backbone", True, "from the hub"),
+        ("num_hidden_layers", 3, "missing"),
+    ):
+        path.write_text(json.dumps({**config, key: value}))
+        with pytest.raises((InputError, CheckpointError), match=match):
+            create_backbone(tmp_path)
+    path.write_text(json.dumps(config))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"size": {"height": "tall"}}))
+    with pytest.raises(CheckpointError, match="do not make"):
+        create_backbone(tmp_path)
+    (tmp_path / "preprocessor_config.json").unlink()
+    index = {"weight_map": {"vit.layernorm.weight": "../outside.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="outside its folder"):
+        create_backbone(tmp_path)
+
+
 def test_a_folder_that_timm_wrote_keeps_its_preprocessing_and_labels(tmp_path: Path) -> None:
     import timm
     from safetensors.torch import save_file

@@ -84,13 +84,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--files", type=int, default=50_000)
     parser.add_argument("--count", type=int, default=60)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=9)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         table = {f"index of {args.files} files": index(folder / "index", args.files, args.rounds)}
         for size in ((256, 192), (640, 480), (1600, 1200)):
-            count = args.count if max(size) < 1000 else args.count // 4
+            count = args.count if max(size) < 1000 else args.count // 8 * 2
             name = f"decode and prepare {count} JPEG of {size[0]}x{size[1]}"
             table[name] = decode(folder / f"{size[0]}", size, count, args.rounds)
     versions = {"pillow": PIL.__version__, "torchvision": torchvision.__version__, "timm": timm.__version__}

@@ -173,6 +173,8 @@ class VideoReader:
         context = self._stream.codec_context
         if context is None:
             raise VideoDecodeError(f"{self.path} uses a video codec that this FFmpeg cannot decode.")
+        if context.width < 1 or context.height < 1:
+            raise VideoDecodeError(f"{self.path} does not tell the size of its frames; it is damaged.")
         if context.width * context.height > MAX_PIXELS:
             raise VideoDecodeError(
                 f"{self.path} has frames of {context.width}x{context.height}; the limit is {MAX_PIXELS / 1e6:.0f} "

@@ -162,7 +162,15 @@ class PeftAdapter(SiteAdapter):
         flags = [(p, p.requires_grad) for m in chosen.values() for p in m.parameters()]
         try:
             inject_adapter_in_model(copy.deepcopy(self.peft_config), tree, adapter_name=KEY)
-        except (ValueError, TypeError, RuntimeError, NotImplementedError, AttributeError, KeyError) as error:
+        except (
+            ImportError,
+            ValueError,
+            TypeError,
+            RuntimeError,
+            NotImplementedError,
+            AttributeError,
+            KeyError,
+        ) as error:
             raise InputError(
                 f"peft cannot put {self.method!r} on these modules of {type(model).__name__}: {error} "
                 "Choose others with targets= or exclude=."

@@ -12,7 +12,7 @@ from huggingface_hub import PyTorchModelHubMixin
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from torch import nn
 
-from mmkit.errors import CheckpointError, InputError
+from mmkit.errors import CheckpointError, InputError, MMKitError
 from mmkit.registry import MODELS
 from mmkit.storage import load_state, new_folder, open_folder, read_json, read_tensors, write_json, write_safetensors
 
@@ -83,8 +83,10 @@ class Model(nn.Module, PyTorchModelHubMixin):
             raise CheckpointError(f"{folder} holds a {found!r}, not a {cls.__name__!r}.")
         try:
             model = cls(**{**saved["config"], **overrides})
-        except TypeError as error:
-            raise CheckpointError(f"{folder}/config.json does not fit {cls.__name__}: {error}") from error
+        except MMKitError:
+            raise
+        except Exception as error:  # the file can hold values of any type and size
+            raise CheckpointError(f"{folder}/config.json does not fit {cls.__name__}: {error!r}") from error
         load_state(model, read_tensors(folder / "model.safetensors"), source=str(folder / "model.safetensors"))
         return model.eval()
 

@@ -102,7 +102,7 @@ def _silence() -> Iterator[None]:
 
 
 def _attempt(target: Target, place: Path, written: Path, number: int, outcome: Outcome) -> None:
-    start = time.monotonic()
+    start = time.process_time()
     try:
         with _deadline():
             target.read(place, written)
@@ -117,7 +117,7 @@ def _attempt(target: Target, place: Path, written: Path, number: int, outcome: O
             raise
         outcome.counts["failed"] += 1
         outcome.failures.append(f"{target.name} {number}: {type(error).__name__}: {str(error)[:200]}")
-    outcome.slowest = max(outcome.slowest, time.monotonic() - start)
+    outcome.slowest = max(outcome.slowest, time.process_time() - start)
 
 
 @contextlib.contextmanager
@@ -141,12 +141,11 @@ def _peak_memory() -> int:
 
 
 def _copy(source: Path, target: Path) -> Path:
-    """A fresh copy of a seed; a file keeps its suffixes."""
+    """A fresh copy of a seed, with its suffixes."""
     for old in target.parent.glob(f"{target.name}*"):
         shutil.rmtree(old) if old.is_dir() else old.unlink()
-    if source.is_dir():
-        return Path(shutil.copytree(source, target))
-    return Path(shutil.copy(source, target.with_name(target.name + "".join(source.suffixes))))
+    target = target.with_name(target.name + "".join(source.suffixes))
+    return Path(shutil.copytree(source, target) if source.is_dir() else shutil.copy(source, target))
 
 
 def _empty(folder: Path) -> Path:
@@ -227,9 +226,9 @@ def _damaged_value(value: Any, rng: random.Random) -> Any:
 
 
 def damage_folder(path: Path, rng: random.Random) -> None:
-    """Damage one file of a folder, or take it away."""
+    """Damage one file of a folder, most often a JSON file, or take it away."""
     files = sorted(p for p in path.rglob("*") if p.is_file())
-    file = rng.choice(files)
+    file = rng.choice([p for p in files if p.suffix == ".json"] if rng.random() < 0.7 else files)
     if rng.random() < 0.05:
         file.unlink()
     elif file.suffix == ".json":
@@ -398,7 +397,7 @@ def read_tensor_file(path: Path, written: Path) -> None:
 
 
 def folder_seeds(folder: Path) -> list[Path]:
-    """Folders of every kind that mmkit writes and reads."""
+    """Folders of every kind that mmkit writes and reads; the suffix tells which."""
     import torch
 
     from mmkit.adapters import apply_adapter, save_adapter
@@ -411,20 +410,20 @@ def folder_seeds(folder: Path) -> list[Path]:
     torch.manual_seed(0)
     for name in ("ssf", "lora"):
         model = create_backbone("tiny_vit", num_classes=2)
-        save_adapter(apply_adapter(model, name), folder / name)
+        save_adapter(apply_adapter(model, name), folder / f"a.{name}")
     digits = load_digits((0, 1)).subset(range(0, 360, 20))
-    finetune(digits, adapter="linear_probe", epochs=1, output_dir=folder / "finetuned")
-    save_backbone(create_backbone("resnet10t", num_classes=2), folder / "backbone")
-    lightm_unet_2d_tiny(in_chans=1, num_classes=2).save_pretrained(folder / "medical")
+    finetune(digits, adapter="linear_probe", epochs=1, output_dir=folder / "a.finetuned")
+    save_backbone(create_backbone("resnet10t", num_classes=2), folder / "a.backbone")
+    lightm_unet_2d_tiny(in_chans=1, num_classes=2).save_pretrained(folder / "a.medical")
     settings = {"img_size": 32, "patch_size": 16, "embed_dim": 32, "depth": 1, "num_heads": 4}
     VideoClassifier("timm:vit_tiny_patch16_224", 2, backbone_args=settings, zeroi2v={}, num_frames=4).save_pretrained(
-        folder / "video"
+        folder / "a.video"
     )
     return sorted(folder.iterdir())
 
 
 def read_folder(path: Path, written: Path) -> None:
-    """Through the door of its kind; which one is told by what the seed held."""
+    """Through the door of its kind."""
     from mmkit.adapters import load_adapter
     from mmkit.backbones import create_backbone
     from mmkit.storage.runs import load_trained
@@ -432,7 +431,7 @@ def read_folder(path: Path, written: Path) -> None:
     from mmkit.vision.classification import load_finetuned
     from mmkit.vision.medical import LightMUNet
 
-    kind = (path / ".kind").read_text()
+    kind = path.suffix[1:]
     if kind in ("ssf", "lora"):
         load_adapter(create_backbone("tiny_vit", num_classes=2), path)
     elif kind == "finetuned":
@@ -509,13 +508,6 @@ def read_command(path: Path, written: Path) -> None:
     assert "Traceback" not in result.output
 
 
-def named_folders(folder: Path) -> list[Path]:
-    seeds = folder_seeds(folder)
-    for seed in seeds:
-        (seed / ".kind").write_text(seed.name)
-    return seeds
-
-
 TARGETS = [
     Target("images", image_seeds, read_image, damage_bytes, 0.3),
     Target("tables", table_seeds, read_table, damage_text, 0.15),
@@ -523,6 +515,6 @@ TARGETS = [
     Target("videos", video_seeds, read_video, damage_bytes, 0.1),
     Target("volumes", volume_seeds, read_volume, damage_volume, 0.1),
     Target("weights", tensor_seeds, read_tensor_file, damage_bytes, 0.1),
-    Target("folders", named_folders, read_folder, damage_folder, 0.05),
+    Target("folders", folder_seeds, read_folder, damage_folder, 0.05),
     Target("commands", command_seeds, read_command, damage_command, 0.05),
 ]

@@ -296,13 +296,14 @@ class PeftAdapter(SiteAdapter):
             theirs = PeftConfig.from_pretrained(str(folder))
         except (ValueError, TypeError, KeyError, OSError) as error:
             raise CheckpointError(f"{folder}/{CONFIG_NAME} cannot be read by peft: {error}") from error
-        for pattern in [
-            *(getattr(theirs, "rank_pattern", None) or ()),
-            *(getattr(theirs, "alpha_pattern", None) or ()),
-        ]:
-            if not re.fullmatch(r"[\w.]{1,300}", str(pattern)):
-                raise CheckpointError(f"{folder}/{CONFIG_NAME}: {str(pattern)[:60]!r} is not a plain module name.")
-        tensors = tensors | {k: tensors[k] * _times_out_proj() for k in _repeated(tensors)}
+        for setting in ("rank_pattern", "alpha_pattern", "modules_to_save"):
+            given = getattr(theirs, setting, None) or ()
+            names = list(given) if isinstance(given, (dict, list, tuple, set)) else [given]
+            wrong = [str(n)[:60] for n in names if not isinstance(n, str) or not re.fullmatch(r"[\w.]{1,300}", n)]
+            if wrong:
+                raise CheckpointError(
+                    f"{folder}/{CONFIG_NAME}: {setting} holds {wrong[0]!r}, which is not a plain module name."
+                )
         state = {_from_peft(k.removeprefix("base_model.model.")): v for k, v in tensors.items()}
         sites, whole = _sites_of(model, state, theirs.modules_to_save or ())
         method, config = _from_config(theirs, sites, whole)

@@ -124,7 +124,7 @@ def _read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray]:
     packed = path.name.lower().endswith(".gz")
     try:
         with gzip.open(path) if packed else open(path, "rb") as stream:
-            return _read_stream(stream, path)  # type: ignore[arg-type]
+            return _read_stream(stream, path)
     except InputError:
         raise
     except Exception as error:  # damaged headers make the reader fail in every way there is

@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -88,7 +88,7 @@ def _file_digest(path: str, size: int) -> str:
         return total.hexdigest()[:32]
 
 
-def is_file(value: Any) -> bool:
+def is_file(value: Any) -> TypeGuard[str | Path]:
     """Whether a value is the path of an existing file (a bare word such as a class name never is)."""
     if not isinstance(value, (str, Path)) or not (isinstance(value, Path) or os.sep in value or "/" in value):
         return False

@@ -11,25 +11,24 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
-import itertools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from mmkit.adapters import hooks, trial
-from mmkit.adapters.attention import InProjection, make_explicit
-from mmkit.adapters.config import AdapterConfig, Edit
+from mmkit.adapters.attention import make_explicit
+from mmkit.adapters.config import AdapterConfig
 from mmkit.adapters.files import AdapterFiles
+from mmkit.adapters.merging import COUNT, Merging
+from mmkit.adapters.places import ancestors, is_routed, row_axis, saved_paths_of, signature
 from mmkit.adapters.stack import AdapterStack, eval_mode, roots_of
-from mmkit.errors import CheckpointError, InputError, NotMergeableError
-
-_COUNT = itertools.count(1)
+from mmkit.errors import CheckpointError, InputError
 
 
-class Adapter(AdapterFiles, nn.Module):
+class Adapter(Merging, AdapterFiles, nn.Module):
     """Base class of all methods.
 
     Subclasses set `config_class`, create their parameters in `build(model)` with `add_site`, place actions in `install(model)`
@@ -58,14 +57,12 @@ class Adapter(AdapterFiles, nn.Module):
         self.config: Any = config if config is not None else self.config_class()
         self.name = name
         self.enabled = True
-        self.merged = False
         self.order = 0
         self.sites = nn.ModuleDict()
         self.saved = nn.ModuleDict()
         self.links: list[hooks.Link] = []
         self._explicit = False
         self._scale = 1.0
-        self._merge_order = 0
         self._backup: list[tuple[str, str, Tensor | None]] = []
         self._hosts: dict[str, str] = {}
         self.__dict__["_model"] = None
@@ -82,10 +79,6 @@ class Adapter(AdapterFiles, nn.Module):
 
     def install(self, model: nn.Module) -> None:
         """Place the method's actions with `link`."""
-
-    def merge_edits(self, model: nn.Module) -> list[Edit]:
-        """The tensors a merge writes, computed without changing anything. Raises `NotMergeableError`."""
-        raise NotMergeableError(f"{self.method!r} cannot be folded into weights; keep it attached.")
 
     def starts_as_identity(self) -> bool:
         """Whether a fresh adapter leaves the model as it is; tried on every kind of module when it is attached."""
@@ -144,15 +137,15 @@ class Adapter(AdapterFiles, nn.Module):
     def _place(self, model: nn.Module) -> None:
         """Build (at the first time) and link everything, and make sure that it fits together."""
         fresh = not self._hosts
-        self.order = next(_COUNT)
+        self.order = next(COUNT)
         if self._explicit:
             make_explicit(model, self)
         if fresh:
             self.sites, self.saved = nn.ModuleDict(), nn.ModuleDict()
             self._build_saved(model)
             self.build(model)
-            self._hosts = {path: _signature(model, path) for path in self.site_paths}
-        elif misfits := [p for p, s in self._hosts.items() if _signature(model, p) != s]:
+            self._hosts = {path: signature(model, path) for path in self.site_paths}
+        elif misfits := [p for p, s in self._hosts.items() if signature(model, p) != s]:
             raise InputError(
                 f"Adapter {self.name!r} was made for another model: {len(misfits)} of its {len(self._hosts)} modules are missing or "
                 f"of another shape here, such as {misfits[:4]}. Make a new one with apply_adapter."
@@ -189,7 +182,7 @@ class Adapter(AdapterFiles, nn.Module):
         module = hooks.get_module(model, path)
         for inner in action.modules:  # dropout must not become live because it is new
             inner.train(module.training)
-        link = hooks.Link(self, f"{path}|{slot}" if slot else path, action, folds=folds, axis=_row_axis(model, path))
+        link = hooks.Link(self, f"{path}|{slot}" if slot else path, action, folds=folds, axis=row_axis(model, path))
         action.bind(hooks.Under(link))
         self.links.append(link)
         hooks.add_link(module, link)
@@ -209,7 +202,7 @@ class Adapter(AdapterFiles, nn.Module):
                         "that one first."
                     )
         for path in self.site_paths:
-            for above in _ancestors(path):
+            for above in ancestors(path):
                 for link in hooks.links_at(hooks.get_module(model, above)):
                     if isinstance(link.action, hooks.SavedAction) and link.owner is not self:
                         raise InputError(
@@ -290,7 +283,7 @@ class Adapter(AdapterFiles, nn.Module):
 
     def require_reached(self, root: nn.Module) -> None:
         """Raise `InputError` unless all sites inside `root` were reached."""
-        missed = [k for k in self.unreached(root) if not _is_routed(k)]
+        missed = [k for k in self.unreached(root) if not is_routed(k)]
         if missed:
             endings = sorted({k.partition("|")[0].rpartition(".")[2] for k in missed})
             raise InputError(
@@ -332,7 +325,7 @@ class Adapter(AdapterFiles, nn.Module):
         return any(f"{path}.".startswith(f"{s}.") for s in self.saved_paths)
 
     def _build_saved(self, model: nn.Module) -> None:
-        paths = _resolve_saved(model, self.config.modules_to_save)
+        paths = saved_paths_of(model, self.config.modules_to_save)
         for path in paths:
             original = hooks.unwrap(hooks.get_module(model, path))
             if not any(True for _ in original.parameters()):
@@ -387,219 +380,6 @@ class Adapter(AdapterFiles, nn.Module):
         shapes = {k: list(v.shape) for k, v in sorted(self.state_dict().items())}
         return hashlib.sha256(json.dumps(shapes).encode()).hexdigest()
 
-    # --- merging --------------------------------------------------------------------------------------------------------
-
-    @property
-    def mergeable(self) -> bool:
-        """Whether `merge` would succeed now."""
-        try:
-            self._plan(self._scale)
-        except (NotMergeableError, InputError):
-            return False
-        return True
-
-    def _plan(self, scale: float) -> list[Edit]:
-        """What to write, tried numerically before anything is written."""
-        model = self.model
-        if self.merged:
-            raise NotMergeableError(f"Adapter {self.name!r} is already merged.")
-        if not self.enabled:
-            raise NotMergeableError(f"Adapter {self.name!r} is disabled; enable it to merge it.")
-        self._refuse_unmerged_below(model)
-        edits = self._scaled(model, self.merge_edits(model) + self._saved_edits(), scale)
-        for edit in edits:
-            if edit.value.is_floating_point() and not torch.isfinite(edit.value).all():
-                raise NotMergeableError(f"Merging would write NaN or infinite values to {edit.path}.", [edit.path])
-        _refuse_shared(model, edits)
-        if any(self.unreached(root) for _, root in roots_of(model)):
-            self.check()
-        trial.require_equal_folds(self, model, edits, scale)
-        return edits
-
-    def _refuse_unmerged_below(self, model: nn.Module) -> None:
-        for link in self.links:
-            for other in hooks.links_at(hooks.get_module(model, link.key.partition("|")[0])):
-                if other is link:
-                    break
-                if other.owner is not self and other.folds:
-                    raise NotMergeableError(
-                        f"Adapter {other.owner.name!r} was attached before {self.name!r} and acts at the same modules; merge it first.",
-                        [link.key],
-                    )
-
-    def _saved_edits(self) -> list[Edit]:
-        return [
-            Edit(*_owner_and_leaf(path, name), value)
-            for path in self.saved_paths
-            for name, value in self.saved[path.replace(".", "/")].state_dict().items()
-        ]
-
-    def _scaled(self, model: nn.Module, edits: list[Edit], scale: float) -> list[Edit]:
-        if scale == 1.0:
-            return edits
-        out = []
-        for path, name, value in edits:
-            if value.is_floating_point():
-                now = getattr(hooks.unwrap(hooks.get_module(model, path)), name, None)
-                if now is None:  # what a missing parameter stands for
-                    now = torch.ones_like(value) if name == "weight" else torch.zeros_like(value)
-                value = now.detach().to(value) + scale * (value - now.detach().to(value))
-            out.append(Edit(path, name, value))
-        return out
-
-    def merge(self, scale: float | None = None) -> nn.Module:
-        """Fold the adapter into the weights and take its links off. Returns the model. All or nothing.
-
-        Args:
-            scale: strength, kept as `adapter.scale`; default: the present one.
-
-        Raises:
-            NotMergeableError: a site cannot absorb the change (`.sites` names it), or an earlier adapter on the same modules
-                is not merged yet. The model is unchanged.
-            InputError: a site was not reached (see `check`).
-        """
-        scale = self._scale if scale is None else float(scale)
-        edits = self._plan(scale)
-        self._scale = scale
-        return self._fold(edits)
-
-    def _fold(self, edits: list[Edit]) -> nn.Module:
-        model = self.model
-        hooks.remove(model, self)
-        self._backup = [trial.write(model, edit) for edit in edits]
-        self.merged = True
-        self._merge_order = next(_COUNT)
-        self._relink(link for link in self.links if not link.folds)
-        hooks.forget_compiled()
-        return model
-
-    def _relink(self, links: Iterable[hooks.Link]) -> None:
-        """Put `links` back, each at its place in the order of attachment."""
-        links = list(links)
-        if links and self._explicit:
-            make_explicit(self.model, self)
-        for link in links:
-            hooks.add_link(hooks.get_module(self.model, link.key.partition("|")[0]), link)
-        if links:
-            hooks.call_all_modules(self.model, self)
-        for _, root in roots_of(self.model):
-            AdapterStack.of(root).settle()
-
-    def unmerge(self) -> Self:
-        """Undo `merge` bit-exactly (from a copy, never by dividing) and act through links again.
-
-        Raises:
-            InputError: not merged, or an adapter that was merged later on the same weights still is.
-        """
-        model = self.model
-        if not self.merged:
-            raise InputError(f"Adapter {self.name!r} is not merged.")
-        mine = {(path, name) for path, name, _ in self._backup}
-        for _, root in roots_of(model):
-            for other in AdapterStack.of(root).adapters.values():
-                if other.merged and other._merge_order > self._merge_order and mine & {b[:2] for b in other._backup}:
-                    raise InputError(
-                        f"Adapter {other.name!r} was merged after {self.name!r} into the same weights; unmerge or detach it first."
-                    )
-        hooks.remove(model, self)
-        for path, name, value in reversed(self._backup):
-            trial.restore(model, path, name, value)
-        self._backup = []
-        self.merged = False
-        self._relink(self.links)
-        hooks.forget_compiled()
-        return self
-
     def extra_repr(self) -> str:
         state = "merged" if self.merged else "attached" if self.attached else "detached"
         return f"method={self.method!r}, name={self.name!r}, {state}, sites={len(self.sites)}"
-
-
-# --- helpers ------------------------------------------------------------------------------------------------------------
-
-
-def _resolve_saved(model: nn.Module, names: tuple[str, ...]) -> list[str]:
-    """Paths of `modules_to_save`: "head" stands for the model's classifiers. None may lie in another."""
-    from mmkit.backbones import head_names
-
-    if not names:
-        return []
-    plain = dict(hooks.named_plain_modules(model))
-    paths: list[str] = []
-    for name in names:
-        if name == "head":
-            heads = list(head_names(model)) or ["head"] * ("head" in plain)
-            if not heads:
-                raise InputError(
-                    f"{type(model).__name__} has no classifier that could be found. Build it with num_classes=N, or name the "
-                    "module in modules_to_save."
-                )
-            paths += heads
-        elif name not in plain or not name:
-            raise InputError(f"modules_to_save: the model has no module {name!r}. {_nearest(name, plain)}")
-        else:
-            paths.append(name)
-    paths = list(dict.fromkeys(paths))
-    nested = [(a, b) for a in paths for b in paths if a != b and f"{b}.".startswith(f"{a}.")]
-    if nested:
-        raise InputError(f"modules_to_save: {nested[0][1]!r} lies inside {nested[0][0]!r}; name one of them.")
-    return paths
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    from mmkit.errors import nearest
-
-    return nearest(name, [k for k in known if k])
-
-
-def _signature(model: nn.Module, path: str) -> str:
-    """What a host must look like for an adapter to fit it: its kind and the shapes of its own tensors."""
-    try:
-        module = hooks.unwrap(hooks.get_module(model, path))
-    except AttributeError:
-        return "missing"
-    kind = "in_proj" if isinstance(module, InProjection) else type(module).__name__
-    own = module.named_parameters() if module._modules else module._parameters.items()
-    return f"{kind} {[(k, tuple(p.shape)) for k, p in own if p is not None]}"
-
-
-def _owner_and_leaf(path: str, key: str) -> tuple[str, str]:
-    inner, _, leaf = key.rpartition(".")
-    return (f"{path}.{inner}" if inner else path), leaf
-
-
-def _ancestors(path: str) -> list[str]:
-    parts = path.split(".")
-    return [".".join(parts[:i]) for i in range(1, len(parts))]
-
-
-def _is_routed(key: str) -> bool:
-    """Whether a site sits in an expert that a router may not have chosen."""
-    return any(part in ("experts", "expert") for part in key.split("."))
-
-
-def _row_axis(model: nn.Module, path: str) -> int:
-    """Which axis of a module's output counts rows of the batch: 1 inside attention that is not batch-first."""
-    for above in reversed(["", *_ancestors(path), path]):
-        batch_first = getattr(hooks.unwrap(hooks.get_module(model, above)), "batch_first", None)
-        if batch_first is not None:
-            return 0 if batch_first else 1
-    return 0
-
-
-def _refuse_shared(model: nn.Module, edits: list[Edit]) -> None:
-    """A tensor used by several modules must not be folded into: the other module would change too."""
-    users: dict[int, set[int]] = {}
-    for module in model.modules():
-        for p in module._parameters.values():
-            if p is not None:
-                users.setdefault(id(p), set()).add(id(module))
-    shared = []
-    for edit in edits:
-        current = getattr(hooks.unwrap(hooks.get_module(model, edit.path)), edit.name, None)
-        if current is not None and len(users.get(id(current), ())) > 1:
-            shared.append(edit.path)
-    if shared:
-        raise NotMergeableError(
-            f"Weights at {shared} are shared with another module and cannot be folded into.", shared
-        )

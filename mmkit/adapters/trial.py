@@ -139,7 +139,8 @@ def double_copy(module: nn.Module) -> nn.Module:
     if isinstance(module, InProjection):
         plain = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
         plain.weight = nn.Parameter(module.weight.detach().clone())
-        plain.bias = None if module.bias is None else nn.Parameter(module.bias.detach().clone())
+        if module.bias is not None:
+            plain.bias = nn.Parameter(module.bias.detach().clone())
         return plain.eval().double()
     return hooks.plain_copy(module).eval().double()
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ class Merging:
     """The merging half of an adapter."""
 
     name: str
-    method: Any
+    method: ClassVar[str] = ""
     model: nn.Module
     enabled: bool
     links: list[hooks.Link]

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms import v2
 
+from mmkit.data.images import check_size
 from mmkit.errors import InputError
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -20,12 +21,13 @@ SSV2_FLIP_MAP = {86: 87, 87: 86, 93: 94, 94: 93, 166: 167, 167: 166}
 
 
 def resize_short(clip: Tensor, size: int) -> Tensor:
-    """Scale `(T, C, H, W)` uint8 so that the short side is `size`."""
+    """Scale `(T, C, H, W)` uint8 so that the short side is `size`; raises `InputError` for strips that become enormous."""
     height, width = clip.shape[-2:]
     short = min(height, width)
     if short == size:
         return clip
     target = (max(size, round(height * size / short)), max(size, round(width * size / short)))
+    check_size((target[1], target[0]), f"A frame of {width}x{height}, resized to a short side of {size},")
     out = F.interpolate(clip.float(), target, mode="bilinear", antialias=True, align_corners=False)
     return (out + 0.5).clamp_(0, 255).to(torch.uint8)
 

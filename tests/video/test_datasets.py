@@ -240,3 +240,8 @@ def test_a_list_with_an_endless_line_is_refused_at_once(tmp_path: Path) -> None:
     (tmp_path / "l.txt").write_text("a" + " " * 100_000 + "b\n")
     with pytest.raises(InputError, match="expected 'path label'"):
         VideoClassificationDataset.from_list(tmp_path / "l.txt")
+
+
+def test_strips_are_not_resized_to_gigabytes() -> None:
+    with pytest.raises(InputError, match="million pixels"):
+        ClipTransform(224)(torch.zeros(2, 3, 1, 10_000, dtype=torch.uint8))

@@ -38,7 +38,8 @@ class ImageClassification(Result):
 
     def plot(self, height: int = 240) -> Image.Image:
         """The picture beside one bar per class."""
-        picture = self.image.resize((max(1, round(self.image.width * height / self.image.height)), height))
+        width = round(self.image.width * height / self.image.height)
+        picture = self.image.resize((min(max(width, 1), 4 * height), height))  # a strip must not become enormous
         canvas = Image.new("RGB", (picture.width + 320, height), "white")
         canvas.paste(picture, (0, 0))
         pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(14)

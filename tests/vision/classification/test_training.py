@@ -155,3 +155,12 @@ def test_command_line_errors_are_one_line(tmp_path: Path) -> None:
         assert result.exit_code == 1, args
         assert "Error:" in result.output
         assert "Traceback" not in result.output
+
+
+def test_the_picture_of_a_result_stays_small_for_long_strips() -> None:
+    from PIL import Image
+
+    from mmkit.vision.classification.result import ImageClassification
+
+    shown = ImageClassification(["a"], [1.0], Image.new("RGB", (1_000_000, 1))).plot()
+    assert shown.size[0] * shown.size[1] < 1_000_000

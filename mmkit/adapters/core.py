@@ -25,6 +25,7 @@ from mmkit.adapters.files import AdapterFiles
 from mmkit.adapters.merging import COUNT, Merging
 from mmkit.adapters.places import ancestors, is_routed, row_axis, saved_paths_of, signature
 from mmkit.adapters.stack import AdapterStack, eval_mode, roots_of
+from mmkit.adapters.targets import shortest_endings
 from mmkit.errors import CheckpointError, InputError
 
 
@@ -285,7 +286,8 @@ class Adapter(Merging, AdapterFiles, nn.Module):
         """Raise `InputError` unless all sites inside `root` were reached."""
         missed = [k for k in self.unreached(root) if not is_routed(k)]
         if missed:
-            endings = sorted({k.partition("|")[0].rpartition(".")[2] for k in missed})
+            paths = {k.partition("|")[0] for k in missed}
+            endings = shortest_endings(paths, set(self.site_paths) - paths)
             raise InputError(
                 f"Adapter {self.name!r} ({self.method}) has no effect at {len(missed)} of its modules, such as {missed[:4]}: the model "
                 f"never calls them, it reads their weights or skips them. Attach with other targets, or exclude={tuple(endings)!r}."

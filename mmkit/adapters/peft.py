@@ -157,20 +157,16 @@ class PeftAdapter(SiteAdapter):
         chosen = self.choose_sites(model)
         self.peft_config = self._make_config(list(chosen))
         tree = nn.Module()
+        device = next((m.weight.device for m in chosen.values() if isinstance(m.weight, Tensor)), None)
+        tree.device = nn.Parameter(
+            torch.empty(0, device=device), requires_grad=False
+        )  # peft asks the first parameter for it
         for path, module in chosen.items():
             _plant(tree, path, _stand_in(module))
         flags = [(p, p.requires_grad) for m in chosen.values() for p in m.parameters()]
         try:
             inject_adapter_in_model(copy.deepcopy(self.peft_config), tree, adapter_name=KEY)
-        except (
-            ImportError,
-            ValueError,
-            TypeError,
-            RuntimeError,
-            NotImplementedError,
-            AttributeError,
-            KeyError,
-        ) as error:
+        except Exception as error:
             raise InputError(
                 f"peft cannot put {self.method!r} on these modules of {type(model).__name__}: {error} "
                 "Choose others with targets= or exclude=."
@@ -462,6 +458,8 @@ def _sites_of(model: nn.Module, state: dict[str, Tensor], saved: Any) -> tuple[l
         path = next((p for i in range(len(parts) - 1, 0, -1) if (p := ".".join(parts[:i])) in plain), None)
         if path is None:
             raise CheckpointError(f"The model has no module for {key!r} of the peft file: it is for another model.")
+        if is_fused_attention(plain[path]) and key.startswith(f"{path}.in_proj."):
+            path = f"{path}.in_proj"  # there once it is made explicit; the attention's own name would stand for both projections
         if path not in sites:
             sites.append(path)
     return sites, whole

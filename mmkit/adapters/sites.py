@@ -51,12 +51,12 @@ class SiteAdapter(Adapter):
         """The modules to act at, by path, as `targets` and `exclude` say. Raises `InputError` when there is none."""
         plain = dict(hooks.named_plain_modules(model))
         candidates = {p: m for p, m in plain.items() if p and not self.inside_saved(p) and self.is_site(p, m)}
+        left_out = set(match_targets(self.config.exclude, candidates))  # first: a default is chosen from what is left
+        candidates = {p: m for p, m in candidates.items() if p not in left_out}
         if self.config.targets is None:
             paths = self.default_sites(model, candidates)
         else:
             paths = self.match(candidates, plain)
-        left_out = set(match_targets(self.config.exclude, paths))
-        paths = [p for p in paths if p not in left_out]
         if not paths:
             raise no_match(self.method, self.config.targets, list(candidates), list(plain))
         return {p: plain[p] for p in paths}

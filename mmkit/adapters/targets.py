@@ -41,6 +41,16 @@ def _matches(pattern: re.Pattern[str], path: str) -> bool:
     return False
 
 
+def shortest_endings(paths: Iterable[str], others: Iterable[str]) -> list[str]:
+    """Endings that name all `paths` and none of `others`, as short as possible: "qkv", or "pool.qkv" where others end the same."""
+    rest, found = [f".{p}" for p in others], set()
+    for path in paths:
+        parts = path.split(".")
+        endings = (".".join(parts[-n:]) for n in range(1, len(parts) + 1))
+        found.add(next((e for e in endings if not any(r.endswith(f".{e}") for r in rest)), path))
+    return sorted(found)
+
+
 def no_match(
     method: str, targets: Sequence[str] | str | None, candidates: Sequence[str], names: Sequence[str]
 ) -> InputError:

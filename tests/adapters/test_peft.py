@@ -203,3 +203,16 @@ def test_a_peft_config_means_what_it_means_to_peft() -> None:
     assert paths(target_modules=r"blocks\.1\.attn\.(qkv|proj)") == [ours[1], projections[1]]
     with pytest.raises(InputError, match="layers_to_transform"):
         paths(target_modules=["qkv"], layers_to_transform=[0])
+
+
+@pytest.mark.parametrize("method", ["lora", "oft", "ia3"])
+def test_one_projection_of_an_attention_is_adapted_saved_and_loaded_alone(method: str, tmp_path: Path) -> None:
+    model, (x,) = contract.build("clip"), contract.inputs("clip")
+    adapter = apply_adapter(model, method, exclude=("out_proj",))
+    assert all(p.endswith("attn.in_proj") for p in adapter.own_paths)
+    contract.randomise(adapter, 0.1)
+    save_adapter(adapter, tmp_path / "a")
+    other = contract.build("clip")
+    loaded = load_adapter(other, tmp_path / "a")
+    assert loaded.own_paths == adapter.own_paths
+    assert torch.equal(other(x), model(x))

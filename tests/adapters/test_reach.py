@@ -110,6 +110,38 @@ def test_open_clips_attention_pool_is_named() -> None:
         adapter.check(torch.zeros(1, 3, 32, 32))
 
 
+def _way_out(problem: str) -> tuple[str, ...]:
+    return ast.literal_eval(problem.rpartition("exclude=")[2].rstrip("."))
+
+
+def test_the_way_out_leaves_out_no_more_than_what_is_never_called() -> None:
+    vision = {"image_size": 32, "patch_size": 8, "width": 64, "layers": 2, "head_width": 32}
+    model = create_backbone("open_clip:coca_ViT-B-32", num_classes=3, embed_dim=32, vision_cfg=vision).eval()
+    x = torch.randn(1, 3, 32, 32)
+    adapter = apply_adapter(model, "lora")
+    everywhere = set(adapter.own_paths)
+    exclude = _way_out(_first_call(model, x))
+    adapter.detach()
+    adapter = apply_adapter(model, "lora", exclude=exclude)
+    assert not _first_call(model, x)
+    assert everywhere - set(adapter.own_paths) == {"tower.attn_pool.attn.out_proj"}
+
+
+@pytest.mark.parametrize("method", ["lora", "ia3"])
+def test_leaving_out_the_default_sites_takes_the_next_ones(method: str) -> None:
+    vision = {"layers": [1, 1, 1, 1], "width": 8, "image_size": 32}
+    model = create_backbone("open_clip:RN50", vision_cfg=vision, embed_dim=8).eval()
+    x, exclude = torch.zeros(1, 3, 32, 32), ()
+    for _ in range(3):
+        adapter = apply_adapter(model, method, exclude=exclude)
+        if not (problem := _first_call(model, x)):
+            break
+        adapter.detach()
+        exclude += _way_out(problem)
+    assert not problem
+    assert "layer1.0.conv1" in adapter.own_paths
+
+
 @pytest.mark.parametrize("method", ["ssf", "lora"])
 @pytest.mark.parametrize("padded", [False, True])
 def test_torchs_transformer_acts_the_same_in_training_and_evaluation(method: str, padded: bool) -> None:

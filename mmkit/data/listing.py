@@ -129,7 +129,7 @@ def list_folder(root: str | os.PathLike[str], suffixes: Sequence[str]) -> Folder
 
 def _scan(folder: Folder, endings: tuple[str, ...]) -> list[Folder]:
     """Fill in what `folder` holds; returns the linked folders."""
-    links = []
+    links: list[Folder] = []
     try:
         with os.scandir(folder.path) as entries:
             for entry in entries:

@@ -51,11 +51,13 @@ def signature(model: nn.Module, path: str) -> str:
 
 
 def owner_and_leaf(path: str, key: str) -> tuple[str, str]:
+    """The module that holds the tensor `key` of the module at `path`, and the tensor's name there."""
     inner, _, leaf = key.rpartition(".")
     return (f"{path}.{inner}" if inner else path), leaf
 
 
 def ancestors(path: str) -> list[str]:
+    """The paths of the modules around `path`, outermost first."""
     parts = path.split(".")
     return [".".join(parts[:i]) for i in range(1, len(parts))]
 

@@ -267,7 +267,7 @@ class PeftAdapter(SiteAdapter):
 
     def _whole_attentions(self) -> list[str]:
         """Attention modules of which both projections are adapted: peft knows them as one target."""
-        if not self.method.endswith("ora"):
+        if self.method != "lora":  # peft has no other method for such a module
             return []
         paths = set(self.own_paths)
         roots = [p.removesuffix(".in_proj") for p in paths if p.endswith(".in_proj")]
@@ -300,6 +300,7 @@ class PeftAdapter(SiteAdapter):
                 raise CheckpointError(
                     f"{folder}/{CONFIG_NAME}: {setting} holds {wrong[0]!r}, which is not a plain module name."
                 )
+        tensors = tensors | {k: tensors[k] * _times_out_proj() for k in _repeated(tensors)}
         state = {_from_peft(k.removeprefix("base_model.model.")): v for k, v in tensors.items()}
         sites, whole = _sites_of(model, state, theirs.modules_to_save or ())
         method, config = _from_config(theirs, sites, whole)
@@ -429,7 +430,7 @@ def _times_out_proj() -> int:
     once = layer.base_layer.out_proj.get_delta_weight(KEY)
     layer.merge()
     after = layer.base_layer.out_proj.get_base_layer().weight
-    return max(1, round(float(((after - before) / once).mean())))
+    return max(1, round(float((after.detach() - before).norm() / once.detach().norm())))
 
 
 def _from_peft(key: str) -> str:

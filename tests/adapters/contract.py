@@ -69,7 +69,7 @@ ROWS = [
     Row("bitfit"),
     Row("linear_probe", stackable=False),  # two copies of one head replace each other by definition
     Row("lora", {"r": 2}),
-    Row("dora", {"r": 2}, depends_on_weights=True),
+    Row("dora", {"r": 2}, depends_on_weights=True, compile_breaks=("vit", "unet", "clip")),  # torch cannot trace peft's
     Row("gmm", families=("vit",), mergeable=False, random_scale=0.5),
     Row(
         "zeroi2v",

@@ -21,8 +21,8 @@ from mmkit.errors import MMKitError
 
 MAX_PARAMETERS = 90_000_000
 _SIZES = (
-    "test", "atto", "femto", "pico", "nano", "zepto", "xxt", "xxs", "xxtiny", "xtiny", "xx", "xs", "xt", "x", "ti", "tiny", "t", "mini",
-    "lite", "s", "small", "little", "m", "medium", "", "b", "base", "plus", "l", "large", "xl", "xlarge",
+    "test", "atto", "femto", "pico", "nano", "zepto", "xxt", "xxs", "xxtiny", "xtiny", "xx", "xs", "xt", "ti", "tiny", "t", "mini",
+    "lite", "s", "small", "little", "m", "medium", "", "b", "base", "plus", "l", "large", "x", "xl", "xlarge",
     "xxlarge", "h", "huge", "g", "giant", "gigantic", "enormous", "so400m", "1b", "3b", "7b",
 )  # fmt: skip
 
@@ -189,6 +189,7 @@ _SMALL: tuple[
     {"depth": 2, "dim": 32},
     {"num_blocks": 2, "embed_dim": 32},
     {"depths": _ONES, "dims": (16, 16, 32, 32)},
+    {"depths": _ONES, "embed_dims": (16, 32, 32, 64), "num_heads": (1, 1, 2, 2)},
     {"depths": _ONES, "embed_dims": (16, 32, 32, 64)},
     {"depths": _ONES, "embed_dim": 48},
     {"depths": _ONES, "embed_dim": 32, "num_heads": (1, 1, 2, 2)},
@@ -204,7 +205,7 @@ _SMALL: tuple[
 
 def _timm_attempts(names: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Narrow and shallow before wide and deep, small pictures before large."""
-    for name, size, small in itertools.product(names, (64, 96, 128, 224, 256), _SMALL):
+    for name, size, small in itertools.product(names, (32, 64, 128, 224, 256), _SMALL):
         yield f"timm:{name}", {"num_classes": 5, "img_size": size, **small}
 
 
@@ -341,9 +342,13 @@ _TRANSFORMERS: dict[str, dict[str, Any]] = {
     "resnet": {"hidden_sizes": (8, 16), "depths": (1, 1), "embedding_size": 8},
     "hiera": {"embed_dim": 16, "depths": (1, 1), "num_heads": (1, 2), "image_size": (32, 32), "query_stride": (2, 2), "num_query_pool": 1},
     "videomae": {**_HF, "num_frames": 4, "tubelet_size": 2},
-    "sam": {**_HF, "output_channels": 16, "mlp_dim": 64, "window_size": 2, "global_attn_indexes": (1,), "num_pos_feats": 8},
+    "sam": {
+        **{k: v for k, v in _HF.items() if k != "intermediate_size"}, "output_channels": 16, "mlp_dim": 64, "window_size": 2,
+        "global_attn_indexes": (1,), "num_pos_feats": 8,
+    },
+    "ijepa": _HF,
+    "vit_msn": _HF,
     "mobilevit": {"hidden_sizes": (16, 24, 32), "neck_hidden_sizes": (8, 8, 8, 16, 16, 16, 32), "image_size": 64},
-    "segformer": {"num_encoder_blocks": 2, "depths": (1, 1), "hidden_sizes": (16, 32), "num_attention_heads": (1, 2), "sr_ratios": (2, 1)},
     "pvt_v2": {"image_size": 32, "depths": (1, 1, 1, 1), "hidden_sizes": (8, 16, 32, 32)},
     "dinov3_convnext": {"hidden_sizes": (8, 16, 16, 16), "depths": (1, 1, 1, 1), "image_size": 64},
 }  # fmt: skip
@@ -351,8 +356,5 @@ _TRANSFORMERS: dict[str, dict[str, Any]] = {
 
 def _transformers() -> Iterator[tuple[str, Maker]]:
     for name, settings in _TRANSFORMERS.items():
-        attempts = [
-            (f"transformers:{name}", {"num_classes": 5, **settings}),
-            (f"transformers:{name}", {"num_classes": 5}),
-        ]
+        attempts = [(f"transformers:{name}", {"num_classes": 5, **settings})]
         yield name, lambda name=name, attempts=attempts: _first(name, attempts)

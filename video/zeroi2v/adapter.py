@@ -412,7 +412,11 @@ def _is_plain(model: nn.Module, block: _Block) -> bool:
     attention: Any = hooks.unwrap(hooks.get_module(model, block.attn))
     parent: Any = hooks.unwrap(hooks.get_module(model, block.attn.removesuffix(".attn")))
     direct = getattr(attention, "q_bias", None) is not None and not getattr(attention, "qkv_bias_separate", False)
-    return hasattr(attention, "num_heads") and not direct and not getattr(parent, "window_size", None)
+    windows = any(getattr(m, name, None) for m in (parent, attention) for name in ("window_size", "partition_size"))
+    maps = not isinstance(
+        hooks.unwrap(hooks.get_module(model, block.attn_in)), nn.Linear
+    )  # convolutions see (B, C, H, W)
+    return hasattr(attention, "num_heads") and not (direct or windows or maps)
 
 
 def _width(module: Any) -> int:

@@ -15,7 +15,7 @@ import zoo
 PATTERNS = (
     "timm/*/test", "timm/beit/beit", "timm/eva/eva", "open_clip/coca*", "open_clip/RN50", "transformers/swinv2", "diffusers/DiT*",
 )  # fmt: skip
-METHODS = ["ssf", "bitfit", "lora", "ia3", "ln_tuning"]
+METHODS = ["ssf", "bitfit", "lora", "ia3", "ln_tuning", "zeroi2v"]
 FAMILIES = {key: maker for key, maker in zoo.zoo() if any(fnmatch.fnmatch(key, p) for p in PATTERNS)}
 
 

@@ -36,6 +36,7 @@ def _run(package: Path, *command: str, cwd: Path) -> str:
     return out.stdout
 
 
+@pytest.mark.slow
 def test_a_method_of_another_package_is_listed_and_found_by_name(package: Path, tmp_path: Path) -> None:
     code = (
         "import mmkit, torch; model = mmkit.create_backbone('tiny_vit', num_classes=3); x = torch.randn(2, 3, 32, 32)\n"

@@ -49,6 +49,7 @@ def test_names_that_cannot_be_are_one_sentence(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="file size limits")
 def test_a_full_disk_met_by_safetensors_is_the_same_error(tmp_path: Path) -> None:
     script = (
@@ -85,6 +86,7 @@ def test_the_longest_name_that_the_system_takes_can_be_written(tmp_path: Path) -
     assert os.listdir(tmp_path) == [name]
 
 
+@pytest.mark.slow
 def test_left_overs_of_killed_processes_are_cleaned_and_those_of_living_ones_stay(tmp_path: Path) -> None:
     script = (
         "import sys; from pathlib import Path; from mmkit.storage.files import temporary_name\n"

@@ -71,6 +71,7 @@ def test_what_is_kept_moves_along(tmp_path: Path) -> None:
         assert (target / "training" / "state.json").read_text() == "1"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="kill -9")
 @pytest.mark.parametrize("stop", range(1, 7))
 def test_kill_9_before_any_rename_leaves_one_whole_folder(tmp_path: Path, stop: int) -> None:

@@ -49,6 +49,7 @@ def test_a_folder_in_use_is_refused_and_taken_over_after_kill_9(tmp_path: Path) 
     assert not (tmp_path / "run" / LOCK).exists()
 
 
+@pytest.mark.slow
 def test_of_many_who_find_a_dead_lock_one_wins(tmp_path: Path) -> None:
     process = holder(tmp_path)
     process.kill()

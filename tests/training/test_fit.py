@@ -73,6 +73,7 @@ def test_learns_and_reports(tmp_path):
     assert list((tmp_path / "tensorboard").iterdir())
 
 
+@pytest.mark.slow
 def test_fit_is_the_function_whatever_was_imported_first():
     code = "import mmkit.training.loop, mmkit.training.config; from mmkit.training import fit; assert callable(fit)"
     subprocess.run([sys.executable, "-c", code], check=True)

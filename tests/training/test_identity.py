@@ -302,6 +302,7 @@ def test_further_facts_count_under_their_name(tmp_path: Path) -> None:
         run(tmp_path, identity={"start": "b.pth"})
 
 
+@pytest.mark.slow
 def test_the_digest_of_a_function_is_the_same_in_another_process(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(

@@ -150,6 +150,7 @@ def test_a_moved_data_set_and_more_epochs_continue(pictures: Path, tmp_path: Pat
     assert "--epochs: 3 is now 2" in " ".join(train(tmp_path / "elsewhere", output, "--epochs", 2).output.split())
 
 
+@pytest.mark.slow
 def test_the_demo_continues_and_starts_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "METHODS", ("linear_probe", "bitfit"))
     monkeypatch.setattr(demo, "load_digits", lambda: load_digits((0, 1)).subset(range(60)))
@@ -296,12 +297,13 @@ def test_a_test_split_gives_the_final_score_beside_validation_pictures(pictures:
 # -------------------------------------------------------------------------------------------------------- interruption
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_command_says_so_and_can_be_run_again(
     pictures: Path, tmp_path: Path, number: int, code: int
 ) -> None:
-    args = ["finetune", "--data", str(pictures), "--adapter", "linear_probe", "--epochs", "400", "--batch-size", "4"]
+    args = ["finetune", "--data", str(pictures), "--adapter", "linear_probe", "--epochs", "100000", "--batch-size", "4"]
     args += ["--output", str(tmp_path / "out")]
     process = subprocess.Popen(
         [sys.executable, "-m", "mmkit.cli", *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

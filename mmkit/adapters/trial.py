@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from mmkit.adapters import hooks
 from mmkit.adapters.attention import InProjection
 from mmkit.adapters.config import Edit
+from mmkit.adapters.targets import shortest_endings
 from mmkit.errors import InputError, NotMergeableError
 
 _CONV = nn.modules.conv._ConvNd
@@ -205,32 +206,49 @@ def require_identity(adapter: Any, model: nn.Module) -> None:
 
     An answer may differ by 1e-5 of its size, or by what the weights' type rounds off.
     """
-    tried: dict[Any, str] = {}
+    kinds: dict[Any, list[str]] = {}
+    problems: dict[Any, str] = {}
     for link in adapter.links:
         path = link.key.partition("|")[0]
         host = hooks.get_module(model, path)
         kind = _kind(host, link.action)
-        weights = [
-            t for t in (getattr(hooks.unwrap(host), k, None) for k in ("weight", "bias")) if isinstance(t, Tensor)
-        ]
-        if kind in tried or isinstance(link.action, hooks.SavedAction) or any(t.is_meta for t in weights):
+        if isinstance(link.action, hooks.SavedAction) or any(t.is_meta for t in _own_weights(host)):
             continue
-        tried[kind] = ""
-        try:
-            base, x = double_copy(host), _input_like(host, None)
-            want, got = _answer(base, [], x), _answer(base, [(link, 1.0)], x)
-        except _CANNOT_RUN:
-            continue  # takes other input than one tensor of its kind, or acts on what a call carries
-        tolerance = max([1e-5, *(4 * torch.finfo(t.dtype).eps for t in weights if t.is_floating_point())])
-        if want.shape == got.shape and float((want - got).abs().max()) > tolerance * max(1.0, float(want.abs().max())):
-            tried[kind] = f"{path} ({type(hooks.unwrap(host)).__name__}, by {float((want - got).abs().max()):.1e})"
-    wrong = [t for t in tried.values() if t]
-    if wrong:
-        endings = tuple(sorted({w.split(" ")[0] for w in wrong}))
+        if kind not in kinds and (problem := _identity_problem(host, link)):
+            problems[kind] = f"{path} ({type(hooks.unwrap(host)).__name__}, {problem})"
+        kinds.setdefault(kind, []).append(path)
+    if problems:
+        wrong = {path for kind in problems for path in kinds[kind]}
+        endings = tuple(shortest_endings(wrong, {p for paths in kinds.values() for p in paths} - wrong))
         raise InputError(
-            f"A fresh {adapter.method!r} adapter must leave the model as it is, but it changes the answer of {wrong[:4]}. "
-            f"Leave such modules out: exclude={endings!r}."
+            f"A fresh {adapter.method!r} adapter must leave the model as it is, but it changes the answer of "
+            f"{list(problems.values())[:4]}. Leave such modules out: exclude={endings!r}."
         )
+
+
+def _identity_problem(host: nn.Module, link: hooks.Link) -> str:
+    try:
+        base, x = double_copy(host), _input_like(host, None)
+        want = _answer(base, [], x)
+    except _CANNOT_RUN:
+        return ""  # takes other input than one tensor of its kind
+    try:
+        got = _answer(base, [(link, 1.0)], x)
+    except (
+        RuntimeError
+    ) as error:  # a convolution that pads in its own way, where the adapter's own has another output size
+        return f"cannot act: {str(error).splitlines()[0][:100]}"
+    except _CANNOT_RUN:
+        return ""  # acts on what a call carries
+    tolerance = max([1e-5, *(4 * torch.finfo(t.dtype).eps for t in _own_weights(host) if t.is_floating_point())])
+    if want.shape == got.shape and float((want - got).abs().max()) > tolerance * max(1.0, float(want.abs().max())):
+        return f"by {float((want - got).abs().max()):.1e}"
+    return ""
+
+
+def _own_weights(host: nn.Module) -> list[Tensor]:
+    found = (getattr(hooks.unwrap(host), name, None) for name in ("weight", "bias"))
+    return [t for t in found if isinstance(t, Tensor)]
 
 
 def _kind(host: nn.Module, action: hooks.Action) -> tuple[Any, ...]:

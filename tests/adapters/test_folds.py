@@ -287,3 +287,15 @@ def test_a_bias_is_made_where_a_method_adds_one_and_goes_again() -> None:
         torch.testing.assert_close(model(x), adapted)
         adapter.detach()
         assert model[0].bias is None
+
+
+def test_lora_is_refused_by_name_where_a_convolution_pads_in_its_own_way() -> None:
+    from timm.layers import ScaledStdConv2dSame
+
+    model = nn.Sequential(
+        ScaledStdConv2dSame(3, 4, 3, stride=2), nn.Conv2d(4, 4, 3), ScaledStdConv2dSame(4, 4, 3, stride=2)
+    )
+    with pytest.raises(InputError, match=r"0 \(ScaledStdConv2dSame, cannot act.*exclude=\('0', '2'\)"):
+        apply_adapter(model, "lora")
+    adapter = apply_adapter(model, "lora", exclude=("0", "2"))
+    assert adapter.own_paths == ["1"]

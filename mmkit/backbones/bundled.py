@@ -35,7 +35,7 @@ class BundledBuilder(Builder):
         known = {k: tuple(v) if isinstance(v, list) else v for k, v in entry.extra.items() if k in fields}
         info = image_info(model)
         known |= {k: per_channel(known[k], len(info.mean)) for k in ("mean", "std") if k in known}
-        info = dataclasses.replace(info, name=f"mmkit:{name}", **known)
+        info = dataclasses.replace(info, name=f"mmkit:{entry.name}", **known)
         if len(info.class_names) != info.num_classes:
             info = dataclasses.replace(info, class_names=())
         return attach_info(model, info)

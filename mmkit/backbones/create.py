@@ -15,7 +15,7 @@ from mmkit.backbones.state import load_backbone_state
 from mmkit.errors import CheckpointError, InputError
 from mmkit.registry import LIBRARIES
 from mmkit.storage import new_folder, open_folder, read_json, read_tensors
-from mmkit.weights import list_weights
+from mmkit.weights import bundled_name
 
 
 def create_backbone(
@@ -31,7 +31,8 @@ def create_backbone(
     Args:
         name: "vit_small_patch16_224" or "timm:...", "open_clip:ViT-B-32" (the visual tower), "transformers:dinov2" (a model
             type or a class), "diffusers:UNet2DModel", "mmkit:tiny_vit" (bundled weights), or a folder written by
-            `save_backbone`, timm, transformers or diffusers.
+            `save_backbone`, timm, transformers or diffusers. A bare name takes the bundled weights of that name, so
+            "mobilenetv2_100" knows photos; "timm:mobilenetv2_100", or `checkpoint_path`, leaves them out.
         checkpoint_path: a weight file to load. A classifier of another size stays fresh when `num_classes` is given; position
             embeddings of another image size are interpolated; both are logged. Anything else that differs is an error.
         pretrained: fetch the library's own weights from the hub (needs the network); for open_clip also one of its tags.
@@ -51,7 +52,7 @@ def create_backbone(
     if folder.is_dir():
         model = _from_folder(folder, num_classes, overrides)
     else:
-        library, plain = split_name(str(name))
+        library, plain = split_name(str(name), own_weights=checkpoint_path is not None)
         model = _builder(library).build(plain, pretrained, num_classes, overrides)
     info = backbone_info(model)
     if num_classes and not info.heads:
@@ -64,15 +65,19 @@ def create_backbone(
     return model
 
 
-def split_name(name: str) -> tuple[str, str]:
-    """("timm", "vit_...") from "timm:vit_..." or from a bare name. Raises `InputError` with the nearest names."""
+def split_name(name: str, *, own_weights: bool = False) -> tuple[str, str]:
+    """("timm", "vit_...") from "timm:vit_..." or from a bare name. Raises `InputError` with the nearest names.
+
+    With `own_weights` an architecture's name means timm's plain model, and not the variant whose weights are bundled.
+    """
     library, colon, plain = name.partition(":")
     if colon:
         if library not in LIBRARIES.names():
             raise InputError(f"Unknown library {library!r} in {name!r}; known: {LIBRARIES.names()}.")
         return library, plain
-    if name in list_weights():
-        return "mmkit", name
+    bundled = bundled_name(name)
+    if bundled is not None and (bundled == name or not own_weights):
+        return "mmkit", bundled
     if os.sep in name or name.startswith("."):
         raise InputError(f"{name!r} is not a folder. Give a folder, or a model name such as 'vit_small_patch16_224'.")
     return "timm", name

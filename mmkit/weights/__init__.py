@@ -1,4 +1,4 @@
-"""Bundled weights: small models trained by scripts in this repository, listed with how they were made.
+"""Bundled weights: small models trained or converted by scripts in this repository, listed with how they were made.
 
 `manifest.json` holds one entry per file: what it is, its sha256, license, and the command, data, seed and measured score
 that produced it. All files together stay under 40 MB.
@@ -36,6 +36,7 @@ class WeightEntry:
         score: measured figures, by name.
         file, sha256: the tensor file beside the manifest.
         extra: anything else a pipeline needs (class labels, preprocessing).
+        aliases: other names that mean the same: of a timm architecture whose weights these are.
     """
 
     name: str
@@ -50,6 +51,7 @@ class WeightEntry:
     file: str = ""
     sha256: str = ""
     extra: dict[str, Any] = field(default_factory=dict)
+    aliases: list[str] = field(default_factory=list)
 
     @property
     def path(self) -> Path:
@@ -70,11 +72,17 @@ def list_weights() -> list[str]:
     return sorted(_manifest())
 
 
+def bundled_name(name: str) -> str | None:
+    """The name of the bundled weights that `name` or an alias stands for; `None` when there are none."""
+    return name if name in _manifest() else next((e.name for e in _manifest().values() if name in e.aliases), None)
+
+
 def weight_entry(name: str) -> WeightEntry:
-    """The manifest entry of `name`; raises `InputError` with the nearest names."""
-    if name not in _manifest():
+    """The manifest entry of `name` or an alias; raises `InputError` with the nearest names."""
+    known = bundled_name(name)
+    if known is None:
         raise InputError(f"No bundled weights are called {name!r}. {nearest(name, _manifest())}")
-    return _manifest()[name]
+    return _manifest()[known]
 
 
 def load_tensors(name: str) -> dict[str, Tensor]:

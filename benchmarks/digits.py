@@ -9,7 +9,6 @@ learning rate.
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import platform
 import statistics
@@ -30,7 +29,6 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--methods", nargs="+", default=["linear_probe", "bitfit", "ssf", "lora"])
     args = parser.parse_args()
-    logging.getLogger("mmkit").setLevel(logging.ERROR)  # "the classifier starts untrained", once per run
     digits, rows = load_digits(), []
     for method in args.methods:
         reports = []

@@ -82,8 +82,9 @@ def main() -> None:
 
 
 def class_names(path: Path) -> list[str]:
-    """The first name of each class; where two classes share it ("crane", "maillot"), all their names."""
+    """The first name of each class; where two classes share it, all their names, and for the two cranes what they are."""
     full = [line.strip().split(maxsplit=1)[1] for line in path.read_text().splitlines() if line.strip()][1:]
+    full[134], full[517] = "crane (bird)", "crane (machine)"
     short = [name.split(",")[0] for name in full]
     return [own if short.count(own) == 1 else name for own, name in zip(short, full, strict=True)]
 

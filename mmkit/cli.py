@@ -22,6 +22,31 @@ app = typer.Typer(
 )  # fmt: skip
 
 
+_Checkpoint = Annotated[Path | None, typer.Option("--checkpoint", help="A weight file for the backbone.")]
+_Pretrained = Annotated[
+    bool,
+    typer.Option(
+        "--pretrained",
+        help="Fetch the backbone's published weights; NAME.TAG chooses which (vit_small_patch16_224.augreg_in21k).",
+    ),
+]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"mmkit {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
 class _Terminated(KeyboardInterrupt):
     """SIGTERM: unwinds like Ctrl-C, so that temporaries are removed."""
 
@@ -98,7 +123,8 @@ def finetune(
         str, typer.Option(help="ssf, lora, bitfit, linear_probe, full, ... (see `mmkit list adapters`).")
     ] = "ssf",
     output: Annotated[Path, typer.Option(help="Where the adapter, report and logs go.")] = Path("runs/finetune"),
-    checkpoint: Annotated[Path | None, typer.Option(help="A weight file for the backbone.")] = None,
+    checkpoint: _Checkpoint = None,
+    pretrained: _Pretrained = False,
     epochs: Annotated[int, typer.Option(min=1)] = 10,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate; default: the method's usual one.")] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
@@ -115,7 +141,7 @@ def finetune(
     """Adapt a backbone to your own folder of images."""
     job = COMMANDS.get("finetune")
     prepared = job.prepare(
-        data, backbone, adapter, checkpoint_path=checkpoint, val=val, seed=seed, augment=augment,
+        data, backbone, adapter, checkpoint_path=checkpoint, pretrained=pretrained, val=val, seed=seed, augment=augment,
         on_error="skip" if skip_bad else "raise",
     )  # fmt: skip
     about = prepared.describe()
@@ -153,13 +179,17 @@ def merge(
     adapter: Annotated[Path, typer.Argument(help="A folder written by `mmkit finetune`.")],
     output: Annotated[Path, typer.Option(help="Where the plain model goes.")],
     backbone: Annotated[str | None, typer.Option(help="The backbone, if not where the folder says.")] = None,
+    checkpoint: _Checkpoint = None,
+    pretrained: _Pretrained = False,
 ) -> None:
     """Fold an adapter into its backbone and save plain weights (config.json + model.safetensors)."""
     from mmkit.adapters import attached_adapters
     from mmkit.backbones import save_backbone
     from mmkit.errors import InputError
 
-    model = COMMANDS.get("finetune").load_finetuned(adapter, backbone=backbone)
+    model = COMMANDS.get("finetune").load_finetuned(
+        adapter, backbone=backbone, checkpoint_path=checkpoint, pretrained=pretrained
+    )
     adapters = attached_adapters(model)
     if not adapters:
         raise InputError(f"{adapter} holds a whole model, there is nothing to merge.")
@@ -171,17 +201,105 @@ def merge(
 
 @_command
 def predict(
-    images: Annotated[list[Path], typer.Argument(help="Pictures.")],
-    model: Annotated[str, typer.Option(help="A fine-tuned or merged folder, or a backbone name.")] = "tiny_vit",
+    images: Annotated[list[str], typer.Argument(help="Pictures, folders, wildcards or zips of pictures.")],
+    model: Annotated[
+        str | None, typer.Option(help="A fine-tuned or merged folder, or a backbone name; default: the bundled one.")
+    ] = None,
+    backbone: Annotated[
+        str | None,
+        typer.Option(help="With an adapter's folder: its backbone, if not where the folder says. Alone: --model."),
+    ] = None,
+    checkpoint: _Checkpoint = None,
+    pretrained: _Pretrained = False,
+    allow_random: Annotated[bool, typer.Option("--allow-random", help="Answer with random weights too.")] = False,
     top_k: Annotated[int, typer.Option(min=1)] = 3,
+    batch_size: Annotated[int, typer.Option(min=1)] = 32,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON list.")] = False,
+    as_csv: Annotated[
+        bool, typer.Option("--csv", help="Print CSV: file,label,score,label_2,score_2,...,error.")
+    ] = False,
 ) -> None:
-    """Classify pictures."""
+    """Classify pictures. One that cannot be read costs a line; it is an error when none can."""
+    from mmkit.data import list_pictures
+    from mmkit.errors import InputError
     from mmkit.pipelines import pipeline
 
-    classify = pipeline("image-classification", model)
-    for path, result in zip(images, classify(images, top_k=top_k), strict=True):
-        scores = ", ".join(f"{n} {100 * s:.1f} %" for n, s in zip(result.labels, result.scores, strict=True))
-        print(f"{path}: {scores}")
+    if as_json and as_csv:
+        raise InputError("--json and --csv exclude each other.")
+    pictures = list_pictures(images)
+    if model is None:
+        model, backbone = backbone, None
+    classify = pipeline(
+        "image-classification",
+        model,
+        backbone=backbone,
+        checkpoint_path=checkpoint,
+        pretrained=pretrained,
+        device=device,
+        allow_random=allow_random,
+    )
+    rows = _answers(classify, pictures, top_k, batch_size)
+    failed = _print_json(rows) if as_json else _print_csv(rows, top_k) if as_csv else _print_lines(rows)
+    if failed:
+        typer.secho(f"{failed} of {len(pictures)} pictures could not be read.", err=True)
+    if failed == len(pictures):
+        raise typer.Exit(1)
+
+
+def _answers(classify: Any, pictures: list[tuple[str, Path]], top_k: int, batch_size: int) -> Iterator[dict[str, Any]]:
+    """One row a picture, {"file", "labels", "scores"} or {"file", "error"}, batch by batch."""
+    from mmkit.data import load_image
+
+    for first in range(0, len(pictures), batch_size):
+        rows, readable = [], []
+        for name, path in pictures[first : first + batch_size]:
+            row: dict[str, Any] = {"file": name}
+            rows.append(row)
+            try:
+                picture = load_image(path)
+                classify.transform(picture)  # a strip may be readable and still too long to be prepared
+                readable.append((row, picture))
+            except (MMKitError, OSError) as error:
+                row["error"] = str(error).replace(str(path), name)  # of a zip: not where it was unpacked
+        results = classify([picture for _, picture in readable], top_k=top_k, batch_size=batch_size)
+        for (row, _), result in zip(readable, results, strict=True):
+            row |= {"labels": result.labels, "scores": [round(s, 4) for s in result.scores]}
+        yield from rows
+
+
+def _print_lines(rows: Iterator[dict[str, Any]]) -> int:
+    failed = 0
+    for row in rows:
+        if "error" in row:
+            failed += 1
+            named = row["error"] if row["file"] in row["error"] else f"{row['file']}: {row['error']}"
+            typer.secho(f"Error: {named}", fg="red", err=True)
+        else:
+            scores = ", ".join(f"{n} {100 * s:.1f} %" for n, s in zip(row["labels"], row["scores"], strict=True))
+            print(f"{row['file']}: {scores}")
+    return failed
+
+
+def _print_json(rows: Iterator[dict[str, Any]]) -> int:
+    import json
+
+    answers = list(rows)
+    print(json.dumps(answers, indent=2))
+    return sum("error" in row for row in answers)
+
+
+def _print_csv(rows: Iterator[dict[str, Any]], top_k: int) -> int:
+    import csv
+
+    writer, failed = csv.writer(sys.stdout, lineterminator="\n"), 0
+    numbered = [f"{column}_{k}" for k in range(2, top_k + 1) for column in ("label", "score")]
+    writer.writerow(["file", "label", "score", *numbered, "error"])
+    for row in rows:
+        failed += "error" in row
+        cells = [cell for pair in zip(row.get("labels", ()), row.get("scores", ()), strict=True) for cell in pair]
+        writer.writerow([row["file"], *cells, *[""] * (2 * top_k - len(cells)), row.get("error", "")])
+    return failed
 
 
 @_command

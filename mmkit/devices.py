@@ -20,9 +20,9 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
     return resolved
 
 
-def resolve_dtype(dtype: str | torch.dtype = "auto") -> torch.dtype:
-    """`dtype` as a `torch.dtype`; "auto" is float32."""
-    resolved = torch.float32 if dtype == "auto" else getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+def resolve_dtype(dtype: str | torch.dtype = "auto", auto: torch.dtype = torch.float32) -> torch.dtype:
+    """`dtype` as a `torch.dtype`; "auto" is `auto`."""
+    resolved = auto if dtype == "auto" else getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(resolved, torch.dtype) or not resolved.is_floating_point:
         raise InputError(f"dtype must be 'auto', 'float32', 'bfloat16' or 'float16', not {dtype!r}.")
     return resolved

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from typing import Any, ClassVar
 
@@ -31,8 +32,8 @@ def pipeline(
     Args:
         task: a name of `list_tasks()`.
         model: a module, a folder or bundled name; `None` takes the small bundled default.
-        device: "auto" (CUDA when present, else CPU) or a torch device.
-        dtype: "auto" (float32) or a torch dtype or its name.
+        device: a torch device, or "auto": where a module of yours is; else CUDA when present, else the CPU.
+        dtype: a torch dtype or its name, or "auto": that of the module or of the folder's file; bundled weights are float32.
         options: the pipeline's own options.
 
     Raises:
@@ -49,6 +50,9 @@ def pipeline(
 class Pipeline:
     """Base of all pipelines: resolves model, device and dtype once.
 
+    A caller's module is never changed: it is used as it is when it is in eval mode and on the wanted device and dtype, and
+    copied otherwise.
+
     Subclasses set `task` and `default_weights`, override `load(model)` when a string can mean more than bundled weights or a
     folder, and implement `__call__`.
     """
@@ -63,10 +67,20 @@ class Pipeline:
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
     ):
-        self.device = resolve_device(device)
-        self.dtype = resolve_dtype(dtype)
-        module = model if isinstance(model, nn.Module) else self.load(self.default_weights if model is None else model)
-        self.model = module.to(self.device, self.dtype).eval()
+        resolve_device(device), resolve_dtype(dtype)  # errors before anything is loaded
+        if isinstance(model, nn.Module):
+            tensor = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+            self.device = tensor.device if device == "auto" else resolve_device(device)
+            self.dtype = resolve_dtype(dtype, tensor.dtype)
+            fits = (self.device, self.dtype) == (tensor.device, tensor.dtype)
+            still = fits and not any(m.training for m in model.modules())
+            self.model = model if still else copy.deepcopy(model).to(self.device, self.dtype).eval()
+        else:
+            self.device = resolve_device(device)
+            module = self.load(self.default_weights if model is None else model)
+            tensor = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
+            self.dtype = resolve_dtype(dtype, tensor.dtype)
+            self.model = module.to(self.device, self.dtype).eval()
 
     def load(self, model: str | os.PathLike[str]) -> nn.Module:
         """The module behind a bundled name or a folder."""

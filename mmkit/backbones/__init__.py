@@ -11,6 +11,8 @@ from mmkit.backbones.info import (
     head_names,
     head_scopes,
     image_info,
+    mark_trained,
+    randomness,
     warn_if_random,
 )
 
@@ -25,6 +27,8 @@ __all__ = [
     "head_scopes",
     "image_info",
     "load_weights",
+    "mark_trained",
+    "randomness",
     "save_backbone",
     "warn_if_random",
 ]

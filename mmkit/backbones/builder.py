@@ -113,9 +113,10 @@ def refused(name: str, settings: dict[str, Any], error: Exception) -> InputError
     return InputError(f"{name} cannot be built with {shown or 'its default settings'}: {text}")
 
 
-def unreachable(name: str, error: Exception) -> CheckpointError:
-    """Weights that only the hub has."""
+def unreachable(name: str, error: Exception, address: str = "") -> CheckpointError:
+    """Weights that only the hub has; `address` of the file."""
     return CheckpointError(
-        f"The weights of {name} could not be fetched ({type(error).__name__}). mmkit works offline: download them on a machine with a "
-        "network and pass checkpoint_path=FILE, or use pretrained=False."
+        f"The weights of {name} could not be fetched ({type(error).__name__}): download {address or 'them'} on a machine with a "
+        "network, put the file anywhere on this one, and pass checkpoint_path=FILE (--checkpoint FILE on the command line) "
+        "instead of pretrained."
     )

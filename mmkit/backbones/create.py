@@ -34,7 +34,8 @@ def create_backbone(
             `save_backbone`, timm, transformers or diffusers. A bare name takes the bundled weights of that name, so
             "mobilenetv2_100" knows photos; "timm:mobilenetv2_100", or `checkpoint_path`, leaves them out.
         checkpoint_path: a weight file to load. A classifier of another size stays fresh when `num_classes` is given; position
-            embeddings of another image size are interpolated; both are logged. Anything else that differs is an error.
+            embeddings of another image size are interpolated; both are logged.
+            Anything else that differs is an error.
         pretrained: fetch the library's own weights from the hub (needs the network); for open_clip also one of its tags.
         num_classes: outputs of a classifier: the model then returns logits (B, num_classes). `None` keeps the library's
             default (open_clip and transformers: no classifier).

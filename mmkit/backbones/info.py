@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +29,9 @@ class BackboneInfo:
         blocks: module paths of the residual blocks, in order.
         heads: module paths of the classifiers: none, one, or several (distilled models have two).
         num_features: width of the vector a classifier reads, 0 when not known.
-        trained: whether weights were loaded (`False`: all random; `None`: not known).
+        trained: whether weights were loaded or trained (`False`: all random; `None`: not known).
+        fresh: those of the heads that are still random although the rest is not.
+        dtype: of the weight file that was loaded ("float16", ...); the model itself is made in float32.
     """
 
     name: str
@@ -37,6 +40,8 @@ class BackboneInfo:
     heads: tuple[str, ...] = ()
     num_features: int = 0
     trained: bool | None = None
+    fresh: tuple[str, ...] = ()
+    dtype: str = "float32"
 
     @property
     def library(self) -> str:
@@ -213,15 +218,30 @@ def example_input(model: nn.Module, batch_size: int = 1) -> tuple[tuple[Any, ...
     return LIBRARIES.get(library)().example_input(model, batch_size) if library else None
 
 
-def warn_if_random(model: nn.Module) -> None:
-    """Warn when every weight of `model` is random, so that nobody takes its answers for more."""
+def randomness(model: nn.Module) -> str:
+    """A sentence when all weights or a classifier of `model` are random, and what to do; "" when they are not."""
     info = backbone_info(model)
     if info.trained is False:
-        warnings.warn(
-            f"{info.name} has random weights: what it answers or learns from means little. Pass pretrained=True (needs the "
-            "network), checkpoint_path=FILE, a folder, or a bundled model (mmkit.list_weights()).",
-            stacklevel=3,
+        return (
+            f"{info.name} has random weights: what it answers or learns from means little. Pass pretrained=True (--pretrained; "
+            "needs the network), checkpoint_path=FILE (--checkpoint FILE), a folder, or a bundled model (mmkit.list_weights())."
         )
+    if info.fresh:
+        return f"The classifier ({', '.join(info.fresh)}) of {info.name} is random: its answers mean nothing before it is trained."
+    return ""
+
+
+def warn_if_random(model: nn.Module) -> None:
+    """Warn when every weight of `model` is random, so that nobody takes what it learns for more."""
+    if backbone_info(model).trained is False:
+        warnings.warn(randomness(model), stacklevel=3)
+
+
+def mark_trained(model: nn.Module) -> None:
+    """Note that `model`, with its classifiers, is random no more."""
+    info = getattr(model, "backbone_info", None)
+    if isinstance(info, BackboneInfo):
+        model.__dict__["backbone_info"] = dataclasses.replace(info, trained=True, fresh=())
 
 
 def _block_paths(model: nn.Module) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ _CROP_MODES = {"shortest": "center", "squash": "squash", "longest": "border"}
 class OpenClipBuilder(Builder):
     """`create_backbone("open_clip:ViT-B-32")`: the tower alone, or with `num_classes` a linear classifier on its embedding.
 
+    A tag behind a dot ("ViT-B-32.laion2b_s34b_b79k", with `pretrained=True`) chooses among its published weights.
     Settings: `embed_dim` and `vision_cfg` (merged into the model's own). `pretrained` may be one of open_clip's tags.
     """
 
@@ -28,6 +29,7 @@ class OpenClipBuilder(Builder):
     def build(self, name: str, pretrained: bool | str, num_classes: int | None, overrides: dict[str, Any]) -> nn.Module:
         import open_clip
 
+        name, _, tagged = name.partition(".")  # no model of open_clip has a dot in its name
         config = open_clip.get_model_config(name) if name in open_clip.list_models() else None
         if config is None:
             raise InputError(f"open_clip has no model {name!r}. {nearest(name, open_clip.list_models())}")
@@ -37,8 +39,8 @@ class OpenClipBuilder(Builder):
                 f"open_clip:{name} takes embed_dim and vision_cfg, without pretrained; found {sorted(overrides)}."
             )
         tags = open_clip.list_pretrained_tags_by_model(name)
-        tag = pretrained if isinstance(pretrained, str) else next(iter(tags), None)
-        if pretrained and tag not in tags:
+        tag = pretrained if isinstance(pretrained, str) else tagged or next(iter(tags), None)
+        if (pretrained or tagged) and tag not in tags:
             raise InputError(f"open_clip has no weights {tag!r} for {name!r}. {nearest(str(tag), tags)}")
         embed_dim = overrides.get("embed_dim", config["embed_dim"])
         tower = _load(name, tag) if pretrained else _tower(name, config, embed_dim, overrides)
@@ -89,7 +91,9 @@ def _load(name: str, tag: str) -> Any:
     try:
         return open_clip.create_model(name, pretrained=tag).visual
     except Exception as error:
-        raise unreachable(f"open_clip:{name}", error) from error
+        home = (open_clip.get_pretrained_cfg(name, tag).get("hf_hub") or "").rstrip("/")
+        address = f"https://huggingface.co/{home}/resolve/main/open_clip_model.safetensors" if home else ""
+        raise unreachable(f"open_clip:{name}.{tag}", error, address) from error
 
 
 def _tower(name: str, config: dict[str, Any], embed_dim: int, overrides: dict[str, Any]) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections import Counter
 from typing import Any
 
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ def load_backbone_state(model: nn.Module, state: dict[str, Tensor], source: str,
     info = backbone_info(model)
     own = model.state_dict()
     state = dict(state)
+    stored = Counter(str(v.dtype).removeprefix("torch.") for v in state.values() if v.is_floating_point())
     if new_head:
         state = _with_fresh_heads(state, own, (*info.heads, *_named(model, "classifier")), source)
     if isinstance(info, ImageBackboneInfo):
@@ -38,7 +40,11 @@ def load_backbone_state(model: nn.Module, state: dict[str, Tensor], source: str,
         k for k, _ in model.named_buffers() if k.endswith(("relative_position_index", "attn_mask", "position_ids"))
     ]
     load_state(model, state, source=source, ignore=tuple(k for k in rebuilt if k in own and k not in state))
-    attach_info(model, dataclasses.replace(info, trained=True))
+    fresh = tuple(
+        head for head in info.heads if any(state.get(k) is v for k, v in own.items() if k.startswith(f"{head}."))
+    )
+    dtype = next((d for d, _ in stored.most_common(1) if d in ("float16", "bfloat16", "float64")), "float32")
+    attach_info(model, dataclasses.replace(info, trained=True, fresh=fresh, dtype=dtype))
 
 
 def _with_fresh_heads(
@@ -51,7 +57,7 @@ def _with_fresh_heads(
     if {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}:
         return state
     found = "has a classifier of other classes" if theirs else "brings no classifier"
-    logger.warning("%s %s: the classifier (%s) starts untrained", source, found, ", ".join(dict.fromkeys(heads)))
+    logger.info("%s %s: the classifier (%s) starts untrained", source, found, ", ".join(dict.fromkeys(heads)))
     return {k: v for k, v in state.items() if k not in theirs} | ours
 
 

@@ -47,9 +47,9 @@ class TimmBuilder(Builder):
         except TypeError as error:
             raise refused(f"timm:{name}", settings, error) from error
         except Exception as error:
-            raise (
-                unreachable(f"timm:{name}", error) if pretrained else refused(f"timm:{name}", settings, error)
-            ) from error
+            if pretrained:
+                raise unreachable(f"timm:{name}", error, _address(name)) from error
+            raise refused(f"timm:{name}", settings, error) from error
         return attach_info(model, _describe(model, f"timm:{name}", settings, trained=bool(pretrained)))
 
     def describe(self, model: nn.Module) -> BackboneInfo:
@@ -98,6 +98,15 @@ def _create(name: str, settings: dict[str, Any], **options: Any) -> nn.Module:
         if "img_size" not in settings or "'img_size'" not in str(error):
             raise
         return timm.create_model(name, **options, **{k: v for k, v in settings.items() if k != "img_size"})
+
+
+def _address(name: str) -> str:
+    """Where the published weights of a model lie, "" when timm does not say."""
+    from timm.models import get_pretrained_cfg
+
+    cfg: Any = get_pretrained_cfg(name)
+    home = cfg and cfg.hf_hub_id
+    return f"https://huggingface.co/{home}/resolve/main/model.safetensors" if home else (cfg and cfg.url) or ""
 
 
 def _check_name(name: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import copy
+import glob
 import os
 import shutil
 import tempfile
@@ -21,7 +22,7 @@ from torch.utils.data import Dataset
 from mmkit.data.archive import MAX_BYTES, MAX_FILES, extract_zip
 from mmkit.data.images import MAX_PIXELS, SUFFIXES, load_image
 from mmkit.data.labels import Row, class_order, from_folders, from_table, near_twins, split_of
-from mmkit.data.listing import Folder, PathList, list_folder
+from mmkit.data.listing import Folder, PathList, list_folder, natural
 from mmkit.errors import InputError
 
 _INDEX_NAMES = ("index.csv", "labels.csv", "metadata.csv", "data.csv")
@@ -180,6 +181,36 @@ def open_dataset(
     labels = [number[label] for _, label, _ in rows]
     paths = PathList(path for path, _, _ in rows)
     return ImageDataset(paths, labels, class_names, transform, splits, skipped, notes, max_pixels)
+
+
+def list_pictures(sources: Iterable[str | os.PathLike[str]]) -> list[tuple[str, Path]]:
+    """The pictures that files, folders, wildcards and zips stand for, with what to call each, in the order given.
+
+    Folders and zips are listed with all below them, in natural order and without hidden files; a file is taken at its word,
+    whatever its suffix, and also when it is missing, so that whoever reads it says what is wrong with it. Zips are unpacked
+    to a temporary folder, deleted when Python ends; their pictures are called "photos.zip/cat.jpg".
+
+    Raises:
+        InputError: a folder or zip without pictures, a wildcard that matches nothing, or an unsafe zip.
+    """
+    found: list[tuple[str, Path]] = []
+    for source in sources:
+        name = os.path.expanduser(source)
+        if os.path.isdir(name):
+            here = [(path, Path(path)) for path in list_folder(name, SUFFIXES).paths()]
+        elif name.lower().endswith(".zip") and os.path.isfile(name):
+            root = extract_zip(name, _temporary_folder() / "pictures", suffixes=SUFFIXES)
+            paths = [Path(path) for path in list_folder(root, SUFFIXES).paths()]
+            here = [(f"{name}/{path.relative_to(root).as_posix()}", path) for path in paths]
+        elif not os.path.lexists(name) and glob.has_magic(name):
+            matches = sorted((m for m in glob.glob(name, recursive=True) if not os.path.isdir(m)), key=natural)
+            here = [(path, Path(path)) for path in matches if "**" not in name or path.lower().endswith(SUFFIXES)]
+        else:
+            here = [(name, Path(name))]
+        if not here:
+            raise InputError(f"{source} holds no pictures. Known suffixes: {', '.join(SUFFIXES)}.")
+        found += here
+    return found
 
 
 def find_unreadable(paths: Sequence[Path], *, max_pixels: int = MAX_PIXELS) -> list[tuple[Path, str]]:

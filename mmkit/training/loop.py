@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmkit.backbones import mark_trained
 from mmkit.errors import InputError, TrainingError
 from mmkit.storage import folder_lock, runs as ckpt, write_json
 from mmkit.storage.files import absolute
@@ -455,6 +456,7 @@ class _Run:
             ckpt.load_module_tensors(self.inner, state.best, "the best weights")
         elif self.ema:
             self.ema.apply()
+        mark_trained(self.model)
         result = FitResult(
             history=state.history,
             losses=state.losses,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,32 +22,73 @@ class ImageClassificationPipeline(Pipeline):
     """Pictures in, class names with probabilities out.
 
     `model` can be a module with `backbone_info`, a folder written by `mmkit finetune`, `save_backbone` or timm, a bundled name,
-    or any `create_backbone` name.
+    or any `create_backbone` name. Without one: the bundled MobileNetV2, which names 1000 kinds of things on photographs.
+
+    Args:
+        model, device, dtype: as in `mmkit.pipeline`.
+        backbone: of a folder that holds an adapter: where its backbone is now, if not where the folder says.
+        checkpoint_path, pretrained: passed to `create_backbone` for a name, or for the backbone of a folder.
+        allow_random: answer with random weights all the same, with a warning. Modules of yours always do.
+
+    Raises:
+        InputError: a name that gives random weights, or a model without a classifier.
     """
 
     task = "image-classification"
-    default_weights = "tiny_vit"
+    default_weights = "mobilenetv2"
 
-    def __init__(self, model: Any = None, *, device: Any = "auto", dtype: Any = "auto"):
+    def __init__(
+        self,
+        model: Any = None,
+        *,
+        device: Any = "auto",
+        dtype: Any = "auto",
+        backbone: str | os.PathLike[str] | None = None,
+        checkpoint_path: str | os.PathLike[str] | None = None,
+        pretrained: bool | str = False,
+        allow_random: bool = False,
+    ):
+        self._backbone = backbone
+        self._weights: dict[str, Any] = {"checkpoint_path": checkpoint_path, "pretrained": pretrained}
+        if isinstance(model, nn.Module) and (backbone or checkpoint_path or pretrained):
+            raise InputError(
+                "backbone, checkpoint_path and pretrained say how a name or folder is loaded; a module is."
+            )
         super().__init__(model, device=device, dtype=dtype)
         from mmkit.adapters import attached_adapters
-        from mmkit.backbones import image_info, warn_if_random
+        from mmkit.backbones import image_info, randomness
         from mmkit.data import ImageTransform
 
-        for adapter in attached_adapters(self.model).values():
-            adapter.to(self.device)
-        warn_if_random(self.model)
+        if self.model is not model:
+            for adapter in attached_adapters(self.model).values():
+                adapter.to(self.device, self.dtype)
         self.info = image_info(self.model)
+        if not self.info.num_classes:
+            raise InputError(
+                f"{self.info.name} has no classifier: it gives an embedding, which names no class. Give it one with "
+                "num_classes= and train it (mmkit finetune), or load a folder that has one."
+            )
+        if told := randomness(self.model):
+            if not allow_random and not isinstance(model, nn.Module):
+                raise InputError(
+                    f"{told} To see its random answers all the same, pass allow_random=True (--allow-random)."
+                )
+            warnings.warn(told, stacklevel=2)
         self.transform = ImageTransform.of(self.info.preprocessing())
 
     def load(self, model: str | os.PathLike[str]) -> nn.Module:
-        from mmkit.backbones import create_backbone
+        from mmkit.backbones import create_backbone, image_info
 
-        if Path(model).is_dir():
+        if Path(model).expanduser().is_dir():
             from mmkit.vision.classification.training import load_finetuned
 
-            return load_finetuned(model)
-        return create_backbone(model)
+            loaded = load_finetuned(model, backbone=self._backbone, **self._weights)
+            return loaded.to(getattr(torch, image_info(loaded).dtype))
+        if self._backbone is not None:
+            raise InputError(
+                f"{model!r} is no folder with an adapter, so backbone={self._backbone!r} means nothing to it."
+            )
+        return create_backbone(model, **self._weights)
 
     @torch.inference_mode()
     def __call__(self, images: ImageLike | Sequence[ImageLike], *, top_k: int = 5, batch_size: int = 32) -> Any:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mmkit.adapters import Adapter, apply_adapter, list_adapters, load_adapter, save_adapter
 from mmkit.adapters.files import CONFIG_NAME
-from mmkit.backbones import create_backbone, image_info, save_backbone, warn_if_random
+from mmkit.backbones import create_backbone, image_info, mark_trained, save_backbone, warn_if_random
 from mmkit.data import ImageDataset, ImageTransform, open_dataset, split_dataset
 from mmkit.errors import CheckpointError, InputError, RunDiffersError, nearest
 from mmkit.storage import folder_lock, new_folder, open_folder, require_folder, write_json
@@ -278,7 +278,7 @@ def _fit(prepared: Prepared, folder: Path | None, options: dict[str, Any]) -> Fi
 
 def _report(prepared: Prepared, run: FitResult, folder: Path | None) -> FinetuneResult:
     """Measure and save what came out."""
-    prepared.model.__dict__["backbone_info"] = dataclasses.replace(image_info(prepared.model), trained=True)
+    mark_trained(prepared.model)
     result = FinetuneResult(prepared, run, folder, accuracy=run.best_metrics.get("accuracy", 0.0))
     result.merge_error = merge_error(prepared) if run.stopped != "interrupted" else None
     result.test_accuracy = test_accuracy(prepared) if run.stopped != "interrupted" else None
@@ -365,14 +365,18 @@ def _save(prepared: Prepared, folder: Path, report: dict[str, Any] | None = None
     return size
 
 
-def load_finetuned(folder: str | os.PathLike[str], *, backbone: str | os.PathLike[str] | None = None) -> nn.Module:
+def load_finetuned(
+    folder: str | os.PathLike[str], *, backbone: str | os.PathLike[str] | None = None, **options: Any
+) -> nn.Module:
     """The model of a folder written by `finetune`, with the adapter attached (`attached_adapters(model)["default"]`).
 
     Args:
         folder: holds an adapter, or a whole model after full fine-tuning.
         backbone: where the backbone is now, if not where the folder says.
+        options: `checkpoint_path` and `pretrained` of `create_backbone`, for a backbone that needs them.
 
     Raises:
+        InputError: a whole model was given a backbone.
         CheckpointError: the folder is damaged or does not say which backbone it needs.
     """
     folder = require_folder(folder)
@@ -386,6 +390,8 @@ def load_finetuned(folder: str | os.PathLike[str], *, backbone: str | os.PathLik
     if not adapted and not whole and (folder / KEPT[0]).is_dir():
         raise CheckpointError(f"{folder} holds a run that has not ended. Run the same command again to finish it.")
     if not adapted:
+        if backbone is not None or any(options.values()):
+            raise InputError(f"{folder} holds a whole model, which takes no other backbone or weights. Leave them out.")
         return create_backbone(folder).eval()
     extra = (manifest or {}).get("extra") or {}
     spec = extra.get("backbone") or {}
@@ -395,10 +401,11 @@ def load_finetuned(folder: str | os.PathLike[str], *, backbone: str | os.PathLik
             raise CheckpointError(f"{folder} does not say which backbone it was made for; pass backbone=.")
         name = spec["name"]
         backbone = folder / name if (folder / str(name)).is_dir() else name
-    model = create_backbone(backbone, num_classes=len(classes) or None, **spec.get("overrides", {}))
+    model = create_backbone(backbone, num_classes=len(classes) or None, **options, **spec.get("overrides", {}))
     info = dataclasses.replace(image_info(model), class_names=tuple(classes))
     model.__dict__["backbone_info"] = info
-    load_adapter(model, folder)
+    if load_adapter(model, folder).config.modules_to_save:
+        mark_trained(model)
     return model.eval()
 
 

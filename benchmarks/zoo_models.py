@@ -291,7 +291,7 @@ def _more_input(model: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     known: dict[str, Callable[[], dict[str, Any]]] = {
         "FluxTransformer2DModel": lambda: {
             "hidden_states": torch.zeros(2, 4, 16), "encoder_hidden_states": text, "pooled_projections": torch.zeros(2, 16),
-            "timestep": torch.zeros(2), "img_ids": torch.zeros(4, 3), "txt_ids": torch.zeros(4, 3), "guidance": torch.zeros(2),
+            "timestep": torch.zeros(2), "img_ids": torch.zeros(4, 3), "txt_ids": torch.zeros(4, 3),
         },
         "SanaTransformer2DModel": lambda: {
             "hidden_states": torch.zeros(2, 4, 8, 8), "encoder_hidden_states": torch.zeros(2, 4, 12), "timestep": steps,
@@ -299,7 +299,7 @@ def _more_input(model: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         "HunyuanDiT2DModel": lambda: {
             "hidden_states": torch.zeros(2, 4, 8, 8), "timestep": steps, "encoder_hidden_states": text,
             "text_embedding_mask": torch.ones(2, 4), "encoder_hidden_states_t5": text, "text_embedding_mask_t5": torch.ones(2, 4),
-            "image_meta_size": torch.zeros(12, dtype=torch.long), "style": steps,
+            "image_meta_size": torch.zeros(12), "style": steps,
             "image_rotary_emb": (torch.zeros(16, 8), torch.zeros(16, 8)),
         },
         "AutoencoderTiny": lambda: {"sample": torch.zeros(2, 3, 16, 16)},

@@ -266,7 +266,7 @@ def plan_endpoint(backbone: str = "tiny_vit", adapter: str = "ssf") -> dict[str,
     """What fine-tuning on the sample digits would train, without training.
 
     Args:
-        backbone: "tiny_vit", "vit_tiny_patch16_224", "convnext_atto" or "resnet10t".
+        backbone: "tiny_vit", "mobilenetv2", "vit_tiny_patch16_224", "convnext_atto" or "resnet10t".
         adapter: "ssf", "lora", "bitfit", "linear_probe" or "full".
 
     Returns:
@@ -283,7 +283,7 @@ def train_endpoint(
 
     Args:
         archive: a zip with one folder of pictures per class, or None for the sample digits.
-        backbone: "tiny_vit", "vit_tiny_patch16_224", "convnext_atto" or "resnet10t".
+        backbone: "tiny_vit", "mobilenetv2", "vit_tiny_patch16_224", "convnext_atto" or "resnet10t".
         adapter: "ssf", "lora", "bitfit", "linear_probe" or "full".
         epochs: passes over the pictures, 1 to 50.
         seed: of the split and the start.

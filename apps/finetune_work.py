@@ -33,6 +33,7 @@ DIGITS, UPLOAD = "Handwritten digits (sample)", "My pictures (zip)"
 
 BACKBONES: dict[str, tuple[str, dict[str, Any]]] = {
     "Tiny ViT, 32 px, pre-trained (comes with mmkit)": ("tiny_vit", {}),
+    "MobileNetV2, 160 px, knows photographs (comes with mmkit)": ("mobilenetv2", {"img_size": 160}),
     "ViT, 32 px, random weights": (
         "vit_tiny_patch16_224",
         {"img_size": 32, "patch_size": 4, "embed_dim": 96, "depth": 4, "num_heads": 3},

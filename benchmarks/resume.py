@@ -91,7 +91,19 @@ def fit_command(folder: Path, steps: int) -> list[str]:
 
 def finetune_command(folder: Path, steps: int, data: Path) -> list[str]:
     """The command line of a run of the second kind: five steps are an epoch."""
-    options = ["--adapter", "ssf", "--batch-size", "16", "--augment", "--epochs", str(steps // 5), "--seed", "3"]
+    options = [
+        "--backbone",
+        "tiny_vit",
+        "--adapter",
+        "ssf",
+        "--batch-size",
+        "16",
+        "--augment",
+        "--epochs",
+        str(steps // 5),
+        "--seed",
+        "3",
+    ]
     return [sys.executable, "-m", "mmkit.cli", "finetune", "--data", str(data), "--output", str(folder), *options]
 
 

@@ -118,7 +118,7 @@ def demo(
 @_command
 def finetune(
     data: Annotated[Path, typer.Option(help="Folder with one sub-folder per class, a CSV (path,label), or a zip.")],
-    backbone: Annotated[str, typer.Option(help="Bundled, timm or open_clip: name, or a folder.")] = "tiny_vit",
+    backbone: Annotated[str, typer.Option(help="Bundled, timm or open_clip: name, or a folder.")] = "mobilenetv2",
     adapter: Annotated[
         str, typer.Option(help="ssf, lora, bitfit, linear_probe, full, ... (see `mmkit list adapters`).")
     ] = "ssf",

@@ -412,7 +412,7 @@ def folder_seeds(folder: Path) -> list[Path]:
         model = create_backbone("tiny_vit", num_classes=2)
         save_adapter(apply_adapter(model, name), folder / f"a.{name}")
     digits = load_digits((0, 1)).subset(range(0, 360, 20))
-    finetune(digits, adapter="linear_probe", epochs=1, output_dir=folder / "a.finetuned")
+    finetune(digits, "tiny_vit", "linear_probe", epochs=1, output_dir=folder / "a.finetuned")
     save_backbone(create_backbone("resnet10t", num_classes=2), folder / "a.backbone")
     lightm_unet_2d_tiny(in_chans=1, num_classes=2).save_pretrained(folder / "a.medical")
     settings = {"img_size": 32, "patch_size": 16, "embed_dim": 32, "depth": 1, "num_heads": 4}
@@ -458,7 +458,7 @@ COMMANDS = {
         "--val",
     ],
     "merge": ["", "--output", "--backbone"],
-    "predict": ["", "--model", "--top-k"],
+    "predict": ["", "--model", "--top-k", "--backbone", "--device", "--batch-size", "--checkpoint"],
     "list": [""],
     "info": [""],
 }

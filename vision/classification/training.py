@@ -119,7 +119,7 @@ class FinetuneResult:
 
 def prepare(
     data: str | os.PathLike[str] | ImageDataset,
-    backbone: str | os.PathLike[str] = "tiny_vit",
+    backbone: str | os.PathLike[str] = "mobilenetv2",
     adapter: str = "ssf",
     *,
     checkpoint_path: str | os.PathLike[str] | None = None,
@@ -135,7 +135,7 @@ def prepare(
 
     Args:
         data: a folder with one sub-folder per class, a CSV, a zip of either, or an opened `ImageDataset`.
-        backbone: a `create_backbone` name or folder.
+        backbone: a `create_backbone` name or folder; the default knows photographs, "tiny_vit" is for small drawings and digits.
         adapter: a name of `finetune_methods()`.
         checkpoint_path, pretrained, overrides: passed to `create_backbone`.
         val: share of the images kept for validation, unless the data brings a split.
@@ -303,7 +303,7 @@ def _report(prepared: Prepared, run: FitResult, folder: Path | None) -> Finetune
 
 def finetune(
     data: str | os.PathLike[str] | ImageDataset,
-    backbone: str | os.PathLike[str] = "tiny_vit",
+    backbone: str | os.PathLike[str] = "mobilenetv2",
     adapter: str = "ssf",
     *,
     output_dir: str | os.PathLike[str] | None = None,
@@ -323,7 +323,7 @@ def finetune(
     Example:
         >>> from mmkit.data import load_digits
         >>> from mmkit.vision.classification.training import finetune
-        >>> result = finetune(load_digits((0, 1)), adapter="linear_probe", epochs=1)
+        >>> result = finetune(load_digits((0, 1)), "tiny_vit", "linear_probe", epochs=1)
         >>> 0 <= result.accuracy <= 1
         True
     """

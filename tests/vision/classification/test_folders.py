@@ -29,7 +29,7 @@ from mmkit.vision.classification import demo
 from mmkit.vision.classification.report import report_table
 from mmkit.vision.classification.training import _save, finetune, load_finetuned, prepare, train_prepared
 
-QUICK = {"adapter": "linear_probe", "epochs": 1, "lr": 0.05}
+QUICK = {"backbone": "tiny_vit", "adapter": "linear_probe", "epochs": 1, "lr": 0.05}
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def command(*args: object):  # type: ignore[no-untyped-def]
 
 
 def train(pictures: Path, output: Path, *more: object):  # type: ignore[no-untyped-def]
-    fixed = ("--adapter", "linear_probe", "--lr", 0.05)
+    fixed = ("--backbone", "tiny_vit", "--adapter", "linear_probe", "--lr", 0.05)
     return command("finetune", "--data", pictures, "--output", output, *fixed, *(more or ("--epochs", 1)))
 
 
@@ -116,7 +116,7 @@ def test_corrected_labels_are_another_run(pictures: Path, tmp_path: Path) -> Non
 
 
 def test_an_unfinished_other_run_is_never_replaced_by_itself(pictures: Path, tmp_path: Path) -> None:
-    prepared = prepare(pictures, adapter="linear_probe")
+    prepared = prepare(pictures, "tiny_vit", "linear_probe")
     train_prepared(prepared, output_dir=tmp_path / "out", epochs=3, progress=False, should_stop=lambda: True)
     (pictures / "cat").rename(pictures / "zebra")
     with pytest.raises(RunDiffersError, match="class 'cat' is now 'zebra'"):
@@ -204,7 +204,7 @@ def test_full_weights_replace_an_adapter_whole_and_back(pictures: Path, tmp_path
         ("full", "config.json"),
         ("bitfit", "adapter_config.json"),
     ):
-        finetune(pictures, adapter=method, epochs=1, output_dir=output, resume=False)
+        finetune(pictures, "tiny_vit", method, epochs=1, output_dir=output, resume=False)
         assert [p.name for p in output.glob("*config.json")] == [file]
         assert class_names(output) == ["cat", "dog"]
 
@@ -228,7 +228,7 @@ def test_no_crash_pairs_new_tensors_with_old_class_names(
     finetune(pictures, **QUICK, output_dir=output)
     before = trained(output)
     (pictures / "cat").rename(pictures / "zebra")
-    prepared = prepare(pictures, adapter="linear_probe")
+    prepared = prepare(pictures, "tiny_vit", "linear_probe")
     train_prepared(prepared, output_dir=tmp_path / "new", epochs=2, lr=0.05, progress=False)
     after = trained(tmp_path / "new")
     calls, real = iter(range(1, 1000)), os.replace
@@ -257,7 +257,7 @@ def test_a_run_that_has_not_ended_is_no_model(pictures: Path, tmp_path: Path) ->
 def test_the_output_stays_where_it_was_named(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path)
-    prepared = prepare(pictures, adapter="linear_probe")
+    prepared = prepare(pictures, "tiny_vit", "linear_probe")
     move = lambda info: os.chdir(tmp_path / "elsewhere")  # noqa: E731
     result = train_prepared(prepared, output_dir="out", epochs=1, progress=False, on_step=move)
     assert result.folder == tmp_path / "out"
@@ -269,7 +269,7 @@ def test_the_output_stays_where_it_was_named(pictures: Path, tmp_path: Path, mon
 
 
 def test_best_and_last_are_named_and_what_they_were_measured_on(pictures: Path, tmp_path: Path) -> None:
-    result = finetune(pictures, adapter="linear_probe", epochs=2, output_dir=tmp_path / "out")
+    result = finetune(pictures, "tiny_vit", "linear_probe", epochs=2, output_dir=tmp_path / "out")
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert (report["best"], report["last"]) == (result.fit.best_metrics, result.fit.metrics)
     assert report["measured_on"] == "validation"
@@ -303,7 +303,19 @@ def test_a_test_split_gives_the_final_score_beside_validation_pictures(pictures:
 def test_an_interrupted_command_says_so_and_can_be_run_again(
     pictures: Path, tmp_path: Path, number: int, code: int
 ) -> None:
-    args = ["finetune", "--data", str(pictures), "--adapter", "linear_probe", "--epochs", "100000", "--batch-size", "4"]
+    args = [
+        "finetune",
+        "--data",
+        str(pictures),
+        "--backbone",
+        "tiny_vit",
+        "--adapter",
+        "linear_probe",
+        "--epochs",
+        "100000",
+        "--batch-size",
+        "4",
+    ]
     args += ["--output", str(tmp_path / "out")]
     process = subprocess.Popen(
         [sys.executable, "-m", "mmkit.cli", *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

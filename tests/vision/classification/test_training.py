@@ -27,7 +27,7 @@ def few_digits():  # type: ignore[no-untyped-def]
 
 
 def test_plan_before_training_says_what_is_trained(few_digits) -> None:  # type: ignore[no-untyped-def]
-    about = prepare(few_digits, adapter="ssf").describe()
+    about = prepare(few_digits, "tiny_vit", adapter="ssf").describe()
     assert about["trainable_parameters"] < 0.05 * about["total_parameters"]
     assert "blocks.0.attn.qkv" in about["sites"]
     assert about["class_names"] == ["0", "1", "2"]
@@ -35,7 +35,7 @@ def test_plan_before_training_says_what_is_trained(few_digits) -> None:  # type:
 
 @pytest.mark.parametrize("method", ["ssf", "lora", "full"])
 def test_result_is_saved_loaded_and_merged(few_digits, method: str, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    prepared = prepare(few_digits, adapter=method)
+    prepared = prepare(few_digits, "tiny_vit", adapter=method)
     result = train_prepared(prepared, output_dir=tmp_path / "run", epochs=2, progress=False)
     assert result.accuracy > 0.6  # chance is 0.33
     images = torch.stack([prepared.val[i][0] for i in range(8)])
@@ -84,7 +84,7 @@ def test_a_backbone_folder_is_found_from_anywhere(few_digits, tmp_path: Path, mo
 
 def test_names_that_do_not_exist(few_digits, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(InputError, match="ssf"):
-        prepare(few_digits, adapter="sssf")
+        prepare(few_digits, "tiny_vit", adapter="sssf")
     with pytest.raises(InputError, match="tiny_vit"):
         prepare(few_digits, "tinyvit")
     with pytest.raises(InputError):
@@ -97,7 +97,7 @@ def test_names_that_do_not_exist(few_digits, tmp_path: Path) -> None:  # type: i
 
 def test_one_class_is_refused() -> None:
     with pytest.raises(InputError, match="two classes"):
-        finetune(load_digits((3,)))
+        finetune(load_digits((3,)), "tiny_vit")
 
 
 def test_pipeline_refuses_bad_input() -> None:
@@ -128,7 +128,7 @@ def test_command_line_from_folder_to_prediction(folder_of_images: Path, tmp_path
     call = CliRunner().invoke
     out, merged = str(tmp_path / "out"), str(tmp_path / "merged")
     done = call(
-        app, ["finetune", "--data", str(folder_of_images), "--adapter", "ssf", "--epochs", "1", "--output", out]
+        app, ["finetune", "--data", str(folder_of_images), "--backbone", "tiny_vit", "--epochs", "1", "--output", out]
     )
     assert done.exit_code == 0, done.output
     assert "trains" in done.output

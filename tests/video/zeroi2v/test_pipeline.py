@@ -31,7 +31,7 @@ def clip(tmp_path: Path) -> Path:
 
 
 def test_one_answer_equals_the_model_on_the_sampled_frames(clip: Path, tmp_path: Path) -> None:
-    model = tiny(class_names=["a", "b", "c"])
+    model = tiny(class_names=["a", "b", "c"]).eval()
     result = mmkit.pipeline("video-classification", model)(clip, top_k=2)
     frames = read_frames(clip, UniformSampler(4), size=32).tensor()
     with torch.no_grad():

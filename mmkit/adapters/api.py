@@ -74,11 +74,20 @@ def apply_adapter(
         'patch_embed.proj.shift'
     """
     cls, config = _resolve(config, settings)
-    target = model if isinstance(model, nn.Module) else ModuleGroup(dict(model))
+    target = _one_module(model)
     adapter = cls(config, name=name).attach(target)
     if freeze:
         _freeze(target)
     return adapter
+
+
+def _one_module(model: Any) -> nn.Module:
+    """The module, or the several ones by name, that a user wants to adapt."""
+    if isinstance(model, nn.Module):
+        return model
+    if isinstance(model, Mapping):
+        return ModuleGroup(dict(model))
+    raise InputError(f"An adapter goes on an nn.Module, or a dict of such by name, not {type(model).__name__}.")
 
 
 def _resolve(config: Any, settings: dict[str, Any]) -> tuple[type[Adapter], Any]:
@@ -153,7 +162,7 @@ def load_adapter(
         raise CheckpointError(
             f"{folder}: {error} If the method comes from another package, install or import that package first."
         ) from error
-    target = model if isinstance(model, nn.Module) else ModuleGroup(dict(model))
+    target = _one_module(model)
     adapter = cls.from_files(target, folder, saved, read_adapter_tensors(folder), name, strict)
     if freeze:
         _freeze(target)

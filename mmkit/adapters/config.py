@@ -9,6 +9,8 @@ from typing import Any, ClassVar, NamedTuple, Self
 
 from torch import Tensor
 
+from mmkit.errors import InputError
+
 
 @dataclass(frozen=True)
 class AdapterConfig:
@@ -30,6 +32,11 @@ class AdapterConfig:
         for name in ("modules_to_save", "exclude"):
             if isinstance(getattr(self, name), str):
                 object.__setattr__(self, name, (getattr(self, name),))
+        for name in ("targets", "modules_to_save", "exclude"):
+            given = getattr(self, name)
+            kinds = str | tuple | list | None if name == "targets" else tuple | list
+            if not isinstance(given, kinds) or any(not isinstance(n, str) for n in given or ()):
+                raise InputError(f"{name} takes names of modules, not {given!r}.")
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-friendly fields, with the method's name."""

@@ -29,6 +29,13 @@ from mmkit.adapters.targets import shortest_endings
 from mmkit.errors import CheckpointError, InputError
 
 
+class Sites(nn.ModuleDict):
+    """Modules by any name, also by those that a dict's own methods have, such as "keys"."""
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        self._modules[name] = module
+
+
 class Adapter(Merging, AdapterFiles, nn.Module):
     """Base class of all methods.
 
@@ -59,8 +66,8 @@ class Adapter(Merging, AdapterFiles, nn.Module):
         self.name = name
         self.enabled = True
         self.order = 0
-        self.sites = nn.ModuleDict()
-        self.saved = nn.ModuleDict()
+        self.sites = Sites()
+        self.saved = Sites()
         self.links: list[hooks.Link] = []
         self._explicit = False
         self._scale = 1.0
@@ -117,9 +124,14 @@ class Adapter(Merging, AdapterFiles, nn.Module):
         stacks = [AdapterStack.of(root) for _, root in roots_of(model)]
         if any(self.name in stack.adapters for stack in stacks):
             raise InputError(f"The model already has an adapter called {self.name!r}; pass another name=.")
+        if any(torch.nn.parameter.is_lazy(p) for p in model.parameters()):
+            raise InputError(
+                f"{type(model).__name__} has parameters without a shape yet: run the model once, then attach."
+            )
         before = {k: copy.copy(v) if isinstance(v, dict | list) else v for k, v in self.__dict__.items()}
         try:
-            self._place(model)
+            with torch.inference_mode(False):  # parameters made in inference mode could never be trained
+                self._place(model)
         except BaseException:
             hooks.remove(model, self)
             self.__dict__.clear()
@@ -142,7 +154,7 @@ class Adapter(Merging, AdapterFiles, nn.Module):
         if self._explicit:
             make_explicit(model, self)
         if fresh:
-            self.sites, self.saved = nn.ModuleDict(), nn.ModuleDict()
+            self.sites, self.saved = Sites(), Sites()
             self._build_saved(model)
             self.build(model)
             self._hosts = {path: signature(model, path) for path in self.site_paths}
@@ -297,14 +309,14 @@ class Adapter(Merging, AdapterFiles, nn.Module):
 
     def add_site(self, path: str, module: nn.Module, slot: str = "") -> None:
         """Own `module`'s parameters for the module at `path` of the model (and `slot`, when it has several)."""
-        key = path.replace(".", "/") + (f"|{slot}" if slot else "")
+        key = _key(path, slot)
         if key in self.sites:
             raise InputError(f"{self.method!r} has two sites at {path!r}; give them slots.")
         self.sites[key] = module
 
     def site(self, path: str, slot: str = "") -> nn.Module:
         """The parameters of the site at `path`."""
-        key = path.replace(".", "/") + (f"|{slot}" if slot else "")
+        key = _key(path, slot)
         return self.sites[key] if key in self.sites else self.saved[key]
 
     @property
@@ -332,11 +344,12 @@ class Adapter(Merging, AdapterFiles, nn.Module):
             original = hooks.unwrap(hooks.get_module(model, path))
             if not any(True for _ in original.parameters()):
                 raise InputError(f"modules_to_save: {path!r} has no parameters; build the model with num_classes=N.")
-            self.saved[path.replace(".", "/")] = hooks.plain_copy(original).requires_grad_(True)
+            self.saved[_key(path)] = hooks.plain_copy(original).requires_grad_(True)
 
     @staticmethod
     def _plain(key: str) -> str:
-        return key.removeprefix("sites.").removeprefix("saved.").replace("/", ".").replace("|", ".")
+        holder, _, rest = key.partition(".")
+        return (rest if holder in ("sites", "saved") else key).replace("/", ".").replace("|", ".")
 
     def trainable_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """The parameters to optimise, named `<module path>.<parameter>`."""
@@ -385,3 +398,12 @@ class Adapter(Merging, AdapterFiles, nn.Module):
     def extra_repr(self) -> str:
         state = "merged" if self.merged else "attached" if self.attached else "detached"
         return f"method={self.method!r}, name={self.name!r}, {state}, sites={len(self.sites)}"
+
+
+def _key(path: str, slot: str = "") -> str:
+    """The name of a site among `Adapter.sites`."""
+    if set(path) & set("/|"):
+        raise InputError(
+            f"The module {path!r} has '/' or '|' in its name, which adapters use themselves: exclude it or rename it."
+        )
+    return path.replace(".", "/") + (f"|{slot}" if slot else "")

@@ -62,6 +62,7 @@ class Merging:
             raise NotMergeableError(f"Adapter {self.name!r} is already merged.")
         if not self.enabled:
             raise NotMergeableError(f"Adapter {self.name!r} is disabled; enable it to merge it.")
+        self._refuse_replaced(model)
         self._refuse_unmerged_below(model)
         edits = self._scaled(model, self.merge_edits(model) + self._saved_edits(), scale)
         for edit in edits:
@@ -72,6 +73,18 @@ class Merging:
             self.check()
         trial.require_equal_folds(self, model, edits, scale)
         return edits
+
+    def _refuse_replaced(self, model: nn.Module) -> None:
+        paths = {link.key.partition("|")[0]: link for link in self.links}
+        plain = dict(hooks.named_plain_modules(model))
+        gone = [
+            p for p, link in paths.items() if p not in plain or link not in hooks.links_at(hooks.get_module(model, p))
+        ]
+        if gone:
+            raise InputError(
+                f"{gone[:4]} became other modules after adapter {self.name!r} was attached, so it does not act there. Detach it, and "
+                "attach it to the model as it is now."
+            )
 
     def _refuse_unmerged_below(self, model: nn.Module) -> None:
         for link in self.links:

@@ -146,7 +146,8 @@ class PeftAdapter(SiteAdapter):
         if isinstance(self.config.targets, _Regex):
             return [p for p in candidates if re.fullmatch(self.config.targets, p)]
         fused = {p for p, m in plain.items() if is_fused_attention(m)}  # naming an attention means its two projections
-        named = match_targets(self.config.targets, [*candidates, *fused])
+        every, targets = [*candidates, *fused], self.config.targets
+        named = [p for p in every if p in targets] if isinstance(targets, _Exact) else match_targets(targets, every)
         chosen = {q for p in named for q in ((f"{p}.in_proj", f"{p}.out_proj") if p in fused else (p,))}
         return [p for p in candidates if p in chosen]
 
@@ -241,7 +242,8 @@ class PeftAdapter(SiteAdapter):
         for name, value in nn.Module.state_dict(self, keep_vars=keep_vars).items():
             plain = self._plain(name)
             if name.startswith("sites."):
-                plain = ".".join(part for part in plain.split(".") if part != KEY)
+                holder, site, inner = name.split(".", 2)
+                plain = self._plain(".".join([holder, site, *(part for part in inner.split(".") if part != KEY)]))
             found[plain] = (name, value)
         return found
 
@@ -303,7 +305,7 @@ class PeftAdapter(SiteAdapter):
         tensors = tensors | {k: tensors[k] * _times_out_proj() for k in _repeated(tensors)}
         state = {_from_peft(k.removeprefix("base_model.model.")): v for k, v in tensors.items()}
         sites, whole = _sites_of(model, state, theirs.modules_to_save or ())
-        method, config = _from_config(theirs, sites, whole)
+        method, config = _from_config(theirs, _Exact(sites), whole)
         try:
             adapter = method(config, name=name).attach(model)
         except InputError as error:
@@ -334,6 +336,10 @@ class _Regex(str):
     """A regular expression that a caller wrote (never one from a file) in place of target names."""
 
 
+class _Exact(tuple[str, ...]):
+    """Whole paths, read from a file: neither endings nor patterns."""
+
+
 def _from_config(
     theirs: Any, targets: Any, saved: Any, exclude: tuple[str, ...] = ()
 ) -> tuple[type[PeftAdapter], PeftMethodConfig]:
@@ -352,7 +358,7 @@ def _from_config(
         **settings,
     }
     settings = {k: sorted(v) if isinstance(v, set) else v for k, v in settings.items()}
-    targets = targets if isinstance(targets, str) or targets is None else tuple(sorted(targets))
+    targets = targets if isinstance(targets, str | _Exact) or targets is None else tuple(sorted(targets))
     cls = _method_class(kind)
     return cls, cls.config_class(targets=targets, exclude=exclude, modules_to_save=tuple(saved), settings=settings)
 

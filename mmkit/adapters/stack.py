@@ -28,6 +28,8 @@ class ModuleGroup(nn.Module):
         super().__init__()
         if not modules or not all(isinstance(m, nn.Module) for m in modules.values()):
             raise InputError("A ModuleGroup needs at least one named nn.Module.")
+        if wrong := [n for n in modules if not isinstance(n, str) or not n.isidentifier()]:
+            raise InputError(f"The modules of a ModuleGroup need names such as 'unet', not {wrong[0]!r}.")
         for name, module in modules.items():
             self.add_module(name, module)
 

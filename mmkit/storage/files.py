@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mmkit.errors import CheckpointError, MMKitError, StorageError
+from mmkit.errors import CheckpointError, InputError, MMKitError, StorageError
 
 _DAY = 86_400.0
 _cleaned: set[Path] = set()
@@ -25,7 +25,12 @@ _cleaned: set[Path] = set()
 
 
 def absolute(path: str | os.PathLike[str]) -> Path:
-    """`path` with `~` expanded and made absolute, so that a later change of the working directory does not move it."""
+    """`path` with `~` expanded and made absolute, so that a later change of the working directory does not move it.
+
+    Raises `InputError` for a null character.
+    """
+    if "\0" in os.fspath(path):
+        raise InputError(f"{os.fspath(path)!r} holds a null character, which no path can.")
     return Path(os.path.abspath(Path(path).expanduser()))
 
 

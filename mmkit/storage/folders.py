@@ -81,7 +81,7 @@ def new_folder(
     with writing(target):
         try:
             draft.mkdir(parents=True)
-            (work / "name").write_text(target.name, encoding="utf-8")
+            (work / "name").write_bytes(os.fsencode(target.name))
             _drafts[draft] = {"kind": kind, "format": FORMAT, "mmkit_version": __version__, **(facts or {})}
             yield draft
             _seal(draft, _drafts[draft], keep)
@@ -104,17 +104,25 @@ def check_free(path: str | os.PathLike[str], kinds: Iterable[str], keep: Iterabl
         raise InputError(
             f"{target} is the working directory or holds it and cannot be replaced; give a folder below it."
         )
-    manifest = read_json(target / MANIFEST) if (target / MANIFEST).is_file() else {}
-    found = manifest.get("kind") if isinstance(manifest, dict) else None
-    if found is not None and found not in kinds:
+    manifest = _manifest(target) if (target / MANIFEST).is_file() else None
+    if manifest is not None and manifest["kind"] not in kinds:
         raise InputError(
-            f"{target} holds {_a(found)}, not {_a(next(iter(kinds)))}. Choose another folder, or delete it."
+            f"{target} holds {_a(manifest['kind'])}, not {_a(next(iter(kinds)))}. Choose another folder, or delete it."
         )
-    known = manifest.get("files", {}) if found is not None else {}
+    known = manifest["files"] if manifest is not None else {}
     strangers = sorted(_files(target).keys() - set(known) - {MANIFEST} - _below(target, keep))
     if strangers:
         raise InputError(
             f"{target} holds files that would be lost: {_some(strangers)}. Choose another folder, or move them away."
+        )
+
+
+def check_no_saved(path: str | os.PathLike[str]) -> None:
+    """Raise `InputError` when `path` holds something that was saved whole, which further files would spoil."""
+    folder = absolute(path)
+    if (folder / MANIFEST).is_file():
+        raise InputError(
+            f"{folder} holds {_a(_manifest(folder)['kind'])}, no run. Choose another folder, or one below it."
         )
 
 
@@ -152,7 +160,7 @@ def _conclude(work: Path) -> None:
     """End a replacement wherever it stopped: the old folder goes back unless the new one is in place."""
     old = work / "old"
     if old.is_dir():
-        target = work.parent / (work / "name").read_text(encoding="utf-8")
+        target = work.parent / os.fsdecode((work / "name").read_bytes())
         if target.exists():
             _move_kept(old, target, _manifest(target).get("kept", ()))
         else:
@@ -233,6 +241,9 @@ def _manifest(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} does not say what the folder holds.")
     if not isinstance(manifest.get("files"), dict):
         raise CheckpointError(f"{path} lists no files.")
+    kept = manifest.get("kept", [])
+    if not isinstance(kept, list) or not all(isinstance(name, str) for name in kept):
+        raise CheckpointError(f"{path}: 'kept' is no list of names.")
     if not isinstance(manifest.get("format"), int) or manifest["format"] > FORMAT:
         raise CheckpointError(
             f"{path} has format {manifest.get('format')!r}; this mmkit reads up to {FORMAT}. Upgrade mmkit."

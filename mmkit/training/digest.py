@@ -10,6 +10,7 @@ import contextlib
 import enum
 import functools
 import hashlib
+import inspect
 import os
 import random
 import re
@@ -112,6 +113,13 @@ def tensors_digest(named: Iterable[tuple[str, Tensor]]) -> str:
     return total.hexdigest()[:32]
 
 
+def code_digest(kind: type, files: FileDigests, skip: Iterable[Any] = ()) -> str:
+    """The digest of the code with which objects of `kind` are called, indexed and iterated."""
+    walk = _Walk(files, {id(s) for s in skip})
+    walk.calls(kind)
+    return walk.total.hexdigest()[:32]
+
+
 def digest(value: Any, files: FileDigests, skip: Iterable[Any] = ()) -> str:
     """The digest of any value, 32 hexadecimal digits.
 
@@ -167,9 +175,9 @@ class _Walk:
     def _feed(self, value: Any) -> None:
         if isinstance(value, Tensor):
             _tensor(self.total.update, value)
-        elif isinstance(value, np.ndarray) and value.dtype != object:
+        elif isinstance(value, np.ndarray) and not value.dtype.hasobject:
             self.note("array", value.dtype.str, value.shape)
-            self.total.update(np.ascontiguousarray(value).data)
+            self.total.update(value.tobytes())
         elif isinstance(value, Path):
             self.note(
                 *(("file", short_name(value), self.files(str(value))) if is_file(value) else ("path", str(value)))
@@ -213,9 +221,7 @@ class _Walk:
         if callable(identity):
             self.feed(identity())
             return
-        for name in _CALLS:
-            if isinstance(kind.__dict__.get(name), types.FunctionType):
-                self._function(kind.__dict__[name])
+        self.calls(kind)
         attributes = dict(vars(value)) if hasattr(value, "__dict__") else {}
         attributes |= {n: getattr(value, n) for n in getattr(kind, "__slots__", ()) if hasattr(value, n)}
         if hasattr(kind, "__getitem__") or hasattr(kind, "__iter__"):
@@ -224,6 +230,19 @@ class _Walk:
             attributes = {k: v for k, v in attributes.items() if k not in vars(nn.Module())}
             attributes |= {"state": value.state_dict(), "children": dict(value.named_children())}
         self.feed(attributes)
+
+    def calls(self, kind: type) -> None:
+        """The code with which objects of a class answer: that of its own package, with the methods it goes through."""
+        package = kind.__module__.partition(".")[0]
+        waiting, known = list(_CALLS), set(_CALLS)
+        while waiting:
+            found = inspect.getattr_static(kind, waiting.pop(), None)
+            found = found.__func__ if isinstance(found, staticmethod | classmethod) else found
+            if isinstance(found, types.FunctionType) and found.__module__.partition(".")[0] == package:
+                self._function(found)
+                further = sorted(_names(found.__code__) - known)
+                known.update(further)
+                waiting += further
 
     def _function(self, function: types.FunctionType) -> None:
         self.note(function.__module__, function.__qualname__)

@@ -2,7 +2,7 @@
 
 A data set counts with every example: files by name and content, pictures and tensors in memory by their bytes, labels, order,
 class names, transforms, the code that makes an example, and its other public attributes. A class of your own may say what counts
-by a method `identity()`. A map-style data set that shows nothing (no public attributes) counts by its length and
+by a method `identity()`. A map-style data set that hides something (private attributes, or no public ones) counts also by
 16 examples from its beginning, end and between, fetched with fixed seeds.
 """
 
@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from mmkit.errors import MMKitError
 from mmkit.storage import read_json, write_json
-from mmkit.training.digest import PASSING, FileDigests, digest, is_file, short_name, shown, tensors_digest
+from mmkit.training.digest import PASSING, FileDigests, code_digest, digest, is_file, short_name, shown, tensors_digest
 from mmkit.training.randomness import kept_rng, seed_everything
 
 DETAILS = "data.json"
@@ -30,7 +31,7 @@ _LABELS = ("labels", "targets")
 _PICTURES = ("images", "data", "arrays")
 _CLASSES = ("class_names", "classes")
 _FETCHED = 16
-_CONSEQUENCES = ("trained tensors", "parameter groups")  # told only when nothing tells why
+_CONSEQUENCES = ("trained tensors", "parameter groups", "model")  # told only when nothing tells why
 
 Row = list[str]  # name, digest of the content, label
 
@@ -71,6 +72,10 @@ def run_identity(
     config = getattr(adapter, "config", None)
     facts["adapter"] = None if adapter is None else _fact(config if config is not None else type(adapter), files, skip)
     facts["frozen weights"] = _frozen(trainee)
+    modules = [
+        [type(m).__module__, type(m).__qualname__, m.extra_repr()] for m in trainee.modules() if m is not trainee
+    ]
+    facts["model"] = digest(re.sub(r" at 0x[0-9a-fA-F]+", "", repr(modules)), files)
     return facts | dict(settings), rows
 
 
@@ -111,14 +116,13 @@ def _data(data: Any, files: FileDigests, skip: Sequence[Any]) -> tuple[dict[str,
         facts = {"examples": len(rows), "content": _content(rows)}
     elif hasattr(data, "__len__"):
         facts["examples"] = len(data)
-        if not attributes:
+        if not attributes or any(k.startswith("_") for k in vars(data)):
             facts["content"] = digest(_fetched(data), files, skip)
     if isinstance(names, (list, tuple)):
         facts["class names"] = [str(n) for n in names]
     rest = {k: v for k, v in attributes.items() if k not in covered and k not in _CLASSES}
     facts |= {k: _fact(v, files, [*skip, data]) for k, v in rest.items()}
-    code = [vars(type(data)).get(k) for k in ("__getitem__", "__iter__")]
-    return facts | {"code": digest(code, files, [*skip, data])}, rows
+    return facts | {"code": code_digest(type(data), files, [*skip, data])}, rows
 
 
 def _rows(

@@ -68,18 +68,20 @@ class RunLog:
 def _columns(path: Path) -> list[str]:
     if not path.is_file():
         return []
-    with open(path, newline="", encoding="utf-8") as file:
+    with open(path, newline="", encoding="utf-8", errors="replace") as file:
         return next(csv.reader(file), [])
 
 
 def _drop_rows(path: Path, step: int) -> None:
     """Keep the rows up to `step`; a row torn by a crash goes as well. At step 0 the file is removed."""
     columns = _columns(path)
-    if not columns or step == 0:
-        path.unlink(missing_ok=True)
+    if "step" not in columns or step == 0:
+        with writing(path):
+            path.unlink(missing_ok=True)
         return
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = [r for r in csv.DictReader(file) if None not in r.values() and int(r["step"]) <= step]
+    with open(path, newline="", encoding="utf-8", errors="replace") as file:
+        whole = [r for r in csv.DictReader(file) if None not in r.values() and r["step"].isdecimal()]
+    rows = [r for r in whole if int(r["step"]) <= step]
     with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()

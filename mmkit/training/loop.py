@@ -18,6 +18,7 @@ from mmkit.backbones import mark_trained
 from mmkit.errors import InputError, TrainingError
 from mmkit.storage import folder_lock, runs as ckpt, write_json
 from mmkit.storage.files import absolute
+from mmkit.storage.folders import check_no_saved
 from mmkit.training.config import FitConfig, FitResult, StepInfo
 from mmkit.training.ema import MovingAverage
 from mmkit.training.evaluation import Evaluator, MetricsFn
@@ -109,7 +110,7 @@ def fit(
 
     Raises:
         InputError: empty data, nothing to train, unusable examples, labels or settings, a data set that fails (the example
-            is named), or `output_dir` is in use by another process.
+            is named), or `output_dir` is in use by another process or holds a saved adapter or model.
         RunDiffersError: an `InputError`: `output_dir` holds another run; what differs is named.
         StorageError: a file of the run cannot be written.
         CheckpointError: `resume` names a folder without a readable checkpoint.
@@ -168,6 +169,8 @@ class _Run:
     # -------------------------------------------------------------------------------------------------- preparation
 
     def run(self) -> FitResult:
+        if self.folder is not None:
+            check_no_saved(self.folder)
         with kept_rng(), kept_modes(self.model, self.adapter), StopSignals() as self.signals:
             self._plan()
             with folder_lock(self.folder) if self.folder and self.rank == 0 else contextlib.nullcontext():

@@ -185,3 +185,23 @@ def test_the_working_directory_is_not_pulled_from_under_the_user(
     monkeypatch.chdir(tmp_path / "out")
     with pytest.raises(InputError, match="working directory"):
         write(tmp_path / "out")
+
+
+@pytest.mark.parametrize("change", [{"files": 3}, {"kind": ["x"]}, {"kept": 3}])
+def test_a_manifest_someone_edited_is_told(tmp_path: Path, change: dict[str, object]) -> None:
+    with new_folder(tmp_path / "a", "thing") as draft:
+        write_json(draft / "a.json", 1)
+    manifest = json.loads((tmp_path / "a/mmkit.json").read_text())
+    (tmp_path / "a/mmkit.json").write_text(json.dumps(manifest | change))
+    with pytest.raises(CheckpointError, match=r"mmkit\.json"):
+        open_folder(tmp_path / "a")
+    with pytest.raises(CheckpointError, match=r"mmkit\.json"), new_folder(tmp_path / "a", "thing"):
+        pass
+
+
+def test_names_no_path_can_have_are_told_and_every_other_is_taken(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="null character"), new_folder(f"{tmp_path}/a\0b", "thing"):
+        pass
+    with new_folder(f"{tmp_path}/a\udcff", "thing") as draft:  # a name that is no UTF-8
+        write_json(draft / "a.json", 1)
+    assert open_folder(f"{tmp_path}/a\udcff", "thing")

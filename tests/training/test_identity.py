@@ -17,7 +17,7 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import Subset, TensorDataset
 
-from mmkit.adapters import apply_adapter
+from mmkit.adapters import apply_adapter, save_adapter
 from mmkit.data import ImageTransform, open_dataset, split_dataset
 from mmkit.errors import CheckpointError, InputError, RunDiffersError, StorageError
 from mmkit.storage import folder_lock, read_tensors, sha256_file, write_safetensors
@@ -515,3 +515,89 @@ def test_the_summary_names_best_and_last_and_what_they_were_measured_on(tmp_path
     assert summary["measured on"] == "the validation data"
     run(tmp_path / "b")
     assert "training data" in json.loads((tmp_path / "b" / "metrics.json").read_text())["measured on"]
+
+
+class Hides(torch.utils.data.Dataset):  # type: ignore[type-arg]
+    """Keeps its examples in a private attribute beside a public one."""
+
+    def __init__(self, examples: list[tuple[torch.Tensor, int]]) -> None:
+        self._examples, self.flag = examples, 1
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
+        return self._examples[i]
+
+
+def test_examples_behind_private_attributes_count(tmp_path: Path) -> None:
+    run(tmp_path, Hides(points()))
+    run(tmp_path, Hides(points()))
+    with pytest.raises(RunDiffersError, match="train"):
+        run(tmp_path, Hides(points(seed=1)))
+    with pytest.raises(RunDiffersError, match="train"):
+        run(tmp_path, Subset(Hides([(x, 1 - y) for x, y in points()]), range(32)))
+
+
+def test_the_methods_an_example_goes_through_count(tmp_path: Path) -> None:
+    class Loads(torch.utils.data.Dataset):  # type: ignore[type-arg]
+        size = 32
+
+        def __init__(self) -> None:
+            self.kind = "points"
+
+        def __len__(self) -> int:
+            return 32
+
+        def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
+            return self.load(i)
+
+        def load(self, i: int) -> tuple[torch.Tensor, int]:
+            return points()[i]
+
+    run(tmp_path, Loads())
+
+    def load(self: Loads, i: int) -> tuple[torch.Tensor, int]:
+        x, y = points()[i]
+        return -x, y
+
+    load.__qualname__ = Loads.load.__qualname__
+    Loads.load = load  # type: ignore[method-assign]
+    with pytest.raises(RunDiffersError, match="code"):
+        run(tmp_path, Loads())
+
+
+def test_layers_without_tensors_count(tmp_path: Path) -> None:
+    run(tmp_path, model=nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.1), nn.Linear(8, 2)))
+    for other in (nn.Dropout(0.5), nn.Tanh()):
+        with pytest.raises(RunDiffersError, match="model"):
+            run(tmp_path, model=nn.Sequential(nn.Linear(6, 8), other, nn.Linear(8, 2)))
+
+
+def test_arrays_of_every_type_have_a_digest() -> None:
+    arrays = [
+        np.array(["2020"], dtype="datetime64[D]"),
+        np.zeros(2, [("a", "i4")]),
+        np.array([1, None], object),
+        np.array("x"),
+    ]
+    assert len({digest(a, FileDigests()) for a in arrays}) == len(arrays)
+
+
+def test_a_damaged_log_is_no_obstacle_and_a_folder_of_its_name_is_told(tmp_path: Path) -> None:
+    run(tmp_path)
+    (tmp_path / "log.csv").write_bytes(b"\xff\x00\n1,2,3\n")
+    assert run(tmp_path).steps == 8
+    (tmp_path / "log.csv").unlink(missing_ok=True)
+    (tmp_path / "log.csv").mkdir()
+    with pytest.raises(StorageError, match=r"log\.csv"):
+        run(tmp_path)
+
+
+def test_a_run_does_not_go_into_a_folder_that_holds_an_adapter(tmp_path: Path) -> None:
+    model = network()
+    adapter = apply_adapter(model, "ssf")
+    save_adapter(adapter, tmp_path)
+    with pytest.raises(InputError, match="holds an adapter"):
+        run(tmp_path, model=model, adapter=adapter)
+    assert not (tmp_path / "checkpoints").exists()

@@ -1,0 +1,111 @@
+"""Models as people have them: odd names, lazy layers, inference mode, modules replaced later, wrong arguments."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mmkit.adapters import apply_adapter, load_adapter, save_adapter
+from mmkit.errors import InputError
+
+
+class Named(nn.Module):
+    """Linear layers in a row, called by the given names."""
+
+    def __init__(self, *names: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        for name in names:
+            self.add_module(name, nn.Linear(6, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self._modules.values():
+            x = layer(x)  # type: ignore[misc]
+        return x
+
+
+def jiggled(adapter: Any) -> Any:
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in adapter.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    return adapter
+
+
+@pytest.mark.parametrize("names", [("keys", "values", "pop"), ("sites", "saved", "default"), ("[a]", "a", "é d")])
+@pytest.mark.parametrize("method", ["ssf", "lora"])
+def test_modules_of_any_name_are_adapted_saved_and_merged(method: str, names: tuple[str, ...], tmp_path: Path) -> None:
+    x, model = torch.randn(3, 6), Named(*names)
+    adapter = jiggled(apply_adapter(model, method, modules_to_save=(names[1],)))
+    want = model(x)
+    save_adapter(adapter, tmp_path / "adapter")
+    again = Named(*names)
+    load_adapter(again, tmp_path / "adapter")
+    assert torch.allclose(again(x), want, atol=1e-6)
+    adapter.merge()
+    assert torch.allclose(model(x), want, atol=1e-5)
+
+
+def test_names_that_sites_are_written_with_are_refused() -> None:
+    for name in ("a/b", "a|b"):
+        model = Named(name, "c")
+        with pytest.raises(InputError, match="exclude it or rename"):
+            apply_adapter(model, "ssf")
+        assert apply_adapter(model, "ssf", exclude=(name,)).site_paths == ["c"]
+
+
+def test_a_file_names_modules_whole_not_by_their_endings(tmp_path: Path) -> None:
+    model = nn.ModuleDict({"proj": nn.Linear(4, 4), "deep": nn.ModuleDict({"proj": nn.Linear(4, 4)})})
+    adapter = apply_adapter(model, "lora", targets=("proj",), exclude=("deep.proj",))
+    save_adapter(adapter, tmp_path / "adapter")
+    adapter.detach()
+    assert load_adapter(model, tmp_path / "adapter").site_paths == ["proj"]
+
+
+@pytest.mark.parametrize("method", ["ssf", "lora", "bitfit"])
+def test_an_adapter_made_in_inference_mode_can_be_trained(method: str) -> None:
+    model = Named("a", "b")
+    with torch.inference_mode():
+        adapter = apply_adapter(model, method, modules_to_save=("b",))
+    model(torch.randn(3, 6)).sum().backward()
+    assert all(p.grad is not None for p in adapter.parameters())
+
+
+@pytest.mark.parametrize("method", ["ssf", "lora", "bitfit"])
+def test_layers_without_a_shape_yet_are_refused(method: str) -> None:
+    with pytest.raises(InputError, match="run the model once"):
+        apply_adapter(nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 4)), method)
+
+
+@pytest.mark.parametrize("method", ["ssf", "lora"])
+def test_what_was_replaced_after_attaching_is_not_merged_into(method: str) -> None:
+    x, model = torch.randn(3, 6), Named("a", "b")
+    adapter = jiggled(apply_adapter(model, method, modules_to_save=("b",)))
+    model(x)
+    model.b = nn.Linear(6, 6)
+    want = model(x)
+    with pytest.raises(InputError, match=r"\['b'\] became other modules"):
+        adapter.merge()
+    assert torch.equal(model(x), want)
+    adapter.detach()
+
+
+def test_a_start_that_answers_nan_is_no_identity() -> None:
+    with pytest.raises(InputError, match="nan"):
+        apply_adapter(Named("a"), "lora", alpha=float("nan"))
+
+
+@pytest.mark.parametrize("model", [None, "resnet18", [nn.Linear(2, 2)], nn.Linear, {"a.b": nn.Linear(2, 2)}])
+def test_what_cannot_carry_an_adapter_is_told(model: Any) -> None:
+    with pytest.raises(InputError):
+        apply_adapter(model, "ssf")
+
+
+@pytest.mark.parametrize("settings", [{"targets": 5}, {"exclude": None}, {"modules_to_save": (5,)}])
+def test_settings_that_name_no_modules_are_told(settings: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="takes names of modules"):
+        apply_adapter(Named("a"), "ssf", **settings)

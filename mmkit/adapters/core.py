@@ -88,6 +88,10 @@ class Adapter(Merging, AdapterFiles, nn.Module):
     def install(self, model: nn.Module) -> None:
         """Place the method's actions with `link`."""
 
+    def choices(self, model: nn.Module) -> list[str]:
+        """The paths at which `build` would put its sites on `model`; they must be known when the adapter comes to another one."""
+        return self.own_paths
+
     def starts_as_identity(self) -> bool:
         """Whether a fresh adapter leaves the model as it is; tried on every kind of module when it is attached."""
         return True
@@ -162,6 +166,11 @@ class Adapter(Merging, AdapterFiles, nn.Module):
             raise InputError(
                 f"Adapter {self.name!r} was made for another model: {len(misfits)} of its {len(self._hosts)} modules are missing or "
                 f"of another shape here, such as {misfits[:4]}. Make a new one with apply_adapter."
+            )
+        elif new := [p for p in self.choices(model) if p not in self._hosts]:
+            raise InputError(
+                f"Adapter {self.name!r} was made for another model: this one has {len(new)} more modules it would act at, such as "
+                f"{new[:4]}. Make a new one with apply_adapter."
             )
         self.links = []
         self.install(model)

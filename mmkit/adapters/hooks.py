@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mmkit.adapters.context import current_context, gate_values
+from mmkit.errors import InputError
 
 Below = Callable[..., Any]
 
@@ -276,10 +277,37 @@ def _leave_fast_path(module: nn.Module, owner: Any) -> None:
             module.use_nested_tensor = hook.nested  # type: ignore[attr-defined, assignment]
 
 
+class _NoLoading:
+    """Refuses `load_state_dict` into weights that hold a merged adapter: a later unmerge would undo a part of it."""
+
+    def __init__(self, owner: Any):
+        self.owner = owner
+
+    def __call__(self, *args: Any) -> None:
+        raise InputError(
+            f"Adapter {self.owner.name!r} is merged into these weights: call its unmerge() or detach() before loading others."
+        )
+
+
+def refuse_loading(model: nn.Module, owner: Any, paths: Iterable[str]) -> None:
+    """Refuse `load_state_dict` of the modules at `paths` and of all around them, for as long as `owner` is there."""
+    parts = [p.split(".") if p else [] for p in paths]
+    for path in {".".join(p[:n]) for p in parts for n in range(len(p) + 1)}:
+        get_module(model, path)._register_load_state_dict_pre_hook(_NoLoading(owner))
+
+
+def _loading_refusals(module: nn.Module) -> dict[int, Any]:
+    hooks: dict[int, Any] = module._load_state_dict_pre_hooks
+    return {k: h for k, h in hooks.items() if isinstance(getattr(h, "hook", h), _NoLoading)}
+
+
 def remove(model: nn.Module, owner: Any) -> None:
     """Take everything `owner` placed in `model` out again."""
     for module in list(model.modules()):
         _leave_fast_path(module, owner)
+        for key, hook in _loading_refusals(module).items():
+            if getattr(hook, "hook", hook).owner is owner:
+                del module._load_state_dict_pre_hooks[key]
         chain = module.__dict__.get("forward")
         if not isinstance(chain, Chain):
             continue
@@ -302,6 +330,7 @@ def plain_copy(module: nn.Module) -> nn.Module:
         for placed in (*own, *m._forward_pre_hooks.values()):
             if isinstance(placed, Chain | _NoFastPath) or type(placed).__name__ in ("AdapterStack", "InProjection"):
                 memo[id(placed)] = None
+        memo |= {id(hook): None for hook in _loading_refusals(m).values()}
     copied = copy.deepcopy(module, memo)
     for m in copied.modules():
         for name in [k for k in ("forward", "_mmkit_adapters") if k in m.__dict__ and m.__dict__[k] is None]:
@@ -310,6 +339,8 @@ def plain_copy(module: nn.Module) -> nn.Module:
             del m._modules["in_proj"]
         for key in [k for k, hook in m._forward_pre_hooks.items() if hook is None]:
             del m._forward_pre_hooks[key]
+        for key in [k for k, hook in m._load_state_dict_pre_hooks.items() if hook is None]:
+            del m._load_state_dict_pre_hooks[key]
     return copied
 
 

@@ -137,6 +137,7 @@ class Merging:
         model = self.model
         hooks.remove(model, self)
         self._backup = [trial.write(model, edit) for edit in edits]
+        hooks.refuse_loading(model, self, {path for path, _, _ in self._backup})
         self.merged = True
         self._merge_order = next(COUNT)
         self._relink(link for link in self.links if not link.folds)

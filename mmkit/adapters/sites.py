@@ -47,6 +47,9 @@ class SiteAdapter(Adapter):
             weight = getattr(module, "weight", None)
             self.add_site(path, site.to(weight.device) if isinstance(weight, Tensor) else site)
 
+    def choices(self, model: nn.Module) -> list[str]:
+        return list(self.choose_sites(model))
+
     def choose_sites(self, model: nn.Module) -> dict[str, nn.Module]:
         """The modules to act at, by path, as `targets` and `exclude` say. Raises `InputError` when there is none."""
         plain = dict(hooks.named_plain_modules(model))

@@ -120,7 +120,7 @@ def check_free(path: str | os.PathLike[str], kinds: Iterable[str], keep: Iterabl
 def check_no_saved(path: str | os.PathLike[str]) -> None:
     """Raise `InputError` when `path` holds something that was saved whole, which further files would spoil."""
     folder = absolute(path)
-    if (folder / MANIFEST).is_file():
+    if os.path.isfile(folder / MANIFEST):  # unlike pathlib's, it takes names of any length
         raise InputError(
             f"{folder} holds {_a(_manifest(folder)['kind'])}, no run. Choose another folder, or one below it."
         )
@@ -186,9 +186,9 @@ def recover(path: Path) -> None:
 def require_folder(path: str | os.PathLike[str]) -> Path:
     """`path` as an absolute directory; raises `InputError` when it is not one."""
     folder = absolute(path)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         recover(folder)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise InputError(f"{folder} is not a folder.")
     return folder
 
@@ -210,7 +210,7 @@ def open_folder(
     folder = absolute(path)
     recover(folder)
     folder = require_folder(folder)
-    if not (folder / MANIFEST).is_file() and not required:
+    if not os.path.isfile(folder / MANIFEST) and not required:
         return None
     manifest = _manifest(folder)
     wanted = (kind,) if isinstance(kind, str) else kind

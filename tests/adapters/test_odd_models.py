@@ -109,3 +109,32 @@ def test_what_cannot_carry_an_adapter_is_told(model: Any) -> None:
 def test_settings_that_name_no_modules_are_told(settings: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="takes names of modules"):
         apply_adapter(Named("a"), "ssf", **settings)
+
+
+@pytest.mark.parametrize("method", ["ssf", "lora", "bitfit"])
+def test_an_adapter_does_not_move_to_a_deeper_model(method: str) -> None:
+    adapter = apply_adapter(Named("a", "b"), method)
+    adapter.detach()
+    with pytest.raises(InputError, match=r"another model.*'c'"):
+        adapter.attach(Named("a", "b", "c"))
+    assert adapter.attach(Named("a", "b")).attached
+
+
+@pytest.mark.parametrize("method", ["ssf", "lora"])
+def test_weights_are_not_loaded_under_a_merged_adapter(method: str) -> None:
+    other = {k: v + 1 for k, v in Named("a", "b").state_dict().items()}
+    model = nn.Sequential(Named("a", "b"), Named("c"))
+    adapter = jiggled(apply_adapter(model, method, targets=("0.a",)))
+    model(torch.randn(3, 6))
+    before = adapter.model.state_dict()["0.b.weight"].clone()
+    adapter.merge()
+    for module, state in ((model, model.state_dict()), (model[0], other), (model[0].a, model[0].a.state_dict())):
+        with pytest.raises(InputError, match="merged into these weights"):
+            module.load_state_dict(state)
+    assert torch.equal(model.state_dict()["0.b.weight"], before)
+    model[1].load_state_dict(model[1].state_dict())
+    adapter.unmerge()
+    model[0].load_state_dict(other)
+    adapter.merge()
+    adapter.detach()
+    assert all(torch.equal(v, other[k]) for k, v in model[0].state_dict().items())

@@ -202,6 +202,8 @@ def test_a_manifest_someone_edited_is_told(tmp_path: Path, change: dict[str, obj
 def test_names_no_path_can_have_are_told_and_every_other_is_taken(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="null character"), new_folder(f"{tmp_path}/a\0b", "thing"):
         pass
+    with pytest.raises(InputError, match="is not a folder"):
+        open_folder(tmp_path / ("n" * 300))
     with new_folder(f"{tmp_path}/a\udcff", "thing") as draft:  # a name that is no UTF-8
         write_json(draft / "a.json", 1)
     assert open_folder(f"{tmp_path}/a\udcff", "thing")

@@ -22,7 +22,7 @@ from mmkit.adapters import hooks, trial
 from mmkit.adapters.attention import make_explicit
 from mmkit.adapters.config import AdapterConfig
 from mmkit.adapters.files import AdapterFiles
-from mmkit.adapters.merging import COUNT, Merging
+from mmkit.adapters.merging import COUNT, Merging, strength
 from mmkit.adapters.places import ancestors, is_routed, row_axis, saved_paths_of, signature
 from mmkit.adapters.stack import AdapterStack, eval_mode, roots_of
 from mmkit.adapters.targets import shortest_endings
@@ -248,7 +248,7 @@ class Adapter(Merging, AdapterFiles, nn.Module):
             yield
         finally:
             self.enabled = enabled
-            if merged:
+            if merged and self.attached:  # not when the block detached or merged it
                 self._fold(self._plan(self._scale))
 
     @property
@@ -258,10 +258,10 @@ class Adapter(Merging, AdapterFiles, nn.Module):
 
     @scale.setter
     def scale(self, value: float) -> None:
-        merged = self.merged
+        value, merged = strength(value), self.merged
         if merged:
             self.unmerge()
-        self._scale = float(value)
+        self._scale = value
         if merged:
             self._fold(self._plan(self._scale))
 

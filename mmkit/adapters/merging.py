@@ -6,6 +6,7 @@ What a merge writes is tried on copies before anything is written, and kept so t
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable
 from typing import Any, ClassVar, Self
 
@@ -21,6 +22,17 @@ from mmkit.errors import InputError, NotMergeableError
 
 COUNT = itertools.count(1)
 """Numbers attachments and merges in the order in which they happen."""
+
+
+def strength(value: Any) -> float:
+    """`value` as the strength of an adapter. Raises `InputError` unless it is a finite number."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError, RuntimeError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise InputError(f"The scale of an adapter is a finite number (0: the base, 1: as trained), not {value!r}.")
+    return number
 
 
 class Merging:
@@ -128,7 +140,7 @@ class Merging:
                 is not merged yet. The model is unchanged.
             InputError: a site was not reached (see `check`).
         """
-        scale = self._scale if scale is None else float(scale)
+        scale = self._scale if scale is None else strength(scale)
         edits = self._plan(scale)
         self._scale = scale
         return self._fold(edits)

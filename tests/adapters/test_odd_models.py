@@ -138,3 +138,23 @@ def test_weights_are_not_loaded_under_a_merged_adapter(method: str) -> None:
     adapter.merge()
     adapter.detach()
     assert all(torch.equal(v, other[k]) for k, v in model[0].state_dict().items())
+
+
+@pytest.mark.parametrize("value", ["x", float("nan"), float("inf"), torch.ones(2)])
+def test_a_strength_is_a_finite_number(value: Any) -> None:
+    adapter = apply_adapter(Named("a"), "ssf")
+    for change in (lambda: setattr(adapter, "scale", value), lambda: adapter.merge(scale=value)):
+        with pytest.raises(InputError, match="finite number"):
+            change()
+    assert adapter.scale == 1.0 and adapter.attached
+
+
+def test_a_merged_adapter_may_be_detached_while_it_is_disabled() -> None:
+    x, model = torch.randn(3, 6), Named("a")
+    want = model(x)
+    adapter = jiggled(apply_adapter(model, "ssf"))
+    model(x)
+    adapter.merge()
+    with adapter.disabled():
+        adapter.detach()
+    assert torch.equal(model(x), want)

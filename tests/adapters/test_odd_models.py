@@ -146,7 +146,8 @@ def test_a_strength_is_a_finite_number(value: Any) -> None:
     for change in (lambda: setattr(adapter, "scale", value), lambda: adapter.merge(scale=value)):
         with pytest.raises(InputError, match="finite number"):
             change()
-    assert adapter.scale == 1.0 and adapter.attached
+    assert adapter.scale == 1.0
+    assert adapter.attached
 
 
 def test_a_merged_adapter_may_be_detached_while_it_is_disabled() -> None:

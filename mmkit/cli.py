@@ -151,7 +151,8 @@ def finetune(
     )
     trained = f"{about['trainable_parameters']:,} of {about['total_parameters']:,} parameters"
     print(f"{adapter} trains {trained} at {len(about['sites'])} places.")
-    output, steps = output.expanduser().absolute(), []
+    output = output.expanduser().absolute()
+    steps: list[Any] = []
     with _in_words_of_the_command():
         result = job.train_prepared(
             prepared, output_dir=output, epochs=epochs, lr=lr, batch_size=batch_size, seed=seed, resume=not restart,

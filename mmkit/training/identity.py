@@ -104,10 +104,10 @@ def _data(data: Any, files: FileDigests, skip: Sequence[Any]) -> tuple[dict[str,
         rows = [_example(f"example {i}", item, files, skip) for i, item in enumerate(data)]
         return {"examples": len(rows), "content": _content(rows)}, rows
     if hasattr(data, "dataset") and hasattr(data, "indices"):  # torch's Subset
-        facts, rows = _data(data.dataset, files, skip)
+        whole, rows = _data(data.dataset, files, skip)
         rows = [rows[i] for i in data.indices] if rows else []
-        chosen = _content(rows or [[facts.get("content", "")], [str(i) for i in data.indices]])
-        return facts | {"examples": len(data.indices), "content": chosen}, rows
+        chosen = _content(rows or [[whole.get("content", "")], [str(i) for i in data.indices]])
+        return whole | {"examples": len(data.indices), "content": chosen}, rows
     attributes = {k: v for k, v in getattr(data, "__dict__", {}).items() if not k.startswith("_") and k not in PASSING}
     names = next((attributes[k] for k in _CLASSES if k in attributes), None)
     rows, covered = _rows(data, attributes, names, files, skip)
@@ -255,9 +255,9 @@ def _change(before: Any, now: Any) -> str:
 
 
 def _data_change(old: Mapping[str, Any], new: Mapping[str, Any], old_rows: list[Row], new_rows: list[Row]) -> str:
-    classes = old.get("class names"), new.get("class names")
-    if classes[0] != classes[1] and all(classes):
-        return _class_change(*classes)
+    before, after = old.get("class names"), new.get("class names")
+    if before and after and before != after:
+        return _class_change(before, after)
     told = _row_change(old_rows, new_rows) if old.get("content") != new.get("content") else []
     if not told and old.get("examples") != new.get("examples"):
         told.append(f"{old.get('examples')} examples are now {new.get('examples')}")

@@ -33,7 +33,7 @@ class Sites(nn.ModuleDict):
     """Modules by any name, also by those that a dict's own methods have, such as "keys"."""
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
-        self._modules[name] = module
+        self._modules[name] = module  # type: ignore[assignment]
 
 
 class Adapter(Merging, AdapterFiles, nn.Module):

@@ -118,7 +118,12 @@ def demo(
 @_command
 def finetune(
     data: Annotated[Path, typer.Option(help="Folder with one sub-folder per class, a CSV (path,label), or a zip.")],
-    backbone: Annotated[str, typer.Option(help="Bundled, timm or open_clip: name, or a folder.")] = "mobilenetv2",
+    backbone: Annotated[
+        str,
+        typer.Option(
+            help="Bundled, timm, open_clip or transformers: name, or a folder; auto: bundled, by the pictures' size."
+        ),
+    ] = "auto",
     adapter: Annotated[
         str, typer.Option(help="ssf, lora, bitfit, linear_probe, full, ... (see `mmkit list adapters`).")
     ] = "ssf",

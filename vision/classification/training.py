@@ -117,9 +117,15 @@ class FinetuneResult:
     report: dict[str, Any] = field(default_factory=dict)
 
 
+def default_backbone(dataset: ImageDataset) -> str:
+    """The bundled backbone that suits the pictures: their first one says how large they are."""
+    picture, _ = dataset.with_transform(None)[0]
+    return "tiny_vit" if max(picture.size) <= 64 else "mobilenetv2"
+
+
 def prepare(
     data: str | os.PathLike[str] | ImageDataset,
-    backbone: str | os.PathLike[str] = "mobilenetv2",
+    backbone: str | os.PathLike[str] = "auto",
     adapter: str = "ssf",
     *,
     checkpoint_path: str | os.PathLike[str] | None = None,
@@ -135,7 +141,8 @@ def prepare(
 
     Args:
         data: a folder with one sub-folder per class, a CSV, a zip of either, or an opened `ImageDataset`.
-        backbone: a `create_backbone` name or folder; the default knows photographs, "tiny_vit" is for small drawings and digits.
+        backbone: a `create_backbone` name or folder; "auto" is the bundled "mobilenetv2", which knows photographs, or "tiny_vit"
+            for pictures of up to 64 pixels, such as digits.
         adapter: a name of `finetune_methods()`.
         checkpoint_path, pretrained, overrides: passed to `create_backbone`.
         val: share of the images kept for validation, unless the data brings a split.
@@ -152,6 +159,8 @@ def prepare(
     dataset = data if isinstance(data, ImageDataset) else open_dataset(data, on_error=on_error)
     if len(dataset.class_names) < 2:
         raise InputError(f"Training needs at least two classes; found {dataset.class_names}.")
+    if backbone == "auto":
+        backbone = default_backbone(dataset)
     train, held = split_dataset(dataset, val, seed)
     splits = set(dataset.splits or ())
     torch.manual_seed(seed)
@@ -303,7 +312,7 @@ def _report(prepared: Prepared, run: FitResult, folder: Path | None) -> Finetune
 
 def finetune(
     data: str | os.PathLike[str] | ImageDataset,
-    backbone: str | os.PathLike[str] = "mobilenetv2",
+    backbone: str | os.PathLike[str] = "auto",
     adapter: str = "ssf",
     *,
     output_dir: str | os.PathLike[str] | None = None,

@@ -124,8 +124,11 @@ def _find_backbones(model: nn.Module) -> dict[str, Any]:
     """The vision transformers in `model` (itself, or several inside it), by path."""
     found: dict[str, Any] = {}
     for path, module in hooks.named_plain_modules(model):
-        if hasattr(getattr(module, "patch_embed", None), "grid_size") and not any(
-            path.startswith(f"{p}.") for p in found
+        # `blocks` at one grid; a pyramid such as PiT pools its tokens between its stages
+        if (
+            hasattr(module, "blocks")
+            and hasattr(getattr(module, "patch_embed", None), "grid_size")
+            and not any(path.startswith(f"{p}.") for p in found)
         ):
             found[path] = module
     if not found:

@@ -120,6 +120,8 @@ def test_targets_stack_and_other_models_are_refused():
         apply_adapter(small_vit(), "gmm", targets="blocks.0.attention")
     with pytest.raises(InputError, match="patch grid"):
         apply_adapter(timm.create_model("resnet18", pretrained=False), "gmm")
+    with pytest.raises(InputError, match="PoolingVisionTransformer"):  # its stages have grids of their own
+        apply_adapter(timm.create_model("pit_ti_224"), "gmm")
     with pytest.raises(InputError, match="no timm ViT attention"):
         apply_adapter(timm.create_model("swin_tiny_patch4_window7_224", pretrained=False), "gmm")
 

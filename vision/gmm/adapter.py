@@ -55,7 +55,8 @@ class GMMAdapter(Adapter):
             p: (m, backbone)
             for path, backbone in backbones.items()
             for p, m in hooks.named_plain_modules(model)
-            if p.startswith(f"{path}." if path else "") and _is_timm_attention(m)
+            # `blocks` at one grid: a pyramid such as PiT pools its tokens between its stages
+            if hasattr(backbone, "blocks") and p.startswith(f"{path}." if path else "") and _is_timm_attention(m)
         }
         names = list(candidates) if config.targets is None else match_targets(config.targets, candidates)
         left_out = set(match_targets(config.exclude, names))
@@ -109,7 +110,7 @@ class GMMAdapter(Adapter):
 
 
 NO_ATTENTION = (
-    "The {} has no timm ViT attention (timm.layers.Attention); Swin, BEiT, EVA and rope models have attention of their own. "
+    "The {} has no timm ViT attention (timm.layers.Attention); Swin, BEiT, EVA, PiT and rope models have attention of their own. "
     "Use a 'vit_*' or 'deit_*' model."
 )
 
@@ -124,11 +125,8 @@ def _find_backbones(model: nn.Module) -> dict[str, Any]:
     """The vision transformers in `model` (itself, or several inside it), by path."""
     found: dict[str, Any] = {}
     for path, module in hooks.named_plain_modules(model):
-        # `blocks` at one grid; a pyramid such as PiT pools its tokens between its stages
-        if (
-            hasattr(module, "blocks")
-            and hasattr(getattr(module, "patch_embed", None), "grid_size")
-            and not any(path.startswith(f"{p}.") for p in found)
+        if hasattr(getattr(module, "patch_embed", None), "grid_size") and not any(
+            path.startswith(f"{p}.") for p in found
         ):
             found[path] = module
     if not found:

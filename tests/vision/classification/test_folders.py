@@ -339,8 +339,8 @@ def test_an_interrupted_command_says_so_and_can_be_run_again(
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_command_interrupted_before_training_says_so(number: int, code: int) -> None:
     script = (
-        "import os, mmkit.cli as cli\n"
-        f"cli.COMMANDS.get = lambda name: os.kill(os.getpid(), {int(number)})\n"
+        "import os, time, mmkit.cli as cli\n"
+        f"cli.COMMANDS.get = lambda name: (os.kill(os.getpid(), {int(number)}), time.sleep(60))\n"
         "cli.app(['finetune', '--data', 'x'])\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)

@@ -41,6 +41,7 @@ def test_the_first_tokens_do_not_see_the_last() -> None:
     assert not torch.allclose(block(x)[:, 12:], block(changed)[:, 12:])
 
 
+@pytest.mark.slow
 def test_a_compiled_training_step_gives_the_same_gradients() -> None:
     torch.manual_seed(0)
     block = Mamba(16, d_state=8, backend="cpu")

@@ -34,6 +34,7 @@ def holder(folder: Path) -> subprocess.Popen[str]:
     return process
 
 
+@pytest.mark.slow
 def test_a_folder_in_use_is_refused_and_taken_over_after_kill_9(tmp_path: Path) -> None:
     process = holder(tmp_path / "run")
     with (

@@ -339,7 +339,8 @@ def test_an_interrupted_command_says_so_and_can_be_run_again(
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_command_interrupted_before_training_says_so(number: int, code: int) -> None:
     script = (
-        "import os, time, mmkit.cli as cli\n"
+        "import os, signal, time, mmkit.cli as cli\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job's child would ignore it\n"
         f"cli.COMMANDS.get = lambda name: (os.kill(os.getpid(), {int(number)}), time.sleep(60))\n"
         "cli.app(['finetune', '--data', 'x'])\n"
     )

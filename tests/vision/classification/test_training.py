@@ -33,6 +33,7 @@ def test_plan_before_training_says_what_is_trained(few_digits) -> None:  # type:
     assert about["class_names"] == ["0", "1", "2"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["ssf", "lora", "full"])
 def test_result_is_saved_loaded_and_merged(few_digits, method: str, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     prepared = prepare(few_digits, "tiny_vit", adapter=method)
@@ -124,6 +125,7 @@ def folder_of_images(tmp_path: Path, few_digits) -> Path:  # type: ignore[no-unt
     return root
 
 
+@pytest.mark.slow
 def test_command_line_from_folder_to_prediction(folder_of_images: Path, tmp_path: Path) -> None:
     call = CliRunner().invoke
     out, merged = str(tmp_path / "out"), str(tmp_path / "merged")

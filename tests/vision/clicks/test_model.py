@@ -240,6 +240,7 @@ def test_a_foreign_file_is_not_taken_for_int8(tmp_path):
         load_int8(tmp_path / "model.safetensors")
 
 
+@pytest.mark.slow
 def test_exported_program_agrees_for_other_batch_sizes():
     model = mini(negative_clicks=True)
     program = export_program(model).module()

@@ -126,6 +126,7 @@ def test_targets_stack_and_other_models_are_refused():
         apply_adapter(timm.create_model("swin_tiny_patch4_window7_224", pretrained=False), "gmm")
 
 
+@pytest.mark.slow
 def test_half_precision_and_compiled_models():
     model, images = small_vit(), torch.randn(1, 3, 64, 64)
     adapter = apply_adapter(model, "gmm")

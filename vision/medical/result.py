@@ -148,6 +148,7 @@ class SegmentationResult(Result):
 
 
 def color_of(label: int) -> tuple[int, int, int]:
+    """The RGB color, 0..255, that a label is drawn in."""
     return COLORS[0] if label == 0 else COLORS[1 + (label - 1) % (len(COLORS) - 1)]
 
 

@@ -6,6 +6,9 @@ STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 export GRADIO_ANALYTICS_ENABLED ?= False
 
+# Tests run in as many processes as there are cores, a file at a time; PARALLEL= runs them in one.
+PARALLEL ?= -n auto --dist loadfile
+
 .PHONY: demo test test-fast lint bench clean
 
 $(STAMP): pyproject.toml
@@ -18,10 +21,10 @@ demo: $(STAMP)  ## the studio on 127.0.0.1:7860; HEADLESS=1 runs the main job wi
 	$(BIN)/mmkit demo $(if $(HEADLESS),--headless)
 
 test: $(STAMP)  ## everything
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q $(PARALLEL)
 
 test-fast: $(STAMP)  ## without training runs, processes and browsers
-	$(BIN)/python -m pytest -q -m "not slow and not browser"
+	$(BIN)/python -m pytest -q $(PARALLEL) -m "not slow and not browser"
 
 TYPES := build/typecheck
 lint: $(STAMP)  ## ruff, and mypy on an installed copy (it cannot follow an editable install into the domain folders)

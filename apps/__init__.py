@@ -15,6 +15,9 @@ try:
 except ImportError as error:
     raise BackendUnavailableError('The studio needs gradio: pip install "mmkit[apps]"') from error
 
-from mmkit.apps.frame import App, build_studio, launch_studio, output_folder, readable
+from mmkit.apps.frame import App, build_studio
+from mmkit.apps.handlers import readable
+from mmkit.apps.server import launch_studio
+from mmkit.apps.sessions import output_folder
 
 __all__ = ["App", "build_studio", "launch_studio", "output_folder", "readable"]

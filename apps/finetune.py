@@ -5,11 +5,11 @@ It calls `mmkit.vision.classification`, as `mmkit finetune` does. What a visitor
 
 from __future__ import annotations
 
-import html
-import os
+import functools
 import threading
 import uuid
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -17,6 +17,7 @@ from PIL import Image
 
 from mmkit.apps import finetune_view as view
 from mmkit.apps.finetune_work import (
+    AUTOMATIC,
     BACKBONES,
     DIGITS,
     KEPT_RUNS,
@@ -26,6 +27,7 @@ from mmkit.apps.finetune_work import (
     examples_with_predictions,
     forget,
     held_back,
+    label_of,
     open_data,
     pack,
     report_of,
@@ -33,6 +35,8 @@ from mmkit.apps.finetune_work import (
     train_in_thread,
 )
 from mmkit.apps.frame import App, readable
+from mmkit.apps.handlers import number, plain
+from mmkit.apps.look import shows
 from mmkit.backbones import save_backbone
 from mmkit.data import load_digits
 from mmkit.errors import InputError, MMKitError, RunDiffersError
@@ -40,6 +44,7 @@ from mmkit.vision.classification import (
     LEARNING_RATES,
     FinetuneResult,
     ImageClassificationPipeline,
+    train_prepared,
 )
 
 METHODS: dict[str, str] = {
@@ -53,6 +58,7 @@ METHODS: dict[str, str] = {
 
 
 CONTINUE = "Continue the last run"
+AUGMENT = {"For photographs": None, "Always": True, "Never": False}
 LABELS = {"ssf": "SSF", "lora": "LoRA", "bitfit": "BitFit", "linear_probe": "Linear probe", "full": "All weights"}
 
 
@@ -65,14 +71,14 @@ def show_plan(
         data = open_data(source, archive, session_of(request))
         prepared = build_model(data, backbone, method)
     except MMKitError as error:
-        return (f"⚠️ {html.escape(str(error))}", *blank)
+        return (f"⚠️ {plain(error)}", *blank)
     firsts = [data.labels.index(i) for i in range(min(len(data.class_names), 10))]
     raw = data.with_transform(None)
     examples = view.strip([(raw[i][0], data.class_names[data.labels[i]]) for i in firsts])
     skipped = f" {len(data.skipped)} unreadable files are left out." if data.skipped else ""
     summary = (
         f"**{len(data.class_names)} classes**: {len(prepared.train):,} pictures to train on, {len(prepared.val):,} held back "
-        f"to measure.{skipped}"
+        f"to measure.{skipped}" + (f" Automatic takes {label_of(prepared)}." if backbone == AUTOMATIC else "")
     )
     return (
         summary,
@@ -124,6 +130,14 @@ def _in_words_of_the_page(steps: Iterator[Any]) -> Iterator[Any]:
         raise error.reworded("The page", _FIELDS, advice) from None
 
 
+def _whole(name: str, value: Any, low: int, high: int) -> int:
+    return int(number(name, value, low, high, whole=True))
+
+
+def _seed(value: Any) -> int:
+    return _whole("Seed", value, 0, 2**31 - 1)
+
+
 @readable
 def train(
     source: str,
@@ -134,7 +148,7 @@ def train(
     lr: float | None,
     batch_size: int,
     seed: int,
-    augment: bool,
+    augment: str,
     resume: bool,
     request: gr.Request,
 ) -> Iterator[tuple[Any, ...]]:
@@ -144,7 +158,11 @@ def train(
     """
     session = session_of(request)
     stop = session.stop
-    prepared = build_model(open_data(source, archive, session), backbone, method, seed, augment)
+    epochs, batch_size, seed = _whole("Epochs", epochs, 1, 50), _whole("Batch size", batch_size, 1, 512), _seed(seed)
+    lr = None if lr in (None, "", 0) else number("Learning rate", lr, 1e-7, 1)
+    prepared = build_model(open_data(source, archive, session), backbone, method, seed, AUGMENT[augment])
+    pictures = session.data[0] if session.data else source
+    earlier = session.curves.get(pictures, [])
     session.count += 1
     run = f"{session.count}: {LABELS[method]}"
     losses: list[tuple[int, float]] = []
@@ -154,43 +172,51 @@ def train(
     folder = session.last_run if resume and session.last_run is not None else session.new_folder("run")
     session.last_run = folder
     keep = (gr.skip(),) * 8
-    yield (f"Run {run}: preparing ...", view.loss_curve([]), view.accuracy_curve(session.curves, epochs), *keep)
-    options = {"epochs": int(epochs), "lr": lr or None, "batch_size": int(batch_size), "seed": int(seed)}
+    yield (
+        f"Run {run}: preparing ...",
+        view.loss_curve([]),
+        view.accuracy_curve(earlier, name_of(pictures), epochs),
+        *keep,
+    )
+    options = {"epochs": epochs, "lr": lr, "batch_size": batch_size, "seed": seed}
     result = None
-    for steps, result in _in_words_of_the_page(train_in_thread(prepared, stop, output_dir=folder, **options)):
+    for steps, result in _in_words_of_the_page(
+        train_in_thread(functools.partial(train_prepared, prepared), stop, output_dir=folder, **options)
+    ):
         losses += [(s.step, s.loss) for s in steps]
         for s in steps:
             if "accuracy" in s.metrics and (not points or points[-1][1] != s.metrics["accuracy"]):
-                points.append((round(s.step * int(epochs) / s.total, 2), s.metrics["accuracy"]))
-        os.utime(session.folder)
+                points.append((round(s.step * epochs / s.total, 2), s.metrics["accuracy"]))
+        session.keep()
         if result is None and steps:
             last = steps[-1]
             status = f"Run {run}: step {last.step} of {last.total}, epoch {last.epoch}, loss {last.loss:.3f}"
             if points:
                 status += f", {view.percent(points[-1][1])} right"
-            curves = [*session.curves, (run, points)]
-            yield (status, view.loss_curve(losses, last.total), view.accuracy_curve(curves, epochs), *keep)
+            curves = view.accuracy_curve([*earlier, (run, points)], name_of(pictures), epochs)
+            yield (status, view.loss_curve(losses, last.total), curves, *keep)
     assert result is not None  # train_in_thread ends with it or raises
     history = [(h["epoch"], h["accuracy"]) for h in result.fit.history if "accuracy" in h]
-    yield finish(session, result, run, backbone, losses, history)
+    yield finish(session, result, run, pictures, losses, history)
 
 
 def finish(
     session: Session,
     result: FinetuneResult,
     run: str,
-    backbone: str,
+    pictures: str,
     losses: list[tuple[int, float]],
     history: list[tuple[float, float]],
 ) -> tuple[Any, ...]:
     """Keep the result in the session and say what came out."""
     report = report_of(result)
-    session.curves = [*session.curves, (run, history)][-KEPT_RUNS:]
-    session.runs = [*session.runs, {**report, "run": run, "backbone": backbone.split(",")[0]}][-KEPT_RUNS:]
+    session.curves[pictures] = [*session.curves.get(pictures, []), (run, history)][-KEPT_RUNS:]
+    shown = {"run": run, "pictures": name_of(pictures), "backbone": label_of(result.prepared)}
+    session.runs = [*session.runs, {**report, **shown}][-KEPT_RUNS:]
     ended = "stopped" if report["stopped"] == "cancelled" else report["stopped"]
     status = f"Run {run}: {ended} after {report['steps']} steps."
     table = view.runs_table(session.runs)
-    curves = (view.loss_curve(losses), view.accuracy_curve(session.curves))
+    curves = (view.loss_curve(losses), view.accuracy_curve(session.curves[pictures], name_of(pictures)))
     if not report["steps"] or result.folder is None:
         return (status, *curves, gr.update(visible=False), "", None, None, table, "", gr.skip(), gr.skip())
     session.result = result
@@ -212,6 +238,11 @@ def finish(
         gr.update(visible=adapted),
         gr.update(visible=False),
     )
+
+
+def name_of(pictures: str) -> str:
+    """How the page calls the pictures of a run: the zip by its name."""
+    return pictures if pictures == DIGITS else Path(pictures).name
 
 
 def _trained(request: gr.Request) -> FinetuneResult:
@@ -266,7 +297,7 @@ def plan_endpoint(backbone: str = "tiny_vit", adapter: str = "ssf") -> dict[str,
     """What fine-tuning on the sample digits would train, without training.
 
     Args:
-        backbone: "tiny_vit", "mobilenetv2", "vit_tiny_patch16_224", "convnext_atto" or "resnet10t".
+        backbone: "auto" (by the size of the pictures), "tiny_vit", "mobilenetv2", "vit_tiny_patch16_224", "convnext_atto" or "resnet10t".
         adapter: "ssf", "lora", "bitfit", "linear_probe" or "full".
 
     Returns:
@@ -283,17 +314,17 @@ def train_endpoint(
 
     Args:
         archive: a zip with one folder of pictures per class, or None for the sample digits.
-        backbone: "tiny_vit", "mobilenetv2", "vit_tiny_patch16_224", "convnext_atto" or "resnet10t".
+        backbone: "auto" (by the size of the pictures), "tiny_vit", "mobilenetv2", "vit_tiny_patch16_224", "convnext_atto" or "resnet10t".
         adapter: "ssf", "lora", "bitfit", "linear_probe" or "full".
         epochs: passes over the pictures, 1 to 50.
         seed: of the split and the start.
     """
-    if not 1 <= epochs <= 50:
-        raise InputError(f"epochs must lie in 1..50, not {epochs:g}.")
+    epochs, seed = _whole("epochs", epochs, 1, 50), _seed(seed)
     session = Session()
-    prepared = build_model(open_data(UPLOAD if archive else DIGITS, archive, session), backbone, adapter, int(seed))
+    prepared = build_model(open_data(UPLOAD if archive else DIGITS, archive, session), backbone, adapter, seed)
     folder = session.new_folder("run")
-    for steps, result in train_in_thread(prepared, session.stop, output_dir=folder, epochs=int(epochs), seed=int(seed)):
+    training = functools.partial(train_prepared, prepared)
+    for steps, result in train_in_thread(training, session.stop, output_dir=folder, epochs=epochs, seed=seed):
         if result is not None:
             yield report_of(result), pack(folder, folder.with_suffix(".zip"))
         elif steps:
@@ -324,15 +355,22 @@ def _controls() -> dict[str, Any]:
             value=None, minimum=0, maximum=1, step=1e-4, elem_id="finetune-lr",
         )  # fmt: skip
         c["batch"] = gr.Slider(4, 128, 32, step=4, label="Batch size", elem_id="finetune-batch")
-        c["seed"] = gr.Number(label="Seed", value=0, precision=0, minimum=0, elem_id="finetune-seed")
-        c["augment"] = gr.Checkbox(
-            label="Random crops and flips", info="Not for digits or text", elem_id="finetune-augment"
-        )
+        c["seed"] = gr.Number(label="Seed", value=0, precision=0, minimum=0, maximum=2**31 - 1, elem_id="finetune-seed")
+        c["augment"] = gr.Radio(
+            list(AUGMENT), value="For photographs", label="Random crops and flips", info="Not for digits or text",
+            elem_id="finetune-augment",
+        )  # fmt: skip
         c["resume"] = gr.Checkbox(
             label=CONTINUE, info="Goes on where it was stopped, or for more epochs", elem_id="finetune-resume"
         )
     with gr.Row():
-        c["train"] = gr.Button("Train", variant="primary", interactive=False, elem_id="finetune-train")
+        c["train"] = gr.Button(
+            "Train",
+            variant="primary",
+            interactive=False,
+            elem_id="finetune-train",
+            elem_classes=shows("finetune-status", work=True),
+        )
         c["stop"] = gr.Button("Stop", variant="stop", interactive=False, elem_id="finetune-stop")
     return c
 
@@ -381,7 +419,6 @@ def _results(c: dict[str, Any]) -> None:
 
 def build() -> None:
     """The page."""
-    gr.HTML(view.CSS, padding=False)
     with gr.Row():
         with gr.Column(scale=4, min_width=320):
             c = _controls()
@@ -402,11 +439,15 @@ def build() -> None:
     ]  # fmt: skip
     limit: dict[str, Any] = {"concurrency_id": "training", "concurrency_limit": 1}
     started = c["train"].click(begin, None, [*buttons, c["status"], c["result"], c["image"]], queue=False, **private)
-    done = started.then(train, [*chosen, *settings], outputs, show_progress="hidden", **limit, **private)
-    done.then(end, None, buttons, queue=False, **private)
+    done = started.then(
+        train, [*chosen, *settings], outputs, show_progress="minimal", show_progress_on=c["status"], **limit, **private
+    )
+    for ended in (done.success, done.failure):  # `then` does not come when a field is refused before the handler runs
+        ended(end, None, buttons, queue=False, **private)
     c["stop"].click(stop_training, None, [c["status"], c["stop"]], queue=False, show_progress="hidden", **private)
     c["merge"].click(merge, None, [c["merge_text"], c["merged"]], **private)
-    c["image"].change(classify, c["image"], c["label"], show_progress="minimal", **private)
+    tried = c["image"].change(classify, c["image"], c["label"], show_progress="minimal", **private)
+    tried.failure(lambda: None, None, c["label"], **private)
     c["shown"].select(pick, None, c["image"], show_progress="hidden", **private)
     _endpoints(limit)
 
@@ -430,4 +471,6 @@ APP = App(
     "Adapt a vision model to your pictures with a few thousand numbers, watch it learn, and take the adapter away as a small file.",
     build,
     forget,
+    sample="finetune-train",
+    picture="finetune-accuracy",
 )

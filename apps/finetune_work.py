@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import queue
+import shutil
 import threading
 import uuid
 import zipfile
-from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,10 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from mmkit.apps.frame import output_folder
+from mmkit.apps import limits
+from mmkit.apps.finetune_view import Curve
+from mmkit.apps.limits import in_bytes
+from mmkit.apps.sessions import Sessions, output_folder, require_space, workspace
 from mmkit.data import ImageDataset, load_digits, open_dataset
 from mmkit.errors import InputError, nearest
 from mmkit.training import StepInfo
@@ -24,14 +27,17 @@ from mmkit.vision.classification import (
     FinetuneResult,
     ImageClassificationPipeline,
     Prepared,
+    default_backbone,
     prepare,
-    train_prepared,
 )
 
 DIGITS, UPLOAD = "Handwritten digits (sample)", "My pictures (zip)"
 
 
+AUTOMATIC = "Automatic: what suits the pictures"
+
 BACKBONES: dict[str, tuple[str, dict[str, Any]]] = {
+    AUTOMATIC: ("auto", {}),
     "Tiny ViT, 32 px, pre-trained (comes with mmkit)": ("tiny_vit", {}),
     "MobileNetV2, 160 px, knows photographs (comes with mmkit)": ("mobilenetv2", {"img_size": 160}),
     "ViT, 32 px, random weights": (
@@ -55,26 +61,36 @@ MAX_ZIP_FILES, MAX_ZIP_BYTES = 20_000, 1_000_000_000
 
 @dataclass
 class Session:
-    """What one visitor has on the server: a folder, the opened data, the last run and its result, and earlier runs."""
+    """What one visitor has on the server: a folder, the opened data, the last run and its result, and earlier runs.
 
-    folder: Path = field(default_factory=output_folder)
+    `curves` are kept by the pictures they were measured on: accuracies on different pictures do not compare.
+    """
+
+    key: str = ""
+    folder: Path | None = None
     stop: threading.Event = field(default_factory=threading.Event)
     data: tuple[str, ImageDataset] | None = None
     result: FinetuneResult | None = None
     last_run: Path | None = None
     runs: list[dict[str, Any]] = field(default_factory=list)
-    curves: list[tuple[str, list[tuple[float, float]]]] = field(default_factory=list)
+    curves: dict[str, list[Curve]] = field(default_factory=dict)
     count: int = 0
 
     def new_folder(self, kind: str) -> Path:
-        """A fresh path inside the session's folder, which is marked as in use."""
-        self.folder.mkdir(exist_ok=True)
-        os.utime(self.folder)
+        """A fresh path inside the session's folder, which is made when it is first needed."""
+        if self.folder is None or not self.folder.exists():
+            self.folder = output_folder()
+        self.keep()
         return self.folder / f"{kind}-{uuid.uuid4().hex[:12]}"
 
+    def keep(self) -> None:
+        """It is in use: neither its files nor what it holds in memory are old."""
+        SESSIONS.find(self.key)
+        if self.folder is not None and self.folder.exists():
+            os.utime(self.folder)
 
-_sessions: OrderedDict[str, Session] = OrderedDict()
 
+SESSIONS: Sessions[Session] = Sessions(KEPT_SESSIONS, on_drop=lambda session: session.stop.set())
 
 _lock = threading.Lock()
 
@@ -83,19 +99,19 @@ def session_of(request: gr.Request | None) -> Session:
     """The visitor's session; the one unused for longest gives way when there are too many."""
     key = request.session_hash if request is not None and request.session_hash else uuid.uuid4().hex
     with _lock:
-        session = _sessions.setdefault(key, Session())
-        _sessions.move_to_end(key)
-        while len(_sessions) > KEPT_SESSIONS:
-            _sessions.popitem(last=False)[1].stop.set()
+        session = SESSIONS.find(key)
+        if session is None:
+            session = Session(key)
+            SESSIONS.add(session, key)
     return session
 
 
 def forget(request: gr.Request) -> None:
-    """The visitor closed the page: stop what runs and drop what was kept."""
-    with _lock:
-        session = _sessions.pop(str(request.session_hash), None)
-    if session is not None:
-        session.stop.set()
+    """The visitor closed the page: stop what runs and drop what was kept, also on disk."""
+    session = SESSIONS.find(str(request.session_hash))
+    SESSIONS.drop(str(request.session_hash))
+    if session is not None and session.folder is not None:
+        shutil.rmtree(session.folder, ignore_errors=True)
 
 
 def open_data(source: str, archive: str | None, session: Session) -> ImageDataset:
@@ -110,11 +126,11 @@ def open_data(source: str, archive: str | None, session: Session) -> ImageDatase
     elif not zipfile.is_zipfile(archive):
         raise InputError("This file is not a zip. Pack one folder of pictures per class into a .zip file.")
     else:
+        require_space(0)
         folder = session.new_folder("data")
+        most = min(MAX_ZIP_BYTES, in_bytes(limits.DISK_QUOTA) - workspace().used())
         try:
-            data = open_dataset(
-                archive, on_error="skip", extract_to=folder, max_files=MAX_ZIP_FILES, max_bytes=MAX_ZIP_BYTES
-            )
+            data = open_dataset(archive, on_error="skip", extract_to=folder, max_files=MAX_ZIP_FILES, max_bytes=most)
         except InputError as error:  # without the server's paths
             text = str(error)
             for path in (str(archive), str(folder.resolve()), str(folder)):
@@ -124,19 +140,21 @@ def open_data(source: str, archive: str | None, session: Session) -> ImageDatase
     return data
 
 
-def build_model(data: ImageDataset, backbone: str, method: str, seed: int = 0, augment: bool = False) -> Prepared:
+def build_model(data: ImageDataset, backbone: str, method: str, seed: int = 0, augment: bool | None = None) -> Prepared:
     """`prepare` for a label of `BACKBONES` (or the name behind it) and a method. Raises `InputError`."""
     known = {**BACKBONES, **{name: (name, options) for name, options in BACKBONES.values()}}
     if backbone not in known:
         raise InputError(f"Unknown backbone {backbone!r}. {nearest(backbone, known)}")
     name, overrides = known[backbone]
+    if name == "auto":
+        name, overrides = known[default_backbone(data)]
     return prepare(data, name, method, seed=int(seed), augment=augment, overrides=overrides)
 
 
 def train_in_thread(
-    prepared: Prepared, stop: threading.Event, **options: Any
-) -> Iterator[tuple[list[StepInfo], FinetuneResult | None]]:
-    """Train in a thread and yield, a few times per second, the steps since the last time; at the end `([...], result)`.
+    train: Callable[..., Any], stop: threading.Event, **options: Any
+) -> Iterator[tuple[list[StepInfo], Any]]:
+    """Call `train` in a thread and yield, a few times per second, the steps since the last time; at the end `([...], result)`.
 
     Closing the generator, or setting `stop`, ends the training after the step it is in.
     """
@@ -145,9 +163,7 @@ def train_in_thread(
 
     def work() -> None:
         try:
-            outcome.append(
-                train_prepared(prepared, on_step=steps.put, should_stop=stop.is_set, progress=False, **options)
-            )
+            outcome.append(train(on_step=steps.put, should_stop=stop.is_set, progress=False, **options))
         except BaseException as error:  # handed to the generator below
             outcome.append(error)
 
@@ -170,6 +186,12 @@ def train_in_thread(
     finally:
         stop.set()
         thread.join(30)
+
+
+def label_of(prepared: Prepared) -> str:
+    """What the page calls the backbone in use."""
+    label = next(k for k, (name, _) in BACKBONES.items() if name == prepared.backbone["name"])
+    return label.split(",")[0]
 
 
 def report_of(result: FinetuneResult) -> dict[str, Any]:

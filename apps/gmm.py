@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import random
 import threading
 from typing import Any
@@ -11,7 +12,9 @@ import gradio as gr
 import numpy as np
 from PIL import Image
 
+from mmkit.apps.charts import Line, line_chart
 from mmkit.apps.frame import App, readable
+from mmkit.apps.handlers import moved
 from mmkit.data.drawn.pictures import class_names, draw
 
 LAYERS, HEADS, GRID = 3, 4, 8
@@ -55,6 +58,41 @@ def draw_picture() -> Image.Image:
     return draw(random.choice(names), np.random.default_rng(), 192)
 
 
+def first_picture(seed: int = 0) -> Image.Image:
+    """The picture the page opens with: the first drawn one that the model itself reads right."""
+    rng = np.random.default_rng(seed)
+    names = [n for n in class_names() if not n.startswith("glyph_")]
+    while True:
+        name = str(rng.choice(names))
+        picture = draw(name, rng, 192)
+        scores = explorer()(picture).predictions["trained"]
+        if max(scores, key=scores.get) == name:
+            return picture
+
+
+def nothing(status: str = "Draw or upload a picture.") -> tuple[Any, ...]:
+    """The page without an answer."""
+    return None, None, None, "", None, None, None, status
+
+
+def profile_chart(view: Any) -> str:
+    """The mask against the distance, as trained and with the edit."""
+    lines = [
+        Line("as trained", list(zip(view.distances, view.trained_profile, strict=True)), dashed=True),
+        Line("with your edit", list(zip(view.distances, view.profile, strict=True))),
+    ]
+    values = [0.0, *view.trained_profile, *view.profile]
+    low, high = math.floor(min(values)), max(math.ceil(max(values)), math.floor(min(values)) + 1)
+    return line_chart(
+        "Factor on the attention logit",
+        "distance in patches",
+        lines,
+        (0, float(max(view.distances))),
+        (low, high),
+        "{:.1f}",
+    )
+
+
 @readable
 def explore(
     image: Image.Image | None,
@@ -79,7 +117,7 @@ def explore(
         scope: "This head", "All heads of the layer" or "The whole model".
     """
     if image is None:
-        return (*[None] * 7, "Draw or upload a picture.")
+        return nothing()
     view = explorer()(
         image,
         int(layer) - 1,
@@ -98,7 +136,7 @@ def explore(
         view.mask_image(VIEW),
         view.attention_image(size=VIEW),
         view.attention_image(masked=False, size=VIEW),
-        view.profile_image(),
+        profile_chart(view),
         view.predictions["trained"],
         view.predictions["edited"],
         view.predictions["no mask"],
@@ -172,7 +210,7 @@ def build() -> None:
             status = gr.Textbox(label="What you see", interactive=False, elem_id="gmm-status")
             with gr.Row():
                 with gr.Column(scale=2, min_width=320):
-                    profile = _heat_map("profile", "Mask against distance")
+                    profile = gr.HTML(elem_id="gmm-profile")
                 labels = [
                     _prediction(name, title)
                     for name, title in (
@@ -182,20 +220,23 @@ def build() -> None:
                     )
                 ]
     controls: list[Any] = [image, layer, head, row, column, alpha, sigma, scope]
-    gr.on(
-        [control.change for control in controls],
-        explore,
-        inputs=controls,
-        outputs=[*maps, profile, *labels, status],
-        api_name="gmm_explore",
-        trigger_mode="always_last",
-        show_progress="minimal",
-    )
+    answer: list[Any] = [*maps, profile, *labels, status]
+    run: dict[str, Any] = {
+        "fn": explore,
+        "inputs": controls,
+        "outputs": answer,
+        "trigger_mode": "always_last",
+        "show_progress": "minimal",
+    }
+    private: dict[str, Any] = {"api_visibility": "private"}
+    asked = [gr.on([image.change, *moved(*controls[1:])], api_name="gmm_explore", **run)]
     another.click(draw_picture, outputs=image, api_name="gmm_draw")
-    gr.on(None, draw_picture, outputs=image, api_visibility="private")  # once, when the page opens
-    reset.click(lambda: (1, 1), outputs=[alpha, sigma], api_visibility="private")
-    for heat_map in maps:
-        heat_map.select(clicked_patch, outputs=[row, column], api_visibility="private")
+    gr.on(None, first_picture, outputs=image, **private)  # once, when the page opens
+    asked.append(reset.click(lambda: (1, 1), outputs=[alpha, sigma], **private).then(**run, **private))
+    clicked = gr.on([heat_map.select for heat_map in maps], clicked_patch, outputs=[row, column], **private)
+    asked.append(clicked.then(**run, **private))
+    for answered in asked:
+        answered.failure(lambda: nothing("No answer: see the message."), outputs=answer, **private)
 
 
 APP = App(
@@ -204,4 +245,5 @@ APP = App(
     "See how far each attention head of a small vision transformer looks, bend its mask with two sliders, and watch attention "
     "and prediction change.",
     build,
+    picture="gmm-mask",
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import html
 import os
@@ -13,21 +14,33 @@ import numpy as np
 from PIL import Image
 
 from mmkit.apps.frame import App, Sessions, output_folder, readable
+from mmkit.apps.handlers import moved, plain, wanted, with_limit
+from mmkit.apps.look import shows
 from mmkit.errors import InputError
 from mmkit.storage import write_json
-from mmkit.vision.medical import COLORS, MedicalSegmentationPipeline, SegmentationResult, Volume, is_volume, load_labels
+from mmkit.vision.medical import (
+    MedicalSegmentationPipeline,
+    SegmentationResult,
+    Volume,
+    color_of,
+    is_volume,
+    load_labels,
+)
 
 MODELS_VARIABLE = "MMKIT_MEDICAL_MODELS"
 """Environment variable: folders of further models (written by `save_pretrained`), separated as in PATH."""
 
 AUTOMATIC = "Automatic"
 AXES = {"Axial (Z)": 2, "Coronal (Y)": 1, "Sagittal (X)": 0}
-PREDICTION, TRUTH, NOTHING = "Prediction", "Ground truth", "Nothing"
-MAX_WINDOWS = 4096
-"""Inputs that need more windows than this are refused: they would take hours on a CPU."""
+PREDICTION, OUTLINES, TRUTH, NOTHING = "Prediction", "Outlines", "Ground truth", "Nothing"
+MAX_PICTURE = 4_200_000
+"""Pixels of a picture on this page: about a minute on one core. `MedicalSegmentationPipeline` itself takes larger ones."""
+MAX_WINDOWS = 256
+"""Inputs that need more windows than this are refused: they would take minutes on a CPU."""
 
 BEGIN = "Drop a picture or a volume to begin, or try a sample."
-_HEADERS = ["Class", "Objects", "Size", "Share", "Mean probability", "Dice"]
+FAILED = "No result: see the message."
+_HEADERS = ["Class", "Objects", "Size", "Share", "Mean score", "Dice"]
 SESSIONS: Sessions[Any] = Sessions(limit=12)
 _PROGRESS = gr.Progress()
 
@@ -77,9 +90,15 @@ def predict(
 
 
 def _predict(source: Any, model: str | None, truth: Any, progress: Any) -> tuple[SegmentationResult, np.ndarray | None]:
-    pipeline = choose_pipeline(model, 3 if is_volume(source) else 2)
+    volume = is_volume(source)
+    if not volume and isinstance(source, str):
+        with contextlib.suppress(OSError), Image.open(source) as header:  # what PIL cannot open is refused below
+            with_limit(header, MAX_PICTURE, "this page")
+    pipeline = choose_pipeline(model, 3 if volume else 2)
+    check = wanted()
 
     def report(done: int, total: int) -> None:
+        check()
         if total > MAX_WINDOWS:
             raise InputError(f"This input needs {total} windows; the page takes at most {MAX_WINDOWS}. Crop it first.")
         if progress is not None:
@@ -99,9 +118,9 @@ def table(result: SegmentationResult, truth: np.ndarray | None) -> str:
     rows = [_HEADERS]
     for row in result.measures(truth):
         size = f"{row['volume_mm3']:,.0f} mm³" if "volume_mm3" in row else f"{row['area_px']:,.0f} px"
-        probability = "-" if row["mean_probability"] is None else f"{row['mean_probability']:.2f}"
+        score = "-" if row["mean_score"] is None else f"{row['mean_score']:.2f}"
         overlap = f"{row['dice']:.3f}" if "dice" in row else "-"
-        rows.append([row["class"], str(row["objects"]), size, f"{row['percent']:.2f} %", probability, overlap])
+        rows.append([row["class"], str(row["objects"]), size, f"{row['percent']:.2f} %", score, overlap])
     style = "padding:6px 4px;text-align:left;border:0;border-bottom:1px solid var(--border-color-primary)"
     lines = [
         "".join(f'<{tag} style="{style}">{html.escape(cell)}</{tag}>' for cell in row)
@@ -112,10 +131,17 @@ def table(result: SegmentationResult, truth: np.ndarray | None) -> str:
     return f'<div style="width:0;min-width:100%;overflow-x:auto"><table style="{table_style}">{body}</table></div>'
 
 
+def alert(result: SegmentationResult) -> str:
+    """The result's warning, to stand above everything else that is said; "" without one."""
+    style = "border-left:4px solid #d97706;padding:2px 12px;margin:0 0 8px"
+    return f'<p role="alert" style="{style}"><b>{plain(result.warning)}</b></p>\n\n' if result.warning else ""
+
+
 def legend(result: SegmentationResult) -> str:
     """Colored squares with the class names, as Markdown."""
+    color = result.outline_color if result.stained else color_of
     squares = [
-        f'<span style="color:rgb{COLORS[1 + (i - 1) % (len(COLORS) - 1)]};font-size:1.3em">■</span> {html.escape(name)}'
+        f'<i class="studio-swatch" style="background:rgb{color(i)}"></i>{plain(name)}'
         for i, name in enumerate(result.class_names)
         if i
     ]
@@ -128,7 +154,9 @@ def draw(
     """The picture, or a slice in true proportions, under the chosen labels; enlarged when it is small."""
     number = AXES.get(axis, 2)
     labels = truth if show == TRUTH and truth is not None else result.mask
-    picture = result.overlay(0.0 if show == NOTHING else opacity, int(index), number, labels)
+    lines = show == OUTLINES or (show == TRUTH and result.stained)
+    fill = 0.0 if lines or show == NOTHING else opacity
+    picture = result.overlay(fill, int(index), number, labels, outline=result.outline_width if lines else 0)
     flat = result.mask.ndim == 2
     right, up = (1.0, 1.0) if flat else (s for a, s in enumerate(result.upright_spacing) if a != number)
     right, up = min(right / min(right, up), 20.0), min(up / min(right, up), 20.0)  # a header can claim any spacing
@@ -142,7 +170,7 @@ def export(result: SegmentationResult, truth: np.ndarray | None) -> tuple[str, s
     """Files for the download buttons: the mask (PNG or NIfTI) and the measures (JSON), under a random folder."""
     folder = output_folder()
     mask = result.save(folder / ("mask.png" if result.mask.ndim == 2 else "mask.nii.gz"))
-    write_json(folder / "measures.json", {"spacing": list(result.spacing), "classes": result.measures(truth)})
+    write_json(folder / "measures.json", result.record(truth))
     return str(mask), str(folder / "measures.json")
 
 
@@ -155,15 +183,17 @@ def _show(result: SegmentationResult, truth: np.ndarray | None, opacity: float) 
     if volume:
         note += " · spacing " + " x ".join(f"{s:g}" for s in result.spacing) + " mm"
     mask, record = export(result, truth)
+    first = OUTLINES if result.stained else PREDICTION
+    layers = [PREDICTION, OUTLINES, *([] if truth is None else [TRUTH]), NOTHING]
     depth = result.upright(result.mask).shape[2] - 1 if volume else 1
     return [
         SESSIONS.add((result, truth)),
-        draw(result, truth, PREDICTION, opacity, axis, best),
-        f"{note} &nbsp; {legend(result)}",
+        draw(result, truth, first, opacity, axis, best),
+        f"{alert(result)}{note} &nbsp; {legend(result)}",
         table(result, truth),
         gr.update(value=axis, visible=volume),
         gr.update(value=best, maximum=depth, visible=volume),
-        gr.update(value=PREDICTION, choices=[PREDICTION, NOTHING] if truth is None else [PREDICTION, TRUTH, NOTHING]),
+        gr.update(value=first, choices=layers),
         gr.update(value=mask, interactive=True),
         gr.update(value=record, interactive=True),
     ]
@@ -171,7 +201,8 @@ def _show(result: SegmentationResult, truth: np.ndarray | None, opacity: float) 
 
 @readable
 def on_file(file: str | None, truth: str | None, model: str, opacity: float, progress: Any = _PROGRESS) -> list[Any]:
-    """A file was dropped, or its truth or the model changed: segment it."""
+    """A file was dropped, or its truth or the model changed: segment it. The old result is void from here on."""
+    SESSIONS.forget()
     if file is None:
         return on_clear()
     progress(0, desc="Reading")
@@ -183,6 +214,7 @@ def on_sample(volume: bool, opacity: float, progress: Any = _PROGRESS) -> list[A
     """A drawn sample with its truth; the file boxes are emptied."""
     from mmkit.data.drawn.scans import sample_picture, sample_volume
 
+    SESSIONS.forget()
     progress(0, desc="Drawing")
     if volume:
         image, labels = sample_volume(7)
@@ -192,26 +224,31 @@ def on_sample(volume: bool, opacity: float, progress: Any = _PROGRESS) -> list[A
     return [None, None, *_show(*predict(source, AUTOMATIC, labels, progress), opacity)]
 
 
-def on_clear() -> list[Any]:
-    """The file was taken away: an empty page again."""
+def on_clear(status: str = BEGIN) -> list[Any]:
+    """The file was taken away, or could not be read: an empty page again."""
+    SESSIONS.forget()
     hidden = gr.update(visible=False)
     off = gr.update(value=None, interactive=False)
-    return [None, None, BEGIN, "", hidden, hidden, gr.update(), off, off]
+    return [None, None, status, "", hidden, hidden, gr.update(), off, off]
 
 
 @readable
 def on_view(key: str | None, show: str, opacity: float, axis: str, index: float) -> Any:
     """Another slice, opacity or layer."""
-    state: Any = SESSIONS.get(key) if key else ()
-    return draw(*state, show, opacity, axis, index) if key else None  # type: ignore[call-arg]
+    state: Any = SESSIONS.find(key)  # none while another input is at work: its answer will come
+    if state is None:
+        return gr.skip()
+    result, truth = state
+    return draw(result, truth, show, opacity, axis, index)
 
 
 @readable
 def on_axis(key: str | None, show: str, opacity: float, axis: str) -> tuple[Any, Any]:
     """Another viewing direction: the slider gets its length and stands at the fullest slice."""
-    if not key:
-        return None, gr.update()
-    result, truth = SESSIONS.get(key)
+    state: Any = SESSIONS.find(key)
+    if state is None:
+        return gr.skip(), gr.skip()
+    result, truth = state
     best = result.best_slice(AXES[axis])
     slider = gr.update(value=best, maximum=result.upright(result.mask).shape[AXES[axis]] - 1)
     return draw(result, truth, show, opacity, axis, best), slider
@@ -227,12 +264,13 @@ def segment_medical(file: str | None, model: str | None = None, truth: str | Non
         truth: a label map of the same size; adds Dice to the measures.
 
     Returns:
-        The mask file (PNG or .nii.gz), and {"spacing": [...], "classes": [measures per class]}.
+        The mask file (PNG or .nii.gz), and {"spacing": [...], "classes": [measures per class], "unlike": distance from the training
+        data over the limit or null, "warning": text to show when that is above 1}.
     """
     if file is None:
         raise InputError("Give a file.")
     result, labels = predict(file, model, truth)
-    return export(result, labels)[0], {"spacing": list(result.spacing), "classes": result.measures(labels)}
+    return export(result, labels)[0], result.record(labels)
 
 
 def build() -> None:
@@ -251,10 +289,13 @@ def build() -> None:
                 type="filepath",
                 height=180,
                 elem_id="medical-file",
+                elem_classes=shows("medical-view"),
             )
             with gr.Row():
-                picture = gr.Button("Sample picture", elem_id="medical-sample-picture")
-                volume = gr.Button("Sample volume", elem_id="medical-sample-volume")
+                picture = gr.Button(
+                    "Sample picture", elem_id="medical-sample-picture", elem_classes=shows("medical-view")
+                )
+                volume = gr.Button("Sample volume", elem_id="medical-sample-volume", elem_classes=shows("medical-view"))
             with gr.Accordion("Compare with ground truth", open=False, elem_id="medical-truth-box"):
                 truth = gr.File(
                     label="Label map of the same size (PNG or NIfTI)",
@@ -281,7 +322,9 @@ def build() -> None:
                 )
                 index = gr.Slider(0, 1, value=0, step=1, label="Slice", visible=False, scale=2, elem_id="medical-slice")
             with gr.Row():
-                show = gr.Radio([PREDICTION, NOTHING], value=PREDICTION, label="Show", scale=3, elem_id="medical-show")
+                show = gr.Radio(
+                    [PREDICTION, OUTLINES, NOTHING], value=PREDICTION, label="Show", scale=3, elem_id="medical-show"
+                )
                 opacity = gr.Slider(0, 1, value=0.45, step=0.05, label="Opacity", scale=2, elem_id="medical-opacity")
             measures = gr.HTML(padding=False, elem_id="medical-measures")
             with gr.Row():
@@ -290,16 +333,15 @@ def build() -> None:
     shared = [key, view, status, measures, axis, index, show, mask, record]
     private: dict[str, Any] = {"api_visibility": "private", "show_progress_on": view}
     given = [file, truth, model, opacity]
-    file.upload(on_file, given, shared, **private)
-    truth.upload(on_file, given, shared, **private)
-    truth.clear(on_file, given, shared, **private)
-    model.input(on_file, given, shared, **private)
-    file.clear(on_clear, None, shared, **private)
+    for asked in (file.upload, truth.upload, truth.clear, model.input):
+        asked(on_file, given, shared, **private).failure(functools.partial(on_clear, FAILED), None, shared, **private)
+    file.clear(on_clear, None, shared, concurrency_id="medical-view", **private)
     picture.click(functools.partial(on_sample, False), opacity, [file, truth, *shared], **private)
     volume.click(functools.partial(on_sample, True), opacity, [file, truth, *shared], **private)
-    quick: dict[str, Any] = {"show_progress": "hidden", "trigger_mode": "always_last", **private}
-    for control in (index, opacity, show):
-        control.input(on_view, [key, show, opacity, axis, index], view, **quick)
+    # Quick ones in one queue: a view of what was cleared never comes after the clearing.
+    view_queue: dict[str, Any] = {"concurrency_id": "medical-view", **private}
+    quick: dict[str, Any] = {"show_progress": "hidden", "trigger_mode": "always_last", **view_queue}
+    gr.on(moved(index, opacity, show), on_view, [key, show, opacity, axis, index], view, **quick)
     axis.input(on_axis, [key, show, opacity, axis], [view, index], **quick)
     endpoint = [gr.File(visible=False), gr.Textbox(visible=False), gr.File(visible=False)]
     gr.Button(visible=False).click(
@@ -313,4 +355,6 @@ APP = App(
     "Drop a microscopy picture (PNG, JPEG, TIFF) or a NIfTI volume (.nii, .nii.gz): see the segmentation slice by slice, "
     "read objects and volumes per class, compare with a ground truth, download the mask.",
     build,
+    sample="medical-sample-picture",
+    picture="medical-view",
 )

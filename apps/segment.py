@@ -14,6 +14,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from mmkit.apps.frame import App, Sessions, output_folder, readable
+from mmkit.apps.handlers import moved, with_limit
+from mmkit.apps.look import shows
 from mmkit.errors import InputError
 from mmkit.vision.clicks import RANDOM_WALKER, InteractiveSegmenter, Mask
 
@@ -25,18 +27,13 @@ VIEW_SIDE = 1280
 """The photo is shown and clicked at this size at most, so that every click is quick."""
 LARGEST_SIDE = 4096
 """Cut-outs have the size of the upload, up to this."""
+LARGEST = 4_200_000
+"""Pixels of a picture for the endpoint, which works at full size."""
 _TINT = (0, 170, 160)
 _BEGIN = "Drop a photo to begin, or try the sample below."
 
-_RIGHT_CLICK = """
-document.oncontextmenu = event => {
-  if (!event.target.closest('#segment-picture img')) return;
-  event.preventDefault();
-  window.segmentRemove = true;
-  event.target.dispatchEvent(new MouseEvent('click', {clientX: event.clientX, clientY: event.clientY, bubbles: true}));
-};
-"""
-_REMOVE_IF_RIGHT = f"""(key, mode, ...rest) => {{
+_SCRIPT = (Path(__file__).parent / "segment.js").read_text(encoding="utf-8")
+_REMOVE_IF_WANTED = f"""(key, mode, ...rest) => {{
   const remove = window.segmentRemove;
   window.segmentRemove = false;
   return [key, remove ? '{REMOVE}' : mode, ...rest];
@@ -98,7 +95,7 @@ def draw(segmenter: InteractiveSegmenter, opacity: float, corner: tuple[int, int
 
 
 def describe(segmenter: InteractiveSegmenter, seconds: float | None, note: str = "") -> str:
-    """The status line: latency, clicks, area, the model's own estimate."""
+    """The status line: latency, clicks, area, the overlap to be expected where that was measured."""
     mask = segmenter.mask
     if mask is None:
         return note or "Click the object you want."
@@ -109,8 +106,8 @@ def describe(segmenter: InteractiveSegmenter, seconds: float | None, note: str =
     if segmenter.box:
         parts.append("1 box")
     parts.append(f"{100 * mask.binary.mean():.1f} % of the picture")
-    if np.isfinite(mask.iou):
-        parts.append(f"the model rates its mask {100 * min(max(mask.iou, 0), 1):.0f} %")
+    if segmenter.calibrated and np.isfinite(mask.iou):
+        parts.append(f"masks like this overlap {100 * mask.iou:.0f} % with what was meant, on average")
     return " · ".join(parts)
 
 
@@ -127,7 +124,7 @@ def finish(key: str | None) -> tuple[Any, ...]:
 
     The session is read once: clicks and clearing may come while the files are written, and picture and files are of one mask.
     """
-    photo = SESSIONS.get(key) if key else None
+    photo = SESSIONS.find(key)
     mask = photo.segmenter.mask if photo else None
     if photo is None or mask is None:
         return None, gr.DownloadButton(value=None), gr.DownloadButton(value=None)
@@ -141,9 +138,18 @@ def finish(key: str | None) -> tuple[Any, ...]:
     )
 
 
+def _photo(key: str | None) -> Photo:
+    """The photo that an event was meant for. Raises `InputError` when another has taken its place."""
+    photo = SESSIONS.find(key)
+    if photo is None:
+        raise InputError("This photo has gone; do it again on the new one." if key else "Load a photo first.")
+    return photo
+
+
 @readable
 def on_upload(image: Image.Image | None, model: str, opacity: float) -> tuple[Any, ...]:
     """A new picture: a session of its own and a first proposal."""
+    SESSIONS.forget()
     if image is None:
         return on_clear()
     size = image.size
@@ -168,6 +174,7 @@ def on_sample(model: str, opacity: float) -> tuple[Any, ...]:
 
 def on_clear() -> tuple[Any, ...]:
     """The picture was removed: forget everything."""
+    SESSIONS.forget()
     off = gr.DownloadButton(value=None, interactive=False)
     return None, None, _BEGIN, None, off, off
 
@@ -177,7 +184,7 @@ def on_click(
     key: str | None, mode: str, corner: tuple[int, int] | None, opacity: float, event: gr.SelectData
 ) -> tuple[Any, ...]:
     """A click on the picture, in the pixels of the view."""
-    segmenter = SESSIONS.get(key).segmenter
+    segmenter = _photo(key).segmenter
     x, y = (int(v) for v in event.index)
     start = time.perf_counter()
     if mode != BOX:
@@ -192,7 +199,7 @@ def on_click(
 @readable
 def on_history(key: str | None, opacity: float, step: str) -> tuple[Any, ...]:
     """Undo, redo, or forget all clicks."""
-    segmenter = SESSIONS.get(key).segmenter
+    segmenter = _photo(key).segmenter
     {"undo": segmenter.undo, "redo": segmenter.redo, "clear": segmenter.reset}[step]()
     return show(segmenter, opacity, None)
 
@@ -200,7 +207,8 @@ def on_history(key: str | None, opacity: float, step: str) -> tuple[Any, ...]:
 @readable
 def on_opacity(key: str | None, opacity: float, corner: tuple[int, int] | None = None) -> Any:
     """Redraw only."""
-    return draw(SESSIONS.get(key).segmenter, opacity, corner) if key else gr.skip()
+    photo = SESSIONS.find(key)
+    return draw(photo.segmenter, opacity, corner) if photo else gr.skip()
 
 
 def on_mode(key: str | None, opacity: float) -> tuple[Any, None]:
@@ -213,7 +221,7 @@ def on_model(key: str | None, model: str, opacity: float) -> tuple[Any, ...]:
     """Another model for the same picture: the same clicks again."""
     if not key:
         return (gr.skip(),) * 6
-    photo = SESSIONS.get(key)
+    photo = _photo(key)
     old, segmenter = photo.segmenter, InteractiveSegmenter(load_engine(model))
     start = time.perf_counter()
     segmenter.set_image(old.image)  # type: ignore[arg-type]
@@ -241,6 +249,7 @@ def segment(image: Image.Image | None, prompt: dict[str, Any] | None, model: str
     choices = model_choices()
     if image is None:
         raise InputError("Give a picture.")
+    with_limit(image, LARGEST, "this endpoint")
     prompt = prompt or {}
     if not isinstance(prompt, dict) or set(prompt) - {"points", "labels", "box"}:
         raise InputError('The prompt must be like {"points": [[x, y]], "labels": [1], "box": [x0, y0, x1, y1]}.')
@@ -259,7 +268,8 @@ def build() -> None:
     """The page."""
     choices = model_choices()
     labelled = [(Path(name).name, name) for name in choices]
-    key, corner = gr.State(None), gr.State(None)
+    # Held by the page, not by the server: a click tells which photo it was meant for, also while another is on its way.
+    key, corner = gr.Textbox(visible=False), gr.State(None)
     with gr.Row():
         with gr.Column(scale=3, min_width=300):
             picture = gr.Image(
@@ -269,13 +279,15 @@ def build() -> None:
             status = gr.Markdown(_BEGIN, elem_id="segment-status")
             mode = gr.Radio(
                 [ADD, REMOVE, BOX], value=ADD, label="A click means", elem_id="segment-mode",
-                info="A right click, or a long press on a touch screen, always removes. A box takes two clicks: opposite corners.",
+                info="A right click, or a long press on a touch screen, always removes. A box takes two clicks: opposite corners. "
+                "By keyboard: Tab to the photo, move the cross with the arrow keys (Shift for small steps), Enter clicks, "
+                "Shift+Enter or Backspace removes.",
             )  # fmt: skip
             with gr.Row():
                 undo = gr.Button("Undo", min_width=90, elem_id="segment-undo")
                 redo = gr.Button("Redo", min_width=90, elem_id="segment-redo")
                 clear = gr.Button("Clear", min_width=90, elem_id="segment-clear")
-            sample = gr.Button("Try a sample photo", size="sm", elem_id="segment-sample")
+            sample = gr.Button("Try a sample photo", elem_id="segment-sample", elem_classes=shows("segment-picture"))
         with gr.Column(scale=2, min_width=300):
             cutout = gr.Image(
                 label="Cut-out", type="pil", interactive=False, format="png", image_mode="RGBA", height=400,
@@ -291,7 +303,7 @@ def build() -> None:
                 labelled, value=choices[0], label="Model", elem_id="segment-model",
                 info="squeezesam-photo is small and learnt mostly from cats and dogs; random-walker follows colors only.",
             )  # fmt: skip
-    gr.HTML(js_on_load=_RIGHT_CLICK, padding=False)
+    gr.HTML(js_on_load=_SCRIPT, padding=False)
     first, downloads = [picture, status, corner, png, record], [cutout, png, record]
     # One queue, so that clicks, uploads and undo keep their order.
     quick: dict[str, Any] = {"show_progress": "minimal", "api_visibility": "private", "concurrency_id": "segment"}
@@ -305,14 +317,14 @@ def build() -> None:
         uploaded.failure(on_clear, None, [key, *first], **quick),
         picture.clear(on_clear, None, [key, *first], **quick),
         picture.select(
-            on_click, [key, mode, corner, opacity], first, trigger_mode="multiple", js=_REMOVE_IF_RIGHT, **quick
+            on_click, [key, mode, corner, opacity], first, trigger_mode="multiple", js=_REMOVE_IF_WANTED, **quick
         ),
         sample.click(on_sample, [model, opacity], [key, *first], **quick),
         model.input(on_model, [key, model, opacity], [key, *first], **quick),
         *history,
     ):
         changed.success(finish, key, downloads, show_progress="hidden", api_visibility="private")
-    opacity.input(on_opacity, [key, opacity, corner], picture, trigger_mode="always_last", **quick)
+    gr.on(moved(opacity), on_opacity, [key, opacity, corner], picture, trigger_mode="always_last", **quick)
     mode.input(on_mode, [key, opacity], [picture, corner], **quick)
     endpoint = [gr.Image(type="pil", visible=False), gr.JSON(visible=False), gr.Textbox(visible=False)]
     gr.Button(visible=False).click(segment, endpoint, gr.JSON(visible=False), api_name="segment")
@@ -323,4 +335,6 @@ APP = App(
     "Click segmentation",
     "Drop a photo: what stands out is selected at once. Click what is missing, remove what is too much, and take the cut-out.",
     build,
+    sample="segment-sample",
+    picture="segment-picture",
 )

@@ -13,15 +13,21 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+from mmkit.apps.charts import heat_chart
 from mmkit.apps.frame import App, output_folder, readable
+from mmkit.apps.handlers import wanted
+from mmkit.apps.look import shows
 from mmkit.errors import InputError
 
 MODEL = "video_motion"
 MAX_SECONDS = 600
 """Longer videos are refused on this page."""
+MAX_PIXELS = 10_000_000_000
+"""Pixels of all frames together: a minute or two of work, three minutes of 1920 x 1080 at 30 frames a second."""
 
 ANY = "any direction"
 DIRECTIONS = (ANY, "moves left", "moves right", "moves up", "moves down", "stands still")
+BEGIN = "Draw a clip or drop a video."
 FORWARDS, BACKWARDS = "Forwards", "Backwards"
 SEPARATE, MERGED = "Adapters separate", "Adapters merged"
 
@@ -30,7 +36,8 @@ HELP = """
 frames are the same, only their order is new, and left becomes right. A model that averages frames cannot tell.
 **4.** Switch to *merged*: same answer, fewer parameters, nothing left to compute for the adapters.
 
-The bundled model is tiny and was trained on drawn clips: it tells where **one bright object** goes over a **darker, still background**.
+The bundled model is tiny and was trained on drawn clips: it tells where **one bright object** goes over **darker, still ground**. A
+picture that moves as a whole (a panning camera) and actions are out of its reach.
 """
 
 
@@ -85,27 +92,15 @@ def film_strip(frames: np.ndarray[Any, Any], seconds: np.ndarray[Any, Any], heig
     return strip
 
 
-def timeline(result: Any) -> Any:
-    """A figure of every class's score over time."""
-    from matplotlib.figure import Figure
+def timeline(result: Any) -> str:
+    """A chart of every class's score over time."""
+    stretches = [(w.start, w.end, [float(v) for v in w.scores]) for w in result.windows]
+    return heat_chart("Scores over time", result.class_names, stretches)
 
-    figure = Figure(figsize=(7.2, 3.0), layout="constrained")
-    axes = figure.subplots()
-    edges = [result.windows[0].start, *[w.end for w in result.windows]]
-    if len(result.windows) == 1:
-        best = np.argsort(result.windows[0].scores)
-        axes.barh([result.class_names[i] for i in best], result.windows[0].scores[best], color="#0d9488")
-        axes.set(xlim=(0, 1), xlabel="score for the whole clip")
-    else:
-        scores = np.array([w.scores for w in result.windows]).T
-        image = axes.imshow(
-            scores, aspect="auto", cmap="YlGnBu", vmin=0, vmax=1, extent=(edges[0], edges[-1], len(scores), 0)
-        )
-        axes.set_yticks(np.arange(len(scores)) + 0.5, result.class_names)
-        axes.set_xlabel("seconds")
-        figure.colorbar(image, ax=axes, label="score")
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure
+
+def nothing(status: str = BEGIN) -> tuple[Any, ...]:
+    """The page without an answer."""
+    return None, None, "", None, status
 
 
 @readable
@@ -121,15 +116,16 @@ def classify(
         form: "Adapters separate" or "Adapters merged".
     """
     if video is None:
-        return None, None, None, None, "Draw a clip or drop a video."
-    from mmkit.video import VideoReader
-
+        return nothing()
+    check = wanted()
     try:
-        with VideoReader(video) as reader:
-            if reader.duration > MAX_SECONDS:
-                raise InputError(f"The video is {reader.duration:.0f} s long; this page takes up to {MAX_SECONDS} s.")
+        _require_short(video)
         result = classifier(form == MERGED)(
-            video, window=seconds_per_window, backwards=direction == BACKWARDS, progress=False
+            video,
+            window=seconds_per_window,
+            backwards=direction == BACKWARDS,
+            progress=False,
+            on_progress=lambda done, total: check(),
         )
     except InputError as error:  # the visitor knows the file's name, not where the server keeps it
         raise InputError(str(error).replace(video, Path(video).name)) from error
@@ -142,15 +138,47 @@ def classify(
     return label, film_strip(result.strip, result.strip_seconds), timeline(result), rows, status
 
 
-def make_playable(video: str | None) -> Any:
-    """A copy that the browser plays, where it does not play the uploaded file (AVI and the like)."""
-    from mmkit.video import browser_copy
+def _require_short(video: str) -> None:
+    """Raise `InputError` when a video would take longer than this page wants to work."""
+    from mmkit.video import VideoReader
+
+    with VideoReader(video) as reader:
+        if reader.duration > MAX_SECONDS:
+            raise InputError(f"The video is {reader.duration:.0f} s long; this page takes up to {MAX_SECONDS} s.")
+        if len(reader) * reader.width * reader.height > MAX_PIXELS:
+            raise InputError(
+                f"The video has {len(reader)} frames of {reader.width} x {reader.height}, more than this page decodes. Cut it, or make "
+                "its frames smaller."
+            )
+
+
+def _needs_copy(video: str | None) -> bool:
+    """Whether the page will put a playable copy in the place of an uploaded file (AVI and the like)."""
+    from mmkit.video import plays_in_browser
 
     try:
-        copy = str(browser_copy(video, output_folder())) if video else video
+        return bool(video) and not plays_in_browser(str(video))
     except InputError:  # `classify` looks at the same file and says what is wrong
+        return False
+
+
+@readable
+def make_playable(video: str | None) -> Any:
+    """A copy that the browser plays, where it does not play the uploaded file."""
+    from mmkit.video import browser_copy
+
+    if video is None or not _needs_copy(video):
         return gr.skip()
-    return gr.skip() if copy == video else copy
+    try:
+        _require_short(video)
+        return str(browser_copy(video, output_folder()))
+    except InputError as error:
+        raise InputError(str(error).replace(video, Path(video).name)) from error
+
+
+def on_change(video: str | None, *settings: Any) -> tuple[Any, ...]:
+    """Classify what the page shows, once: a file whose playable copy is on its way waits for it."""
+    return (gr.skip(),) * 5 if _needs_copy(video) else classify(video, *settings)
 
 
 @readable
@@ -168,26 +196,23 @@ def compare() -> tuple[list[list[str]], str]:
 
 
 @readable
-def head_map() -> Any:
-    """A figure of the frame each head of each block looks at."""
-    from matplotlib.figure import Figure
+def head_map() -> str:
+    """A table of the frame each head of each block looks at, as HTML."""
 
-    table = np.array(classifier().model.adapter.offsets())
-    figure = Figure(figsize=(7.2, 0.6 * len(table) + 1.2), layout="constrained")
-    axes = figure.subplots()
-    limit = max(1, int(np.abs(table).max()))
-    axes.imshow(table, cmap="RdBu", vmin=-2 * limit, vmax=2 * limit, aspect="auto")
-    words = {0: "own frame"}
-    for (block, head), offset in np.ndenumerate(table):
-        text = words.get(
-            int(offset), f"{abs(offset)} frame{'s' if abs(offset) > 1 else ''}\n{'back' if offset < 0 else 'ahead'}"
+    def cell(offset: int) -> str:
+        frames = f"{abs(offset)} frame{'s' if abs(offset) > 1 else ''}"
+        return (
+            f'<td class="{"back" if offset < 0 else "ahead"}">{frames} {"back" if offset < 0 else "ahead"}</td>'
+            if offset
+            else "<td>own frame</td>"
         )
-        axes.text(head, block, text, ha="center", va="center", fontsize=9)
-    axes.set_xticks(range(table.shape[1]), [f"head {i + 1}" for i in range(table.shape[1])])
-    axes.set_yticks(range(table.shape[0]), [f"block {i + 1}" for i in range(table.shape[0])])
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
-    return figure
+
+    offsets = classifier().model.adapter.offsets()
+    head = "".join(f"<th>head {i + 1}</th>" for i in range(len(offsets[0])))
+    rows = "".join(
+        f"<tr><th>block {i + 1}</th>{''.join(cell(int(v)) for v in row)}</tr>" for i, row in enumerate(offsets)
+    )
+    return f'<table class="video-heads"><tr><th></th>{head}</tr>{rows}</table>'
 
 
 def build() -> None:
@@ -197,7 +222,7 @@ def build() -> None:
         with gr.Column(scale=1, min_width=320):
             video = gr.Video(label="Clip", sources=["upload"], height=280, elem_id="video-clip")
             wanted = gr.Dropdown(list(DIRECTIONS), value=ANY, label="Draw an object that", elem_id="video-direction")
-            draw = gr.Button("Draw a clip", variant="primary", elem_id="video-draw")
+            draw = gr.Button("Draw a clip", variant="primary", elem_id="video-draw", elem_classes=shows("video-label"))
             play = gr.Radio([FORWARDS, BACKWARDS], value=FORWARDS, label="Play it to the model", elem_id="video-play")
             form = gr.Radio([SEPARATE, MERGED], value=SEPARATE, label="Model", elem_id="video-form")
             window = gr.Slider(
@@ -224,7 +249,7 @@ def build() -> None:
             status = gr.Textbox(label="Summary", interactive=False, elem_id="video-status")
             with gr.Tabs():
                 with gr.Tab("Over time"):
-                    plot = gr.Plot(label="Scores", show_label=False, elem_id="video-plot")
+                    plot = gr.HTML(elem_id="video-plot")
                     table = gr.Dataframe(
                         headers=["When", "What", "Score"], interactive=False, label="Answers", elem_id="video-table"
                     )
@@ -241,17 +266,20 @@ def build() -> None:
                     gr.Markdown(
                         "Each attention head reads one frame: its own, or a neighbour's. That is all that sees motion."
                     )
-                    heads = gr.Plot(label="Frame offsets", show_label=False, elem_id="video-heads")
+                    heads = gr.HTML(elem_id="video-heads")
     controls: list[Any] = [video, window, play, form]
-    gr.on(
+    answer: list[Any] = [label, strip, plot, table, status]
+    asked = gr.on(
         [c.change for c in controls],
-        classify,
+        on_change,
         inputs=controls,
-        outputs=[label, strip, plot, table, status],
-        api_name="video_classify",
+        outputs=answer,
+        api_visibility="private",
         trigger_mode="always_last",
         show_progress="minimal",
     )
+    asked.failure(lambda: nothing("No answer: see the message."), outputs=answer, api_visibility="private")
+    gr.Button(visible=False).click(classify, controls, answer, api_name="video_classify")
     video.upload(make_playable, inputs=video, outputs=video, api_visibility="private", show_progress="minimal")
     draw.click(draw_clip, inputs=wanted, outputs=video, api_name="video_draw")
     gr.on(None, draw_clip, outputs=video, api_visibility="private")  # once, when the page opens
@@ -265,4 +293,5 @@ APP = App(
     "See what moves where in a clip, and when. A small image transformer recognises motion because some of its heads look at "
     "neighbouring frames; play the clip backwards, or merge its adapters, and compare.",
     build,
+    picture="video-strip",
 )

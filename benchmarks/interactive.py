@@ -1,17 +1,22 @@
 """Interactive segmentation: quality of the bundled photo model with simulated clicks, and what a click costs on a CPU.
 
     MMKIT_DATA_DIR=../shared/data python benchmarks/interactive.py quality
+    MMKIT_DATA_DIR=../shared/data python benchmarks/interactive.py rating    # --record keeps the lines with the weights
+    MMKIT_DATA_DIR=../shared/data python benchmarks/interactive.py grabcut   # needs opencv-python-headless
     python benchmarks/interactive.py cost             # --huge adds SAM ViT-H (about two minutes and 3 GB)
 
 Quality: mean IoU after 1, 3 and 5 clicks and number of clicks to 85 and 90 % IoU (cap 20), clicks placed as RITM places them, on
 objects of COCO test photos, Oxford pets test photos and BSDS500 regions; the baseline is scikit-image's random walker with the same
-click rule. Cost: process CPU seconds on one thread, each reference measured in the same run; random weights cost what trained ones do.
+click rule. Rating: how far the model's own IoU estimate is from the truth on held-out objects that are none of these, before and after
+a line per number of clicks, fitted on the other half of them. GrabCut: OpenCV's, one click. Cost: process CPU seconds on one thread,
+each reference measured in the same run; random weights cost what trained ones do.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
 import hashlib
 import json
 import os
@@ -26,11 +31,17 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from mmkit import weights as bundled
+from mmkit.backbones import load_weights
 from mmkit.storage import load_state, read_tensors, write_json
 from mmkit.vision.clicks import (
     Click,
     InteractiveSegmenter,
+    Mask,
+    Rating,
     SqueezeSAM,
+    SqueezeSAMEngine,
+    calibration_error,
     miou_at_k,
     noc,
     simulate_clicks,
@@ -39,7 +50,7 @@ from mmkit.vision.clicks import (
     squeeze_sam_small,
     squeeze_sam_tiny,
 )
-from mmkit.weights import weight_entry
+from mmkit.vision.clicks.rating import CLICKS
 
 RESULTS = Path(__file__).parent / "results"
 Example = tuple[str, Image.Image, np.ndarray, np.ndarray]
@@ -56,11 +67,11 @@ def coco_objects(data: Path) -> Iterator[Example]:
                 yield f"{record['id']}/{segment['id']}", image, target, np.zeros_like(target)
 
 
-def pets_objects(data: Path) -> Iterator[Example]:
-    """One animal per test photo; the unknown band is ignored."""
+def pets_objects(data: Path, split: str = "test") -> Iterator[Example]:
+    """One animal per photo; the unknown band is ignored."""
     folder = data / "seg_pets"
     for row in csv.DictReader((folder / "index.csv").read_text().splitlines()):
-        if row["split"] == "test" and row["mask"]:
+        if row["split"] == split and row["mask"]:
             ids = np.array(Image.open(folder / row["mask"]))
             yield row["path"], Image.open(folder / row["path"]).convert("RGB"), ids == 1, ids == 2
 
@@ -73,6 +84,22 @@ def bsds_objects(data: Path) -> Iterator[Example]:
         for k in np.unique(ids[ids > 0]):
             if (ids == k).mean() > 0.02:
                 yield f"{path.stem}/{k}", image, ids == k, np.zeros(ids.shape, bool)
+
+
+def held_out_objects(data: Path) -> list[Example]:
+    """Objects that neither trained the model nor test it: COCO photos with all their things labelled, and pets for validation."""
+    folder, found = data / "seg_more", []
+    for record in json.loads((folder / "annotations.json").read_text()):
+        things = [s for s in record["segments"] if s["isthing"] and not s["iscrowd"] and s["area"] > 1000]
+        if record["annotation"] == "instances" and things:
+            image, ids = (
+                Image.open(folder / record["image"]).convert("RGB"),
+                np.array(Image.open(folder / record["mask"])),
+            )
+            target = ids == things[record["id"] % len(things)]["id"]  # one of each photo
+            if target.sum() > 1000:
+                found.append((str(record["id"]), image, target, np.zeros_like(target)))
+    return found + list(pets_objects(data, "val"))
 
 
 SETS: dict[str, Callable[[Path], Iterator[Example]]] = {
@@ -104,6 +131,83 @@ def random_walker_predictor(image: Image.Image, side: int = 128) -> Callable[[li
         )
 
     return predict
+
+
+def grabcut_predictor(image: Image.Image, side: int = 256) -> Callable[[list[Click]], np.ndarray]:
+    """OpenCV's GrabCut at `side` pixels: the clicks are sure, the border probably background, all else probably the object."""
+    import cv2
+
+    scale = side / max(image.size)
+    small = np.asarray(image.resize([max(1, round(s * scale)) for s in image.size], Image.Resampling.BOX))[
+        ..., ::-1
+    ].copy()
+
+    def predict(clicks: list[Click]) -> np.ndarray:
+        kinds = np.full(small.shape[:2], cv2.GC_PR_FGD, np.uint8)
+        edge = max(2, side // 16)
+        kinds[:edge], kinds[-edge:], kinds[:, :edge], kinds[:, -edge:] = (cv2.GC_PR_BGD,) * 4
+        rows, cols = np.indices(kinds.shape)
+        for click in clicks:
+            near = (cols - click.x * scale) ** 2 + (rows - click.y * scale) ** 2 <= (side / 32) ** 2
+            kinds[near] = cv2.GC_FGD if click.positive else cv2.GC_BGD
+        cv2.setRNGSeed(0)
+        cv2.grabCut(small, kinds, None, np.zeros((1, 65)), np.zeros((1, 65)), 5, cv2.GC_INIT_WITH_MASK)
+        inside = ((kinds == cv2.GC_FGD) | (kinds == cv2.GC_PR_FGD)).astype(np.float32)
+        return np.asarray(Image.fromarray(inside).resize(image.size, Image.Resampling.BILINEAR)) > 0.5
+
+    return predict
+
+
+def grabcut(data: Path, limit: int) -> dict[str, dict[str, Any]]:
+    """Mean IoU of GrabCut after one click, beside the model's."""
+    session, table = SessionPredictor(InteractiveSegmenter(device="cpu")), {}
+    for name, read in SETS.items():
+        examples = spaced(list(read(data)), limit)
+        methods = {"squeezesam-photo": session.start, "GrabCut": lambda _, image: grabcut_predictor(image)}
+        for method, start in methods.items():
+            rows = [
+                simulate_clicks(start(label, image), target, max_clicks=1, ignore=ignore)
+                for label, image, target, ignore in tqdm(examples, desc=f"{name}, {method}", mininterval=5)
+            ]
+            table[f"{name}: {method}"] = {"mIoU@1": round(miou_at_k(rows, 1), 4), "objects": len(rows)}
+    return table
+
+
+def rating(data: Path, limit: int, keep: bool) -> tuple[dict[str, dict[str, Any]], Rating]:
+    """Calibration error of the model's estimate on one half of the held-out objects, with lines fitted on the other half."""
+    engine = SqueezeSAMEngine(load_weights("squeezesam-photo"))
+    segmenter, rows = InteractiveSegmenter(engine), []
+    examples = spaced(held_out_objects(data), limit)
+    for number, (_, image, target, ignore) in enumerate(tqdm(examples, desc="held-out objects", mininterval=5)):
+        segmenter.set_image(image)
+        masks: list[Mask] = []
+
+        def predict(clicks: list[Click], masks: list[Mask] = masks) -> np.ndarray:
+            masks.append(segmenter.add_click(clicks[-1].x, clicks[-1].y, clicks[-1].positive))
+            return masks[-1].binary
+
+        measured, estimates = simulate_clicks(predict, target, max_clicks=6, ignore=ignore), [m.iou for m in masks]
+        rows += [(number % 2, k, e, m) for k, (e, m) in enumerate(zip(estimates, measured, strict=False), 1)]
+    half = [[r for r in rows if r[0] == part] for part in (0, 1)]
+    line = Rating.fit([r[2] for r in half[0]], [r[3] for r in half[0]], [r[1] for r in half[0]])
+    table = {}
+    for count in range(1, CLICKS + 1):
+        own = [r for r in half[1] if min(r[1], CLICKS) == count]
+        raw, true = [r[2] for r in own], [r[3] for r in own]
+        put_right = line(torch.tensor(raw)[:, None], torch.full((len(own),), count))[:, 0].tolist()
+        table[f"click {count}" if count < CLICKS else f"clicks {CLICKS} to 6"] = {
+            "measured IoU": round(float(np.mean(true)), 3),
+            "the model's estimate": round(float(np.mean(raw)), 3),
+            "its calibration error": round(calibration_error(raw, true), 3),
+            "put right": round(float(np.mean(put_right)), 3),
+            "its calibration error then": round(calibration_error(put_right, true), 3),
+            "correlation": round(float(np.corrcoef(raw, true)[0, 1]), 3),
+            "masks": len(own),
+        }
+    if keep:
+        entry = bundled.weight_entry("squeezesam-photo")
+        bundled.record(dataclasses.replace(entry, extra={**entry.extra, "rating": line.to_dict()}))
+    return table, line
 
 
 class SessionPredictor:
@@ -246,7 +350,7 @@ def show(table: dict[str, dict[str, Any]]) -> str:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["quality", "cost"])
+    parser.add_argument("part", choices=["quality", "rating", "grabcut", "cost"])
     default = os.environ.get("MMKIT_DATA_DIR", Path(__file__).parents[2] / "shared" / "data")
     parser.add_argument("--data", type=Path, default=default)
     parser.add_argument("--limit", type=int, default=0, help="objects per set (0: all)")
@@ -254,23 +358,30 @@ def main() -> None:
     parser.add_argument(
         "--weights", type=Path, help="a file of examples/train_squeeze_sam.py instead of the bundled weights"
     )
+    parser.add_argument("--record", action="store_true", help="keep the fitted rating in the manifest")
     parser.add_argument("--huge", action="store_true", help="also measure SAM ViT-H")
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     torch.manual_seed(0)
+    found: dict[str, Any] = {}
     if args.part == "quality":
         table = quality(args.data, args.weights, args.limit, args.baseline)
+    elif args.part == "rating":
+        table, line = rating(args.data, args.limit, args.record)
+        found["rating"] = line.to_dict()
+    elif args.part == "grabcut":
+        table = grabcut(args.data, args.limit)
     else:
         table = cost(args.huge, args.repeats)
     print(show(table))
-    record: dict[str, Any] = {
+    about: dict[str, Any] = {
         "torch": torch.__version__, "python": platform.python_version(), "cores": os.cpu_count(), "device": "cpu",
         "limit": args.limit, "repeats": args.repeats,
     }  # fmt: skip
     if args.part == "quality":
-        file = args.weights or weight_entry("squeezesam-photo").path
-        record["weights sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
-    write_json(RESULTS / f"interactive_{args.part}.json", {**record, "rows": table})
+        file = args.weights or bundled.weight_entry("squeezesam-photo").path
+        about["weights sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
+    write_json(RESULTS / f"interactive_{args.part}.json", {**about, **found, "rows": table})
     (RESULTS / f"interactive_{args.part}.md").write_text(show(table) + "\n")
 
 

@@ -16,6 +16,7 @@ import functools
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -149,13 +150,17 @@ def killed_run(command: list[str], folder: Path, moment: str, step: int, delay: 
     """Run, kill -9 `delay` seconds after the `moment` at or after `step`, run again; returns where it was killed."""
     from mmkit.storage.runs import list_checkpoints
 
-    process = start(command)
-    while process.poll() is None and not reached(moment, folder, step):
-        time.sleep(0.0002)
-    time.sleep(delay)
-    process.kill()
-    code = process.wait()
-    assert code == -signal.SIGKILL, f"the run ended by itself (exit {code}) before it was killed"
+    for _ in range(5):
+        process = start(command)
+        while process.poll() is None and not reached(moment, folder, step):
+            time.sleep(0.0005)
+        time.sleep(delay)
+        process.kill()
+        code = process.wait()
+        if code == -signal.SIGKILL:
+            break
+        shutil.rmtree(folder)  # the moment was missed on a busy machine: try again
+    assert code == -signal.SIGKILL, f"the run ended by itself (exit {code}) five times before it was killed"
     saved = list_checkpoints(folder / "training" / "checkpoints") if folder.exists() else []
     half = [p for place in (folder.parent, folder) for p in place.rglob(".*") if p.name != ".mmkit.lock"]
     row = {

@@ -38,17 +38,14 @@ from mmkit.storage import atomic_write, read_json
 RESULTS = Path(__file__).parent / "results"
 COLUMNS = ("attach", "reached", "identity", "moves", "gradients", "merge", "restore", "files")
 MAY_REFUSE = ("attach", "reached", "merge")
-EVERYWHERE = (  # the cheap ones first
+CHEAP = (  # these first
     "ssf", "bitfit", "linear_probe", "lora", "ln_tuning", "ia3", "gmm", "zeroi2v", "dora", "loha", "oft",
 )  # fmt: skip
-REPRESENTATIVE = (  # these carry every other method, too
-    "timm/vision_transformer/vit", "timm/swin_transformer/swin", "timm/resnet/resnet", "timm/convnext/convnext",
-    "timm/efficientnet/efficientnet", "timm/beit/beit", "timm/mlp_mixer/mixer", "timm/nfnet/nfnet",
-    "open_clip/ViT-B-32", "open_clip/RN50", "diffusers/UNet2DConditionModel", "diffusers/SD3Transformer2DModel",
-    "transformers/dinov2", "transformers/convnext",
-)  # fmt: skip
-SETTINGS: dict[str, dict[str, Any]] = {
-    "ssf": {"init_std": 0.0}, "lora": {"r": 2}, "dora": {"r": 2}, "loha": {"r": 2}, "zeroi2v": {"num_frames": 2, "dropout": 0.0},
+SETTINGS: dict[str, dict[str, Any]] = {  # small enough for small models
+    "ssf": {"init_std": 0.0}, "zeroi2v": {"num_frames": 2, "dropout": 0.0},
+    **{n: {"r": 2} for n in ("lora", "dora", "loha", "lokr", "hira", "delora", "gralora", "hra", "miss", "psoft", "randlora")},
+    "oft": {"oft_block_size": 2}, "road": {"group_size": 2}, "c3a": {"block_size": 1}, "shira": {"r": 1},
+    "fourierft": {"n_frequency": 4}, "waveft": {"n_frequency": 4},
 }  # fmt: skip
 UNUSED = {"gmm": "a model that classifies from its class token ignores the mask of its last layer"}
 
@@ -183,11 +180,14 @@ class Trial:
         return adapted
 
     def gradients(self, adapter: Adapter, fresh: list[Tensor]) -> None:
-        """Every adapter tensor gets a gradient, no base tensor does; three starts, since a ReLU or a gate can be silent by chance."""
+        """Every adapter tensor gets a gradient, no base tensor does.
+
+        A ReLU or a gate can be shut by chance: tried ever nearer to the base, where `unused` tells which of them are.
+        """
         own = adapter.trainable_parameters()
         values = [p.detach().clone() for _, p in own]
         none = {k for k, _ in own}
-        for seed in (5, 6, 7):
+        for nearer in (0.002, 1e-5, 0.0):
             (self.animal.run() * self.facts.direction).sum().backward()
             leaked = [k for k, p in self.model.named_parameters() if p.grad is not None]
             none &= {k for k, p in own if p.grad is None or not p.grad.abs().max() > 0}
@@ -196,7 +196,7 @@ class Trial:
             missed = sorted(k for k in none if not self._unused(k, len(none)))
             if leaked or not missed:
                 break
-            randomise(adapter, seed, 0.002, fresh)  # a saturated gate passes no gradient: nearer to the base
+            randomise(adapter, 6, nearer, fresh)
         with torch.no_grad():
             for (_, p), value in zip(own, values, strict=True):
                 p.copy_(value)
@@ -318,13 +318,16 @@ def visit(maker: Any, methods: list[str], seconds: float) -> dict[str, Any]:
     return row | {"cpu_seconds": round(time.process_time() - start, 1)}
 
 
-def plan(pattern: str, wanted: list[str] | None) -> Iterator[tuple[str, Any, list[str]]]:
-    """(family, maker, methods): the common methods on every family, then the others on the representative ones."""
-    families = [(k, m) for k, m in zoo() if fnmatch.fnmatch(k, pattern)]
-    yield from ((k, m, wanted or list(EVERYWHERE)) for k, m in families)
-    rest = [n for n in list_adapters() if n not in EVERYWHERE]
-    if not wanted:
-        yield from ((k, m, rest) for k, m in families if k in REPRESENTATIVE)
+def plan(pattern: str, wanted: list[str] | None) -> list[tuple[str, Any, list[str]]]:
+    """(family, maker, methods), cheapest families first as far as an earlier run can tell (a variant is like its family)."""
+    methods = wanted or [*CHEAP, *(n for n in list_adapters() if n not in CHEAP)]
+    cost = {key: row["cpu_seconds"] / len(row["methods"]) for key, row in saved().items() if row.get("methods")}
+
+    def expected(family: tuple[str, Any, list[str]]) -> float:
+        module, _, name = family[0].rpartition("/")
+        return cost.get(family[0], cost.get(f"{module}/{name.partition('_')[0]}", float("inf")))
+
+    return sorted(((key, m, methods) for key, m in zoo() if fnmatch.fnmatch(key, pattern)), key=expected)
 
 
 def sweep(pattern: str, wanted: list[str] | None, again: bool, seconds: float, total: float) -> None:

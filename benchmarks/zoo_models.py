@@ -1,7 +1,7 @@
 """Who lives in the zoo: small members of every family of timm, open_clip, diffusers and transformers, found by name.
 
-A family of timm is what one of its modules calls by one leading word ("efficientnet/mixnet"), so that a new version of timm brings
-its new families along.
+A family of timm is what one of its modules calls by one leading word ("efficientnet/mixnet"), or a variant of it by the further
+words of its name ("vision_transformer/vit_siglip_gap"), so that a new version of timm brings its new families along.
 """
 
 from __future__ import annotations
@@ -86,6 +86,8 @@ def settle(name: str, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
     with torch.no_grad():
         for p in model.parameters():
             if p.is_floating_point():
+                if p.dim() == 1 and 0 < p.abs().max() < 1e-2 and p.min() == p.max():
+                    p.fill_(0.5)  # a layer scale, behind which nothing could be seen
                 p.add_(0.02 * torch.randn_like(p))
         args = tuple(_random(a) for a in args)
         kwargs = {k: _random(v) for k, v in kwargs.items()}
@@ -133,16 +135,26 @@ def _fit_statistics(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
 def _first(name: str, attempts: list[tuple[str, dict[str, Any]]]) -> Animal:
     """The first of several builds that runs on its example input."""
     reason: Exception | str = "no member"
+    hopeless: set[str] = set()
     for model_name, settings in attempts:
         torch.manual_seed(0)
+        small = f"{model_name} { ({k: v for k, v in settings.items() if k != 'img_size'}) }"
+        if small in hopeless:
+            continue
         try:
             model = create_backbone(model_name, **settings)
+            if min(getattr(getattr(model, "patch_embed", None), "grid_size", None) or (2,)) < 2:
+                raise Skipped(f"{model_name} sees a single patch")
             args, kwargs = example_input(model, 2) or _more_input(model)
             return settle(model_name, model, args, kwargs)
         except Skipped as skip:
             reason = skip
+            if "parameters" in str(skip):
+                hopeless.add(small)  # at no size of the picture
         except (MMKitError, RuntimeError, ValueError, TypeError, AssertionError, IndexError, AttributeError) as error:
             reason = error
+            if "unexpected keyword" in str(error) or "multiple values" in str(error):
+                hopeless.add(small)
     raise Skipped(f"{name}: {str(reason).splitlines()[0][:160]}")
 
 
@@ -162,21 +174,32 @@ def _timm() -> Iterator[tuple[str, Maker]]:
 
 
 def timm_families() -> dict[str, list[str]]:
-    """Architectures by "module/leading word", those whose names sound smallest first."""
+    """Architectures by "module/leading word", those whose names sound smallest first, and variants by "module/leading word_kind"."""
     import timm
     from timm.models import _registry
 
     families: dict[str, list[str]] = {}
+    variants: dict[str, list[str]] = {}
     for name in timm.list_models():
-        word = re.match(r"[a-z]+", name)
-        families.setdefault(f"{_registry._model_to_module[name]}/{word[0] if word else name}", []).append(name)
-    return {key: sorted(names, key=_sounds) for key, names in families.items()}
+        found = re.match(r"[a-z]+", name)
+        word = found[0] if found else name
+        family = f"{_registry._model_to_module[name]}/{word}"
+        families.setdefault(family, []).append(name)
+        if kinds := [
+            k for k in re.findall(r"(?<![a-z0-9])[a-z]{3,}", name[len(word) :]) if k not in (*_SIZES, "patch", "window")
+        ]:
+            variants.setdefault("_".join([family, *dict.fromkeys(kinds)]), []).append(name)
+    families = {key: sorted(names, key=_sounds) for key, names in families.items()}
+    variants = {key: sorted(names, key=_sounds) for key, names in variants.items()}
+    known = {names[0] for names in families.values()}
+    return families | {key: names for key, names in variants.items() if names[0] not in known}
 
 
 def _sounds(name: str) -> tuple[Any, ...]:
     """Sorts names by the size they speak of: words, then numbers, then length."""
     words = [w for w in re.split(r"[_\d]+", name)[1:] if w in _SIZES and w]
     rank = _SIZES.index(words[0]) if words else _SIZES.index("")
+    rank = len(_SIZES) if re.search(r"_\d+b(_|$)", name) else rank  # billions of parameters
     return rank, [int(n) for n in re.findall(r"\d+", name)][:3], len(name)
 
 
@@ -205,8 +228,8 @@ _SMALL: tuple[
 
 def _timm_attempts(names: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Narrow and shallow before wide and deep, small pictures before large."""
-    for name, size, small in itertools.product(names, (32, 64, 128, 224, 256), _SMALL):
-        yield f"timm:{name}", {"num_classes": 5, "img_size": size, **small}
+    for name, size, small in itertools.product(names, (32, 64, 128, 224, None), _SMALL):
+        yield f"timm:{name}", {"num_classes": 5, **({"img_size": size} if size else {}), **small}
 
 
 # --- open_clip --------------------------------------------------------------------------------------------------------------
@@ -297,7 +320,7 @@ def _more_input(model: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
             "hidden_states": torch.zeros(2, 4, 8, 8), "encoder_hidden_states": torch.zeros(2, 4, 12), "timestep": steps,
         },
         "HunyuanDiT2DModel": lambda: {
-            "hidden_states": torch.zeros(2, 4, 8, 8), "timestep": steps, "encoder_hidden_states": text,
+            "hidden_states": torch.zeros(2, 4, 8, 8), "timestep": torch.zeros(2), "encoder_hidden_states": text,
             "text_embedding_mask": torch.ones(2, 4), "encoder_hidden_states_t5": text, "text_embedding_mask_t5": torch.ones(2, 4),
             "image_meta_size": torch.zeros(12), "style": steps,
             "image_rotary_emb": (torch.zeros(16, 8), torch.zeros(16, 8)),
@@ -349,8 +372,8 @@ _TRANSFORMERS: dict[str, dict[str, Any]] = {
     "ijepa": _HF,
     "vit_msn": _HF,
     "mobilevit": {"hidden_sizes": (16, 24, 32), "neck_hidden_sizes": (8, 8, 8, 16, 16, 16, 32), "image_size": 64},
-    "pvt_v2": {"image_size": 32, "depths": (1, 1, 1, 1), "hidden_sizes": (8, 16, 32, 32)},
-    "dinov3_convnext": {"hidden_sizes": (8, 16, 16, 16), "depths": (1, 1, 1, 1), "image_size": 64},
+    "pvt_v2": {"image_size": 32, "depths": [1, 1, 1, 1], "hidden_sizes": [8, 16, 20, 32]},
+    "dinov3_convnext": {"hidden_sizes": [8, 16, 16, 16], "depths": [1, 1, 1, 1], "image_size": 64},
 }  # fmt: skip
 
 

@@ -10,13 +10,14 @@ weights trained on them are not bundled. The drawn volumes come from `mmkit.data
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 
 import torch
 
 from mmkit import FitConfig, create_model, fit
-from mmkit.vision.medical import Patches, dice_per_class, drawn_cases, hippocampus_cases, segmentation_loss
-from mmkit.weights import WeightEntry, bundle
+from mmkit.vision.medical import Familiarity, Patches, dice_per_class, drawn_cases, hippocampus_cases, segmentation_loss
+from mmkit.weights import WeightEntry, bundle, record, weight_entry
 
 CONFIG = {"in_chans": 1, "num_classes": 3, "init_filters": 8, "pad": True}
 NAME = "lightm_unet_blobs"
@@ -35,14 +36,24 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="folder for save_pretrained")
     parser.add_argument("--bundle", action="store_true", help="write into mmkit/weights (with --drawn)")
+    parser.add_argument(
+        "--familiarity", action="store_true", help="with --drawn: only record what the volumes look like"
+    )
     args = parser.parse_args()
-    if args.bundle and not args.drawn:
-        parser.error("--bundle needs --drawn: the MRI's license does not allow shipping weights under ours")
+    if (args.bundle or args.familiarity) and not args.drawn:
+        parser.error(
+            "bundled weights are those of --drawn: the MRI's license does not allow shipping weights under ours"
+        )
 
     if args.drawn:
         train, test = drawn_cases(range(1000, 1060)), drawn_cases(range(10))
     else:
         train, test = (hippocampus_cases(args.data, split) for split in ("train", "test"))
+    familiarity = Familiarity.measure(image for image, _ in train).to_dict()
+    if args.familiarity:
+        old = weight_entry(NAME)
+        record(dataclasses.replace(old, extra={**old.extra, "familiarity": familiarity}))
+        return
     torch.manual_seed(args.seed)
     model = create_model("lightm_unet_3d_tiny" if args.drawn else "lightm_unet_3d", **CONFIG)  # the latter: four levels
     mirror = None if args.drawn else (0,)
@@ -80,7 +91,11 @@ def main() -> None:
             data="drawn by mmkit.data.drawn.scans.sample_volume: 60 training and 10 test volumes",
             seed=args.seed,
             score={"dice_bright": round(scores[0], 4), "dice_dark": round(scores[1], 4)},
-            extra={"class_names": ["background", "bright blob", "dark blob"], "window": list(args.patch)},
+            extra={
+                "class_names": ["background", "bright blob", "dark blob"],
+                "window": list(args.patch),
+                "familiarity": familiarity,
+            },
         )
         print(f"bundled as {bundle(entry, rounded).file}")
 

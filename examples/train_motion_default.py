@@ -113,7 +113,8 @@ def main() -> None:
             model="video_classifier",
             config=CONFIG,
             summary="Where the one clear object in a clip is going, at 32 px and 8 frames. Made from drawn clips: it knows "
-            "steady motion of a bright object over a darker still background, not actions, and is easily fooled by a moving camera.",
+            "steady motion of a bright object over darker, still ground. Pictures that move as a whole (a panning camera) and actions are "
+            "out of its reach.",
             license="Apache-2.0",
             command=f"python examples/train_motion_default.py --steps {result.steps} --seed {args.seed} --bundle",
             data="procedural: one ellipse or box moving over a smooth random background",

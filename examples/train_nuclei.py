@@ -2,6 +2,7 @@
 
     python examples/train_nuclei.py --data data/med_nuclei --output runs/nuclei
     python examples/train_nuclei.py --data data/med_nuclei --bundle     # also replaces the bundled weights
+    python examples/train_nuclei.py --data data/med_nuclei --familiarity  # only records what the training pictures look like
 
 The data: pictures of the 2018 Data Science Bowl (BBBC038v1, CC0) with `index.csv`, `images/` and `labels/`.
 """
@@ -9,13 +10,14 @@ The data: pictures of the 2018 Data Science Bowl (BBBC038v1, CC0) with `index.cs
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 
 import torch
 
 from mmkit import FitConfig, create_model, fit
-from mmkit.vision.medical import Patches, dice_per_class, nuclei_cases, segmentation_loss
-from mmkit.weights import WeightEntry, bundle
+from mmkit.vision.medical import Familiarity, Patches, dice_per_class, nuclei_cases, segmentation_loss
+from mmkit.weights import WeightEntry, bundle, record, weight_entry
 
 CONFIG = {"in_chans": 3, "num_classes": 2, "init_filters": 8, "pad": True}
 NAME = "lightm_unet_nuclei"
@@ -32,11 +34,20 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="folder for save_pretrained")
     parser.add_argument("--bundle", action="store_true", help="write into mmkit/weights")
+    parser.add_argument(
+        "--familiarity", action="store_true", help="do not train: record the training pictures' statistics"
+    )
     args = parser.parse_args()
 
+    cases = nuclei_cases(args.data, "train")
+    familiarity = Familiarity.measure(image for image, _ in cases).to_dict()
+    if args.familiarity:
+        old = weight_entry(NAME)
+        record(dataclasses.replace(old, extra={**old.extra, "familiarity": familiarity}))
+        return
     torch.manual_seed(args.seed)
     model = create_model("lightm_unet_2d_tiny", **CONFIG)
-    train = Patches(nuclei_cases(args.data, "train"), (args.patch,) * 2, args.steps * args.batch_size, turn=True)
+    train = Patches(cases, (args.patch,) * 2, args.steps * args.batch_size, turn=True)
     config = FitConfig(
         max_steps=args.steps,
         batch_size=args.batch_size,
@@ -69,7 +80,7 @@ def main() -> None:
             data="BBBC038v1 (2018 Data Science Bowl, CC0): 66 training and 20 test pictures",
             seed=args.seed,
             score={"dice": round(score, 4)},
-            extra={"class_names": ["background", "nucleus"]},
+            extra={"class_names": ["background", "nucleus"], "familiarity": familiarity},
         )
         print(f"bundled as {bundle(entry, rounded).file}")
 

@@ -55,8 +55,9 @@ OTHER = ("CC-BY-NC-2.0", "CC-BY-NC-SA-2.0")
 
 SUMMARY = (
     "Click segmentation at 128 pixels, trained for less than two hours on one CPU core, mostly on cats and dogs. The first click "
-    "gets large objects that stand out; most others take a few corrections, and fine outlines stay soft. Load SAM or SAM 2 for "
-    "demanding work."
+    "gets large objects that stand out; most others take a few corrections, and fine outlines stay soft. Of 122 everyday "
+    "objects 36 % do not reach 85 % overlap in 20 clicks, and 66 % not 90 %. One click overlaps 38 % with everyday objects and "
+    "54 % with pets, where GrabCut reaches 11 and 56 %. Load SAM or SAM 2 for demanding work."
 )
 
 

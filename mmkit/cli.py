@@ -1,4 +1,4 @@
-"""The `mmkit` command: demo, finetune, merge, predict, list, app, info. Heavy imports happen inside the commands."""
+"""The `mmkit` command: demo, finetune, merge, predict, list, app, info, splat. Heavy imports happen inside the commands."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from typing import Annotated, Any
 import typer
 
 from mmkit import __version__
-from mmkit.errors import InterruptedRun, MMKitError, RunDiffersError
+from mmkit.errors import InputError, InterruptedRun, MMKitError, RunDiffersError, nearest
+from mmkit.memory import keep_freed_memory
 from mmkit.registry import COMMANDS
 
 app = typer.Typer(
@@ -44,7 +45,7 @@ def _main(
         bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
-    pass
+    keep_freed_memory()
 
 
 class _Terminated(KeyboardInterrupt):
@@ -55,8 +56,9 @@ def _terminate(number: int, frame: Any) -> None:
     raise _Terminated
 
 
-def _command(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Register `fn` (less its trailing underscore) so that what goes wrong ends in one readable line, not a traceback.
+def _command(fn: Callable[..., Any], group: typer.Typer = app, name: str = "") -> Callable[..., Any]:
+    """Register `fn` (as `name`, or its own less a trailing underscore) in `group`; what goes wrong ends in one line, not a
+    traceback.
 
     Exit codes: 1 for errors, 130 after Ctrl-C, 143 after SIGTERM.
     """
@@ -79,7 +81,7 @@ def _command(fn: Callable[..., Any]) -> Callable[..., Any]:
         finally:
             signal.signal(signal.SIGTERM, before)
 
-    return app.command(fn.__name__.rstrip("_"))(wrapped)
+    return group.command(name or fn.__name__.rstrip("_"))(wrapped)
 
 
 _OPTIONS = {
@@ -117,7 +119,10 @@ def demo(
 
 @_command
 def finetune(
-    data: Annotated[Path, typer.Option(help="Folder with one sub-folder per class, a CSV (path,label), or a zip.")],
+    data: Annotated[Path, typer.Option(help="Folder with a sub-folder per class, CSV or zip; captioned pictures.")],
+    task: Annotated[
+        str, typer.Option(help="image-classification, or text-to-image: adapts a diffusion model to the pictures.")
+    ] = "image-classification",
     backbone: Annotated[
         str,
         typer.Option(
@@ -125,9 +130,10 @@ def finetune(
         ),
     ] = "auto",
     adapter: Annotated[
-        str, typer.Option(help="ssf, lora, bitfit, linear_probe, full, ... (see `mmkit list adapters`).")
-    ] = "ssf",
+        str | None, typer.Option(help="One of `mmkit list adapters`, or full; default: ssf, for text-to-image difffit.")
+    ] = None,
     output: Annotated[Path, typer.Option(help="Where the adapter, report and logs go.")] = Path("runs/finetune"),
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of text-to-image.")] = 150,
     checkpoint: _Checkpoint = None,
     pretrained: _Pretrained = False,
     epochs: Annotated[int, typer.Option(min=1)] = 10,
@@ -135,7 +141,9 @@ def finetune(
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
     val: Annotated[float, typer.Option(help="Share of the images kept for validation.")] = 0.2,
     seed: int = 0,
-    augment: Annotated[bool, typer.Option("--augment", help="Random crops and flips.")] = False,
+    augment: Annotated[
+        bool | None, typer.Option(help="Random crops and flips; default: for photographs (above 64 pixels).")
+    ] = None,
     restart: Annotated[
         bool, typer.Option("--restart", help="Start over instead of continuing the run in --output.")
     ] = False,
@@ -143,7 +151,23 @@ def finetune(
         bool, typer.Option("--skip-bad", help="Leave out unreadable images instead of stopping.")
     ] = False,
 ) -> None:
-    """Adapt a backbone to your own folder of images."""
+    """Adapt a model to your own folder of images."""
+    if task == "text-to-image":
+        only = {"--pretrained": pretrained, "--checkpoint": checkpoint, "--augment": augment, "--skip-bad": skip_bad}
+        model = None if backbone == "auto" else backbone
+        settings = {
+            "lr": lr,
+            "batch_size": batch_size,
+            "val": val,
+            "seed": seed,
+            "resume": not restart,
+            "max_steps": steps,
+        }
+        _finetune_text_to_image(data, model, adapter or "difffit", output, [k for k, v in only.items() if v], settings)
+        return
+    if task != "image-classification":
+        raise InputError(f"Unknown task {task!r}. {nearest(task, ('image-classification', 'text-to-image'))}")
+    adapter = adapter or "ssf"
     job = COMMANDS.get("finetune")
     prepared = job.prepare(
         data, backbone, adapter, checkpoint_path=checkpoint, pretrained=pretrained, val=val, seed=seed, augment=augment,
@@ -157,15 +181,15 @@ def finetune(
     trained = f"{about['trainable_parameters']:,} of {about['total_parameters']:,} parameters"
     print(f"{adapter} trains {trained} at {len(about['sites'])} places.")
     output = output.expanduser().absolute()
-    steps: list[Any] = []
+    taken: list[Any] = []
     with _in_words_of_the_command():
         result = job.train_prepared(
             prepared, output_dir=output, epochs=epochs, lr=lr, batch_size=batch_size, seed=seed, resume=not restart,
-            on_step=steps.append,
+            on_step=taken.append,
         )  # fmt: skip
     if result.fit.stopped == "interrupted":
         raise InterruptedRun(result.fit.steps, result.fit.signal, output / "training")
-    if not steps:
+    if not taken:
         print(
             "This very run had ended before: nothing was left to train. More --epochs continue it, --restart starts over."
         )
@@ -180,6 +204,27 @@ def finetune(
     print(f'\nSaved to {output}. Try it: mmkit predict IMAGE --model "{output}"')
 
 
+def _finetune_text_to_image(
+    data: Path, model: str | None, adapter: str, output: Path, unused: list[str], settings: dict[str, Any]
+) -> None:
+    if unused:
+        raise InputError(f"{unused[0]} means nothing for --task text-to-image. Leave it out.")
+    output = output.expanduser().absolute()
+    with _in_words_of_the_command():
+        result = COMMANDS.get("finetune-text-to-image")(data, model, adapter, output_dir=output, **settings)
+    if result.fit.stopped == "interrupted":
+        raise InterruptedRun(result.fit.steps, result.fit.signal, output / "run")
+    print(
+        f"{adapter} trained {result.trained:,} of {result.total:,} parameters in {result.fit.steps} steps; denoising loss on pictures "
+        f"that were held back: {result.fit.metrics['loss']:.4f}."
+    )
+    start = f'mmkit.pipeline("text-to-image"{"" if model is None else f", {model!r}"})'
+    use = f'draw = {start}; draw.load_adapter("mine", "{result.folder}")'
+    if result.adapter is None:
+        use = f'draw = mmkit.pipeline("text-to-image", "{result.folder}")'
+    print(f'Saved to {result.folder}. Try it in Python: {use}; draw("WORDS").save("pictures.png")')
+
+
 @_command
 def merge(
     adapter: Annotated[Path, typer.Argument(help="A folder written by `mmkit finetune`.")],
@@ -191,7 +236,6 @@ def merge(
     """Fold an adapter into its backbone and save plain weights (config.json + model.safetensors)."""
     from mmkit.adapters import attached_adapters
     from mmkit.backbones import save_backbone
-    from mmkit.errors import InputError
 
     model = COMMANDS.get("finetune").load_finetuned(
         adapter, backbone=backbone, checkpoint_path=checkpoint, pretrained=pretrained
@@ -228,7 +272,6 @@ def predict(
 ) -> None:
     """Classify pictures. One that cannot be read costs a line; it is an error when none can."""
     from mmkit.data import list_pictures
-    from mmkit.errors import InputError
     from mmkit.pipelines import pipeline
 
     if as_json and as_csv:
@@ -312,7 +355,6 @@ def _print_csv(rows: Iterator[dict[str, Any]], top_k: int) -> int:
 def list_(what: Annotated[str, typer.Argument(help="adapters, models, tasks, weights or apps.")] = "adapters") -> None:
     """List what is there."""
     from mmkit import registry
-    from mmkit.errors import InputError, nearest
 
     tables = {"adapters": registry.ADAPTERS, "models": registry.MODELS, "tasks": registry.TASKS, "apps": registry.APPS}
     if what == "weights":
@@ -344,10 +386,96 @@ def info(path: Annotated[Path, typer.Argument(help="An adapter or model folder."
 @_command
 def app_(
     name: Annotated[str | None, typer.Argument(help="One page; all pages when left out.")] = None,
-    port: Annotated[int, typer.Option(help="Port on 127.0.0.1.")] = 7860,
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 7860,
+    host: Annotated[str, typer.Option(help="Address to listen on; others than 127.0.0.1 need --auth.")] = "127.0.0.1",
+    auth: Annotated[Path | None, typer.Option(help="A file of lines user:password.")] = None,
+    allow_host: Annotated[
+        list[str] | None, typer.Option(help="A name under which the studio may be reached; can be repeated.")
+    ] = None,
+    max_upload: Annotated[str, typer.Option(help="Largest upload, like 64mb.")] = "64mb",
+    quota: Annotated[str, typer.Option(help="All uploads and results together, like 2gb.")] = "2gb",
 ) -> None:
     """Open the studio, or one of its pages."""
-    _studio(name, port)
+    _studio(
+        name, port, host=host, auth=auth, allow_hosts=allow_host or [], max_file_size=max_upload, quota=quota,
+    )  # fmt: skip
+
+
+_splat = typer.Typer(help="Scenes of Gaussians: fit, convert, render, info.", no_args_is_help=True)
+app.add_typer(_splat, name="splat")
+
+
+@functools.partial(_command, group=_splat)
+def fit(
+    data: Annotated[
+        Path,
+        typer.Argument(help="COLMAP model, transforms.json, or pictures with a trajectory; 'drawn': a drawn scene."),
+    ],
+    output: Annotated[Path, typer.Argument(help="Where the scene goes: .ply, .splat, .spz, .sog or .glb.")],
+    steps: Annotated[int, typer.Option(min=1)] = 1000,
+    gaussians: Annotated[int, typer.Option(min=1, help="As many as the scene may have.")] = 12000,
+    longest: Annotated[int, typer.Option(min=16, help="Longer side of the pictures, in pixels.")] = 256,
+    sh_degree: Annotated[int, typer.Option(min=0, max=3)] = 2,
+    state: Annotated[Path | None, typer.Option(help="Folder that lets an interrupted fit continue.")] = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Start over instead of continuing in --state.")] = False,
+    seed: int = 0,
+) -> None:
+    """Reconstruct a scene from pictures with known cameras; every eighth picture is held out to judge by."""
+    room = COMMANDS.get("splat")
+    posed = room.drawn_scene() if str(data) == "drawn" else room.load_posed_images(data, longest=longest)
+    fitted, held = posed.split() if len(posed) > 3 else (posed, None)
+    config = room.FitConfig(
+        steps=steps, max_gaussians=gaussians, start_gaussians=min(gaussians, 4000), sh_degree=sh_degree, seed=seed
+    )
+    result = room.fit_images(fitted, config, held_out=held, output_dir=state, resume=not restart)
+    room.save_splats(result.model, output)
+    print(f"{len(result.model)} Gaussians from {len(fitted)} pictures in {result.seconds:.0f} s. Saved to {output}.")
+    if result.scores:
+        print(f"Held out: PSNR {result.scores['psnr']:.2f} dB, SSIM {result.scores['ssim']:.3f}.")
+
+
+@functools.partial(_command, group=_splat)
+def convert(source: Path, target: Annotated[Path, typer.Argument(help="Its suffix says the format.")]) -> None:
+    """Write a splat file in another format."""
+    room = COMMANDS.get("splat")
+    room.save_splats(room.load_splats(source), target)
+    about = room.splat_info(target)
+    lost = " This format rounds values." if about["lossy"] else ""
+    print(f"{about['gaussians']} Gaussians, {about['bytes'] / 1024:,.0f} kB, {about['format']}.{lost}")
+
+
+@functools.partial(_command, group=_splat)
+def render(
+    scene: Annotated[Path, typer.Argument(help="A splat file.")],
+    output: Annotated[Path, typer.Argument(help=".png: a view; .npz: with depth and alpha; .mp4: once around.")],
+    azimuth: float = 30.0,
+    elevation: float = 25.0,
+    distance: Annotated[float | None, typer.Option(help="Default: 2.6 times the scene's radius.")] = None,
+    size: Annotated[int, typer.Option(min=16, max=2048)] = 512,
+    frames: Annotated[int, typer.Option(min=1, help="Of a film.")] = 60,
+) -> None:
+    """Render a view of a scene, or a film around it."""
+    from mmkit.pipelines import pipeline
+
+    room = COMMANDS.get("splat")
+    if output.suffix.lower() == ".mp4":
+        from tqdm import tqdm
+
+        with tqdm(total=frames, desc="rendering", unit="frame") as bar:
+            options = {"frames": frames, "size": size, "elevation": elevation, "distance": distance}
+            room.turntable(room.load_splats(scene), output, on_frame=lambda _: bar.update(), **options)
+    else:
+        views = pipeline("novel-view", scene)
+        views(azimuth=azimuth, elevation=elevation, distance=distance, size=size).save(output)
+    print(f"Saved to {output}.")
+
+
+@functools.partial(_command, group=_splat, name="info")
+def splat_info(file: Path) -> None:
+    """Say what a splat file holds."""
+    import json
+
+    print(json.dumps(COMMANDS.get("splat").splat_info(file), indent=2))
 
 
 @_command
@@ -358,14 +486,14 @@ def version() -> None:
     print(f"mmkit {__version__}, Python {sys.version.split()[0]}, torch {torch.__version__}")
 
 
-def _studio(name: str | None, port: int) -> None:
+def _studio(name: str | None, port: int, *, auth: Path | None = None, **options: Any) -> None:
     from mmkit.errors import BackendUnavailableError
 
     try:
         launch_studio = COMMANDS.get("studio")
     except ImportError as error:
         raise BackendUnavailableError(f"The studio needs gradio ({error}): pip install 'mmkit[apps]'") from error
-    launch_studio([name] if name else None, port=port)
+    launch_studio([name] if name else None, port=port, auth=auth, **options)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""Doors: packages whose public names are resolved on first use, from the one list that editors and type checkers read."""
+"""Doors: packages whose public names are resolved on first use, from the one list that editors and type checkers read; and large
+libraries that are imported when they are needed."""
 
 from __future__ import annotations
 
 import ast
 import importlib
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -35,3 +37,16 @@ def door(package: str) -> tuple[Callable[[str], Any], Callable[[], list[str]], l
         return getattr(importlib.import_module(home), attribute)
 
     return get, lambda: sorted({*vars(module), *homes}), sorted(homes)
+
+
+_importing = threading.RLock()
+
+
+def library(name: str) -> Any:
+    """The library of that name, imported now if need be, by one thread at a time.
+
+    diffusers and transformers put another module in their place when they have been imported. A thread that imports them meanwhile is
+    given the one from before, which has no names: "cannot import name".
+    """
+    with _importing:
+        return importlib.import_module(name)

@@ -8,9 +8,10 @@ time or through an entry point group, without touching mmkit.
 from __future__ import annotations
 
 import fnmatch
+import functools
 import importlib
 from collections.abc import Callable
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoints, entry_points
 from typing import Any, TypeVar
 
 from mmkit.errors import InputError, nearest
@@ -75,10 +76,24 @@ class Registry:
             self._known[name] = target
         return target
 
+    def find(self, attribute: str) -> str | None:
+        """The name of the entry whose object is called `attribute` (a class); `None` when there is none."""
+        self._read_entry_points()
+        called = {
+            n: t.rpartition(":")[2] if isinstance(t, str) else getattr(t, "__name__", "")
+            for n, t in self._known.items()
+        }
+        return next((name for name, own in called.items() if own == attribute), None)
+
     def _read_entry_points(self) -> None:
         if self._group:
-            for point in entry_points(group=self._group):
+            for point in _installed(self._group):
                 self._known.setdefault(point.name, f"{point.module}:{point.attr}")
+
+
+@functools.cache  # reading what every installed package says takes 10 ms
+def _installed(group: str) -> EntryPoints:
+    return entry_points(group=group)
 
 
 ADAPTERS = Registry(
@@ -115,6 +130,11 @@ ADAPTERS = Registry(
             )
         },
         "gmm": "mmkit.vision.gmm.adapter:GMMAdapter",
+        "point_peft": "mmkit.pointcloud.point_peft.adapter:PointPEFT",
+        "pointgst": "mmkit.pointcloud.point_peft.pointgst:PointGST",
+        "idpt": "mmkit.pointcloud.point_peft.idpt:IDPT",
+        "difffit": "mmkit.diffusion.difffit.adapter:DiffFit",
+        "spm": "mmkit.diffusion.spm.adapter:SPM",
     },
     entry_point_group="mmkit.adapters",
     aliases={"peft": "lora"},
@@ -141,6 +161,24 @@ MODELS = Registry(
         ),
         **_from("mmkit.video.zeroi2v", "zeroi2v_clip_b16_8f", "zeroi2v_clip_b16_16f_ssv2", "zeroi2v_clip_b16_32f"),
         **_from("mmkit.video.zeroi2v", "zeroi2v_clip_l14_8f", "zeroi2v_clip_l14_32f", "zeroi2v_clip_l14_32f_ssv2"),
+        **_from("mmkit.vision.piip", "piip_tsb", "piip_sbl", "piip_tsbl", "piip_h6b", "piip_lh6b"),
+        "piip": "mmkit.vision.piip:PIIP",
+        "piip_feature_pyramid": "mmkit.vision.piip:PIIPFeaturePyramid",
+        "piip_segmenter": "mmkit.vision.piip:PIIPSegmenter",
+        **_from(
+            "mmkit.pointcloud.point_peft",
+            "point_mae",
+            "point_mae_scan",
+            "point_mae_parts",
+            "point_mae_nano",
+            "point_mae_nano_parts",
+            "point_mae_nano_pretraining",
+            "point_bert",
+        ),
+        "point_mae_classifier": "mmkit.pointcloud.point_peft:PointMAE",
+        "point_mae_segmenter": "mmkit.pointcloud.point_peft:PointMAESegmenter",
+        "point_mae_pretraining": "mmkit.pointcloud.point_peft:PointMAEForPretraining",
+        **_from("mmkit.diffusion", "scene_judge", "scene_painter"),
         "video_classifier": "mmkit.video.zeroi2v:VideoClassifier",
     },
     entry_point_group="mmkit.models",
@@ -164,8 +202,15 @@ TASKS = Registry(
         "mask-explorer": "mmkit.vision.gmm:MaskExplorer",
         "medical-segmentation": "mmkit.vision.medical:MedicalSegmentationPipeline",
         "interactive-segmentation": "mmkit.vision.clicks:InteractiveSegmenter",
+        "pyramid-explorer": "mmkit.vision.piip:PyramidExplorer",
+        "dense-features": "mmkit.vision.piip:DenseFeaturesPipeline",
+        "semantic-segmentation": "mmkit.vision.piip:SemanticSegmentationPipeline",
         "image-classification": "mmkit.vision.classification:ImageClassificationPipeline",
+        "text-to-image": "mmkit.diffusion:TextToImagePipeline",
         "video-classification": "mmkit.video.zeroi2v:VideoClassificationPipeline",
+        "point-cloud-classification": "mmkit.pointcloud.point_peft:PointCloudClassificationPipeline",
+        "point-cloud-segmentation": "mmkit.pointcloud.point_peft:PointCloudSegmentationPipeline",
+        "novel-view": "mmkit.pointcloud.splats:NovelViewPipeline",
     },
 )
 
@@ -175,8 +220,12 @@ APPS = Registry(
         "gmm": "mmkit.apps.gmm:APP",
         "segment": "mmkit.apps.segment:APP",
         "medical": "mmkit.apps.medical:APP",
+        "piip": "mmkit.apps.piip:APP",
         "finetune": "mmkit.apps.finetune:APP",
+        "splats": "mmkit.apps.splats:APP",
         "video": "mmkit.apps.video:APP",
+        "points": "mmkit.apps.points:APP",
+        "diffusion": "mmkit.apps.diffusion:APP",
     },
 )
 
@@ -185,6 +234,8 @@ COMMANDS = Registry(  # what `mmkit <command>` runs, so that the core need not k
     {
         "demo": "mmkit.vision.classification:run_demo",
         "finetune": "mmkit.vision.classification",
+        "finetune-text-to-image": "mmkit.diffusion:finetune",
+        "splat": "mmkit.pointcloud.splats",
         "studio": "mmkit.apps:launch_studio",
     },
 )

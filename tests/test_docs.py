@@ -48,7 +48,12 @@ def desk(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("name", _with_examples())
+def _renders(name: str) -> bool:
+    """Whether its examples compile the rasteriser, which takes half a minute on a fresh checkout."""
+    return any(room in name for room in ("ops.gaussian", "pointcloud.splats"))
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * _renders(n)) for n in _with_examples()])
 def test_examples_in_docstrings(name, desk):
     module = importlib.import_module(name)
     result = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)

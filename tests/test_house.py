@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 DOMAINS = ("vision", "video", "diffusion", "pointcloud")
 AREAS = {"mmkit": "mmkit", **{d: f"mmkit.{d}" for d in (*DOMAINS, "apps")}}
 CORE = (  # from the bottom up: each imports only what stands before it
-    "errors", "lazy", "registry", "devices", "ops", "storage", "results", "data", "weights", "backbones", "adapters", "training",
+    "errors", "memory", "lazy", "registry", "devices", "ops", "storage", "results", "data", "weights", "backbones", "adapters", "training",
     "pipelines", "cli",
 )  # fmt: skip
 ROOMS = sorted(p.parent.relative_to(ROOT).as_posix() for d in DOMAINS for p in (ROOT / d).glob("*/__init__.py"))
@@ -123,6 +123,26 @@ def test_apps_and_the_core_enter_domains_through_their_doors():
     assert not wrong
 
 
+def test_one_owner_writes_and_reads_what_is_saved():
+    """Nobody else renames files into place, opens tensor files or touches the umask; the three that may say why."""
+    alone = (
+        "os.replace(",
+        "os.rename(",
+        "torch.load(",
+        "torch.save(",
+        "load_file(",
+        "save_file(",
+        "safe_open(",
+        "umask(",
+    )
+    allowed = {
+        "mmkit.data.archive": "puts what it unpacked into place",
+        "mmkit.vision.clicks.export": "reads a file's header, after storage read its tensors",
+    }
+    found = {m for m, path in MODULES.items() if any(word in path.read_text(encoding="utf-8") for word in alone)}
+    assert {m for m in found if area(m) != "storage"} == set(allowed)
+
+
 def test_the_test_sees_imports_inside_functions_and_of_submodules(tmp_path):
     file = tmp_path / "x.py"
     file.write_text("def f():\n    from mmkit.adapters import core\n    import gradio.themes\n")
@@ -161,7 +181,9 @@ def test_a_file_is_read_in_one_sitting_or_says_why_not():
 def test_a_room_has_the_usual_files(folder):
     files = {p.name for p in (ROOT / folder).glob("*.py")}
     assert {"adapter.py", "model.py", "training.py"} & files
-    assert "pipeline.py" in files
+    assert (
+        "pipeline.py" in files or (ROOT / folder).parent.joinpath("pipeline.py").exists()
+    )  # or one for the whole domain
 
 
 @pytest.mark.parametrize("package", ["mmkit", "mmkit.data", "mmkit.training", "mmkit.video"])

@@ -20,7 +20,10 @@ def _sources() -> dict[str, Path]:
     found = {}
     for folder, target in FOLDERS.items():
         for path in (ROOT / folder).rglob("*"):
-            if path.suffix in (".py", ".safetensors", ".json") and "__pycache__" not in path.parts:
+            if (
+                path.suffix in (".py", ".safetensors", ".json", ".css", ".js", ".webp")
+                and "__pycache__" not in path.parts
+            ):
                 found[f"{target}/{path.relative_to(ROOT / folder).as_posix()}"] = path
     return found
 

@@ -5,13 +5,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from mmkit.diffusion import TextToImage
 from mmkit.errors import InputError
+from mmkit.pointcloud.point_peft import CloudClassification, CloudSegmentation
+from mmkit.pointcloud.splats import ViewResult, orbit
 from mmkit.registry import TASKS
 from mmkit.results import Result
 from mmkit.video import VideoClassification
@@ -20,6 +25,7 @@ from mmkit.vision.classification import ImageClassification
 from mmkit.vision.clicks import Mask
 from mmkit.vision.gmm import MaskView
 from mmkit.vision.medical import SegmentationResult
+from mmkit.vision.piip import DenseFeatures, PyramidView, Reads, SegmentedPicture
 
 
 def picture() -> Image.Image:
@@ -32,7 +38,7 @@ def segmentation(*shape: int) -> SegmentationResult:
     image = np.asarray(picture()) if len(shape) == 2 else np.linspace(0, 1, mask.size, dtype=np.float32).reshape(shape)
     return SegmentationResult(
         mask=mask,
-        probability=np.full(shape, 0.75, np.float32),
+        score=np.full(shape, 0.75, np.float32),
         image=image,
         class_names=("background", "cell"),
         spacing=(1.0,) * len(shape),
@@ -46,6 +52,16 @@ def view() -> MaskView:
     line = np.arange(4.0)
     scores = {name: {"a": 0.5, "b": 0.5} for name in ("trained", "edited", "no mask")}
     return MaskView(picture(), (0, 1), grid, grid, abs(grid), abs(grid), line, line, line, scores)
+
+
+def pyramid_view() -> PyramidView:
+    make = np.random.default_rng(3)
+    maps = [make.normal(size=(h, w, 4)).astype(np.float32) for h, w in ((3, 4), (6, 8))]
+    reads = Reads((3, 4), (6, 8), make.random((12, 2, 4, 2)), np.full((12, 2, 4), 0.25))
+    costs = {"pyramid": (1e9, 10), "single branch": (3e9, 8)}
+    return PyramidView(
+        picture(), (24, 32), (1.0, 1.0), maps, [m + 1 for m in maps], {"larger reads smaller": reads}, costs
+    )
 
 
 def video() -> VideoClassification:
@@ -64,13 +80,43 @@ def video() -> VideoClassification:
     )
 
 
+def cloud_class() -> CloudClassification:
+    points = np.random.default_rng(0).normal(size=(30, 3)).astype(np.float32)
+    scores = np.array([0.25, 0.75], np.float32)
+    return CloudClassification(
+        ("a", "b"), scores, points, np.arange(30) % 3 + 1, np.full(3, 1 / 3, np.float32), ((4, 0.5),)
+    )
+
+
+def cloud_parts() -> CloudSegmentation:
+    points = np.random.default_rng(0).normal(size=(30, 3)).astype(np.float32)
+    return CloudSegmentation(("clutter", "leg"), points, np.arange(30) % 2, np.full(30, 0.5, np.float32))
+
+
+def new_view() -> ViewResult:
+    camera = orbit(torch.zeros(3), 2.0, [0], width=32, height=24)
+    plane = np.linspace(0, 1, 24 * 32, dtype=np.float32).reshape(24, 32)
+    return ViewResult(np.stack([plane] * 3, -1), plane, plane, camera)
+
+
 RESULTS = {
+    "cloud class": cloud_class,
+    "cloud parts": cloud_parts,
     "image classification": lambda: ImageClassification(["cat", "dog"], [0.9, 0.1], picture()),
     "mask": lambda: Mask(np.random.default_rng(1).normal(size=(24, 32)).astype(np.float32), float("nan"), picture()),
     "mask view": view,
+    "new view": new_view,
     "segmented picture": lambda: segmentation(24, 32),
     "segmented volume": lambda: segmentation(8, 9, 10),
+    "text to image": lambda: TextToImage([picture(), picture()], ["a", "b"], [0, 1], {"steps": 2}, 0.1),
     "video classification": video,
+    "dense features": lambda: DenseFeatures(
+        {"branch1": np.random.default_rng(2).normal(size=(3, 4, 8)).astype(np.float32)}, picture(), (24, 32)
+    ),
+    "pyramid view": pyramid_view,
+    "segmented picture of a pyramid": lambda: SegmentedPicture(
+        np.eye(24, 32, dtype=np.uint8), np.full((24, 32), 0.5, np.float32), picture(), ("background", "cell")
+    ),
 }
 
 
@@ -105,6 +151,14 @@ def test_every_suffix_is_written_in_any_case_and_read_back(result, tmp_path):
                 Image.open(path).load()
             elif suffix == ".npy":
                 assert np.array_equal(np.load(path), result.binary)
+            elif suffix == ".ply":
+                assert content[:4] == b"ply\n"
+            elif suffix == ".zip":
+                assert zipfile.ZipFile(path).testzip() is None
+            elif suffix == ".npz":
+                arrays = np.load(path)
+                want = getattr(result, "features", {"depth": getattr(result, "depth", None)})
+                assert all(np.array_equal(arrays[k], v) for k, v in want.items())
             else:
                 assert content[:2] == b"\x1f\x8b" if suffix == ".nii.gz" else content[344:347] == b"n+1"
 

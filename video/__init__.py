@@ -13,7 +13,11 @@ if TYPE_CHECKING:
         VideoSample as VideoSample,
         check_videos as check_videos,
     )
-    from mmkit.video.encode import browser_copy as browser_copy, write_video as write_video
+    from mmkit.video.encode import (
+        browser_copy as browser_copy,
+        plays_in_browser as plays_in_browser,
+        write_video as write_video,
+    )
     from mmkit.video.frames import Clip as Clip, VideoDecodeError as VideoDecodeError
     from mmkit.video.io import VideoReader as VideoReader, backends as backends, read_frames as read_frames
     from mmkit.video.samplers import (

@@ -79,6 +79,12 @@ def write_video(
     return path
 
 
+def plays_in_browser(path: str | os.PathLike[str]) -> bool:
+    """Whether browsers play this file as it is. Raises `VideoDecodeError` when it cannot be read."""
+    with VideoReader(path, tolerance=1.0) as reader:
+        return Path(path).suffix.lower() in _PLAYED.get(reader.codec, ())
+
+
 def browser_copy(path: str | os.PathLike[str], folder: str | os.PathLike[str], *, short_side: int = 480) -> Path:
     """`path` itself when browsers play it, else a copy in `folder` that they do, frame by frame the same but smaller.
 
@@ -88,9 +94,9 @@ def browser_copy(path: str | os.PathLike[str], folder: str | os.PathLike[str], *
         VideoDecodeError: the file cannot be read.
     """
     path = Path(path)
+    if plays_in_browser(path):
+        return path
     with VideoReader(path, tolerance=1.0) as reader:
-        if path.suffix.lower() in _PLAYED.get(reader.codec, ()):
-            return path
         size = min(short_side, reader.height, reader.width)
         frames = (frame for _, frame in reader.stream(range(len(reader)), size=size))
         return write_video(Path(folder) / f"{path.stem}.mp4", frames, fps=min(max(reader.fps, 1.0), 120.0))

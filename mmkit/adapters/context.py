@@ -38,7 +38,7 @@ class ForwardContext:
         rows: size of the batch B, or `None` when it cannot be seen from the arguments.
         grid: patch grid (rows, columns) of the picture that is passing through; set by whoever reads the patch embedding.
         extra_tokens: tokens that an adapter has put in front of the sequence, to be left out of anything that knows positions.
-        store: anything else that adapters hand on during the call, by a key of their own.
+        store: anything else that adapters hand on during the call, by a key of their own; a caller may put things in for them.
     """
 
     gates: Mapping[str, float | Tensor] = field(default_factory=dict)
@@ -106,6 +106,8 @@ class Call:
         context = ForwardContext(call=self)
         if before is not None:
             context.gates, context.num_frames, context.timestep = before.gates, before.num_frames, before.timestep
+            if before.call is None:  # a caller's `forward_context(store=...)`, not the call of a model around this one
+                context.store = dict(before.store)
         if self.timestep_name is not None:
             if self.timestep_name in kwargs:
                 context.timestep = kwargs[self.timestep_name]

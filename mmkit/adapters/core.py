@@ -353,7 +353,7 @@ class Adapter(Merging, AdapterFiles, nn.Module):
             original = hooks.unwrap(hooks.get_module(model, path))
             if not any(True for _ in original.parameters()):
                 raise InputError(f"modules_to_save: {path!r} has no parameters; build the model with num_classes=N.")
-            self.saved[_key(path)] = hooks.plain_copy(original).requires_grad_(True)
+            self.saved[_key(path)] = hooks.trained_copy(original)
 
     @staticmethod
     def _plain(key: str) -> str:
@@ -388,8 +388,7 @@ class Adapter(Merging, AdapterFiles, nn.Module):
         """
         if self.merged:
             raise InputError(f"Adapter {self.name!r} is merged: call unmerge() before loading other values.")
-        plain = {self._plain(k): k for k in super().state_dict()}
-        own = self.state_dict()
+        names, own = self._names(), self.state_dict()
         shapes = [k for k, v in state_dict.items() if k in own and own[k].shape != v.shape]
         missing, unexpected = sorted(set(own) - set(state_dict)), sorted(set(state_dict) - set(own))
         if shapes or (strict and (missing or unexpected)):
@@ -397,7 +396,11 @@ class Adapter(Merging, AdapterFiles, nn.Module):
                 f"These tensors do not fit adapter {self.name!r}: {len(missing)} missing {missing[:3]}, {len(unexpected)} unexpected "
                 f"{unexpected[:3]}, {len(shapes)} of another shape {shapes[:3]}."
             )
-        return super().load_state_dict({plain.get(k, k): v for k, v in state_dict.items()}, strict, assign)
+        return super().load_state_dict({names.get(k, k): v for k, v in state_dict.items()}, strict, assign)
+
+    def _names(self) -> dict[str, str]:
+        """The name that a tensor has in `state_dict` -> the one it has in this module."""
+        return {self._plain(k): k for k in nn.Module.state_dict(self)}
 
     def digest(self) -> str:
         """Identifies names and shapes of all tensors."""

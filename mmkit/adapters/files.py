@@ -118,3 +118,12 @@ def read_adapter_tensors(folder: Path) -> dict[str, Tensor]:
     if bad:
         raise CheckpointError(f"{folder / TENSORS_NAME} holds NaN or infinite values in {bad[:4]}.")
     return tensors
+
+
+def halve_tensors(folder: Path) -> None:
+    """Round the tensors of an adapter folder to float16. Raises `InputError` when one would overflow."""
+    tensors = read_adapter_tensors(folder)
+    halves = {k: v.half() if v.is_floating_point() else v for k, v in tensors.items()}
+    if bad := [k for k, v in halves.items() if not torch.isfinite(v).all()]:
+        raise InputError(f"half=True: values in {bad[:4]} are beyond 65504, the largest number of float16.")
+    write_safetensors(folder / TENSORS_NAME, halves)

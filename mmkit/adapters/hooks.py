@@ -42,6 +42,10 @@ class Action:
         """The same action with copied parameters, for `host`, a copy of its module; used to try a merge."""
         return copy.deepcopy(self)
 
+    def needs_trial(self, scale: float) -> bool:
+        """Whether a merge at strength `scale` has to be tried: not where the module computes with the very tensors it writes."""
+        return True
+
     def bind(self, below: Below) -> None:
         """Told once what lies below, for actions whose modules call it themselves."""
 
@@ -68,18 +72,25 @@ class SavedAction(Action):
         self.site = site
         self.modules = (site,)
 
+    def needs_trial(self, scale: float) -> bool:
+        return scale != 1.0
+
     def run(self, below: Below, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.is_floating_point()), None)
         dtype = next((p.dtype for p in self.site.parameters() if p.is_floating_point()), None)
         if given is None or dtype in (None, given.dtype) or torch.is_autocast_enabled(given.device.type):
             return self.site(*args, **kwargs)
-        cast = _caster(dtype)  # a half-precision model with a float32 head
-        out = self.site(*map(cast, args), **{k: cast(v) for k, v in kwargs.items()})
-        return out.to(given.dtype) if isinstance(out, Tensor) else out
+        args, kwargs = _cast((args, kwargs), dtype)  # a half-precision model with a float32 head
+        return _cast(self.site(*args, **kwargs), given.dtype)
 
 
-def _caster(dtype: torch.dtype | None) -> Callable[[Any], Any]:
-    return lambda a: a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a
+def _cast(value: Any, dtype: torch.dtype | None) -> Any:
+    """The floating-point tensors in tuples, lists and dicts in another type."""
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, dict):
+        return type(value)({k: _cast(v, dtype) for k, v in value.items()})
+    return type(value)([_cast(v, dtype) for v in value]) if type(value) in (tuple, list) else value
 
 
 Strength = Any  # a float, or `RowGate`
@@ -132,10 +143,12 @@ class Link:
         if not self.reached:
             self.reached = True
             self.shape = next((tuple(a.shape) for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
+        strength = self._strength()
+        if isinstance(strength, float) and strength == 0.0:
+            return self.below(*args, **kwargs)
         for inner in self.action.modules:
             if inner.training != module.training:
                 inner.train(module.training)
-        strength = self._strength()
         if isinstance(strength, float) and strength == 1.0:
             return self.action.run(self.below, args, kwargs)
         return self.action.blended(self.below, args, kwargs, strength)
@@ -320,6 +333,13 @@ def remove(model: nn.Module, owner: Any) -> None:
                 chain.base = _Base(module, chain.found)
                 chain.rebuild(chain.links)
         chain.drop()
+
+
+def trained_copy(module: nn.Module) -> nn.Module:
+    """A plain copy to be trained: half-precision weights swallow small steps, and gradient scalers refuse them, so it is float32."""
+    copied = plain_copy(module).requires_grad_(True)
+    half = any(p.dtype in (torch.float16, torch.bfloat16) for p in copied.parameters())
+    return copied.float() if half else copied
 
 
 def plain_copy(module: nn.Module) -> nn.Module:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import logging
 import re
 import sys
 from collections import OrderedDict
@@ -25,11 +26,14 @@ from mmkit.adapters.attention import is_fused_attention
 from mmkit.adapters.config import AdapterConfig
 from mmkit.adapters.core import Adapter
 from mmkit.adapters.files import CONFIG_NAME, TENSORS_NAME
+from mmkit.adapters.peft_keys import from_peft, into_projection, repeated, sites_of, times_out_proj, to_peft
 from mmkit.adapters.sites import SiteAdapter
-from mmkit.adapters.targets import match_targets
+from mmkit.adapters.targets import match_targets, shortest_endings
 from mmkit.adapters.trial import double_copy
 from mmkit.errors import CheckpointError, InputError, NotMergeableError
 from mmkit.storage import read_json, write_json, write_safetensors
+
+logger = logging.getLogger(__name__)
 
 KEY = "default"
 METHODS: dict[str, dict[str, Any]] = {  # settings that differ from peft's defaults
@@ -94,7 +98,15 @@ class PeftAction(hooks.Action):
         self.modules = (layer,)
 
     def run(self, below: hooks.Below, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return self.layer(*args, **kwargs)
+        x = args[0] if args and isinstance(args[0], Tensor) else None
+        if x is None or not isinstance(self.layer.__dict__["base_layer"], nn.Linear):
+            return self.layer(*args, **kwargs)
+        if x.numel() == 0:  # some layers of peft cannot compute on nothing; the base's answer to nothing is right
+            return below(*args, **kwargs)
+        if x.ndim <= 3:
+            return self.layer(*args, **kwargs)
+        rows = self.layer(x.flatten(1, -2), *args[1:], **kwargs)  # and some take (batch, tokens, channels) only
+        return rows.unflatten(1, x.shape[1:-1])
 
     def bind(self, below: hooks.Below) -> None:
         self.layer.__dict__["base_layer"].__dict__["forward"] = below
@@ -176,7 +188,11 @@ class PeftAdapter(SiteAdapter):
             for p, flag in flags:
                 p.requires_grad_(flag)
         for path in chosen:
-            self.add_site(path, _without_base(tree.get_submodule(path), path))
+            layer = _without_base(tree.get_submodule(path), path)
+            for p in layer.parameters():  # as get_peft_model does: half-precision weights swallow small steps
+                if p.dtype in (torch.float16, torch.bfloat16) and self.method != "delora":  # which does not cast
+                    p.data = p.data.float()
+            self.add_site(path, layer)
         self.__dict__["_tree"] = tree
 
     def _make_config(self, paths: list[str]) -> Any:
@@ -247,21 +263,21 @@ class PeftAdapter(SiteAdapter):
             found[plain] = (name, value)
         return found
 
-    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-        """Load what `state_dict` returned; see `Adapter.load_state_dict`."""
-        names = {short: self._plain(name) for short, (name, _) in self._tensors().items()}
-        return super().load_state_dict({names.get(k, k): v for k, v in state_dict.items()}, strict, assign)
+    def _names(self) -> dict[str, str]:
+        return {short: name for short, (name, _) in self._tensors().items()}
 
     def write_files(self, folder: Path) -> None:
         """The files peft's `save_pretrained` would write."""
         attentions = self._whole_attentions()
-        state = {f"base_model.model.{_to_peft(k, attentions)}": v for k, v in self.state_dict().items()}
-        for key in _repeated(state):
-            state[key] = state[key] / _times_out_proj()
+        state = {f"base_model.model.{to_peft(k, attentions)}": v for k, v in self.state_dict().items()}
+        for key in repeated(state):
+            state[key] = state[key] / times_out_proj()
         write_safetensors(folder / TENSORS_NAME, state)
         config = copy.deepcopy(self.peft_config)
         inside = tuple(f"{a}." for a in attentions)
-        config.target_modules = [p for p in self.own_paths if not p.startswith(inside)] + attentions
+        paths = [p for p in self.own_paths if not p.startswith(inside)] + attentions
+        others = {p for p, _ in hooks.named_plain_modules(self.model) if not p.startswith(inside)} - set(paths)
+        config.target_modules = shortest_endings(paths, others)
         config.modules_to_save = self.saved_paths or None
         config.inference_mode = True
         config.save_pretrained(folder)
@@ -273,7 +289,8 @@ class PeftAdapter(SiteAdapter):
             return []
         paths = set(self.own_paths)
         roots = [p.removesuffix(".in_proj") for p in paths if p.endswith(".in_proj")]
-        return sorted(r for r in roots if f"{r}.out_proj" in paths)
+        fused = [r for r in roots if f"{r}.out_proj" in paths and is_fused_attention(hooks.get_module(self.model, r))]
+        return sorted(fused)
 
     @classmethod
     def from_files(
@@ -302,17 +319,47 @@ class PeftAdapter(SiteAdapter):
                 raise CheckpointError(
                     f"{folder}/{CONFIG_NAME}: {setting} holds {wrong[0]!r}, which is not a plain module name."
                 )
-        tensors = tensors | {k: tensors[k] * _times_out_proj() for k in _repeated(tensors)}
-        state = {_from_peft(k.removeprefix("base_model.model.")): v for k, v in tensors.items()}
-        sites, whole = _sites_of(model, state, theirs.modules_to_save or ())
+        for setting in ("target_modules", "exclude_modules"):
+            given = getattr(theirs, setting, None) or ()
+            if not isinstance(given, str | list | tuple | set) or not all(isinstance(n, str) for n in given):
+                raise CheckpointError(
+                    f"{folder}/{CONFIG_NAME}: {setting} is {str(given)[:60]!r}, not names of modules."
+                )
+        tensors = tensors | {k: tensors[k] * times_out_proj() for k in repeated(tensors)}
+        state = {from_peft(k.removeprefix("base_model.model.")): v for k, v in tensors.items()}
+        sites, whole = sites_of(model, state, theirs.modules_to_save or ())
         method, config = _from_config(theirs, _Exact(sites), whole)
         try:
             adapter = method(config, name=name).attach(model)
         except InputError as error:
             raise CheckpointError(f"The peft adapter in {folder} does not fit this model: {error}") from error
+        if more := adapter.also_meant(model, theirs):
+            problem = f"its targets name {len(more)} more modules here, such as {more[:4]}, which it has no tensors for"
+            if strict:
+                adapter.detach()
+                raise CheckpointError(f"The peft adapter in {folder} does not fit this model: {problem}.")
+            logger.warning("The peft adapter in %s: %s. They are not adapted.", folder, problem)
         fused = {p for p, m in hooks.named_plain_modules(model) if is_fused_attention(m)}
-        state = {_into_projection(k, fused): v for k, v in state.items()}
+        state = {into_projection(k, fused): v for k, v in state.items()}
         return adapter.fill(state, f"The peft adapter in {folder}", strict)
+
+    def also_meant(self, model: nn.Module, theirs: Any) -> list[str]:
+        """The modules of a deeper `model`: named by the targets of a peft file like those it has tensors for, but for numbers."""
+        targets, exclude = theirs.target_modules, getattr(theirs, "exclude_modules", None) or ()
+        if (
+            isinstance(targets, str)
+            or isinstance(exclude, str)
+            or getattr(theirs, "layers_to_transform", None) is not None
+        ):
+            return []  # expressions of a file are not tried
+        try:
+            method, config = _from_config(theirs, tuple(targets or ()), (), tuple(exclude))
+            named = method(config).choices(model)
+        except InputError:
+            return []
+        own = set(self.own_paths)
+        kinds = {re.sub(r"\d+", "N", p) for p in own}
+        return [p for p in named if p not in own and re.sub(r"\d+", "N", p) in kinds and not self.inside_saved(p)]
 
 
 def from_peft_config(config: Any) -> tuple[type[PeftAdapter], PeftMethodConfig]:
@@ -406,70 +453,6 @@ def _copied(layer: nn.Module) -> nn.Module:
     copied = copy.deepcopy(layer, {id(layer.__dict__["base_layer"]): None})
     copied.__dict__.pop("base_layer", None)
     return copied
-
-
-def _to_peft(key: str, attentions: list[str]) -> str:
-    """peft's key for a tensor of an `nn.MultiheadAttention`: the packed projection is the attention's own."""
-    for a in attentions:
-        if key.startswith(f"{a}.in_proj."):
-            return f"{a}.{key.removeprefix(f'{a}.in_proj.')}"
-        if key.startswith(f"{a}.out_proj."):
-            return f"{a}.base_layer.{key.removeprefix(f'{a}.')}"
-    return key
-
-
-def _repeated(state: dict[str, Tensor]) -> list[str]:
-    """The tensors of a peft file that make up the update of an attention's output projection, one factor of each."""
-    return [k for k in state if k.endswith(".base_layer.out_proj.lora_B.weight")]
-
-
-@functools.cache
-def _times_out_proj() -> int:
-    """How often the installed peft adds that update (0.21 does it twice): a file means what peft makes of it."""
-    from peft import LoraConfig, inject_adapter_in_model
-
-    holder = nn.Module()
-    holder.attn = nn.MultiheadAttention(2, 1)
-    before = holder.attn.out_proj.weight.detach().clone()
-    config = LoraConfig(r=1, lora_alpha=1, target_modules=["attn"], init_lora_weights=False)
-    layer: Any = inject_adapter_in_model(config, holder).attn
-    once = layer.base_layer.out_proj.get_delta_weight(KEY)
-    layer.merge()
-    after = layer.base_layer.out_proj.get_base_layer().weight
-    return max(1, round(float((after.detach() - before).norm() / once.detach().norm())))
-
-
-def _from_peft(key: str) -> str:
-    return key.replace(".base_layer.", ".")
-
-
-def _into_projection(key: str, fused: set[str]) -> str:
-    for a in fused:
-        rest = key.removeprefix(f"{a}.")
-        if rest != key and not rest.startswith(("in_proj.", "out_proj.")):
-            return f"{a}.in_proj.{rest}"
-    return key
-
-
-def _sites_of(model: nn.Module, state: dict[str, Tensor], saved: Any) -> tuple[list[str], list[str]]:
-    """The modules that the tensors of a peft file belong to: adapted ones, and those that were trained whole."""
-    plain = {p: m for p, m in hooks.named_plain_modules(model) if p}
-    whole = (
-        [p for p in match_targets(tuple(saved), plain) if any(k.startswith(f"{p}.") for k in state)] if saved else []
-    )
-    sites: list[str] = []
-    for key in state:
-        if any(key.startswith(f"{p}.") for p in whole):
-            continue
-        parts = key.split(".")
-        path = next((p for i in range(len(parts) - 1, 0, -1) if (p := ".".join(parts[:i])) in plain), None)
-        if path is None:
-            raise CheckpointError(f"The model has no module for {key!r} of the peft file: it is for another model.")
-        if is_fused_attention(plain[path]) and key.startswith(f"{path}.in_proj."):
-            path = f"{path}.in_proj"  # there once it is made explicit; the attention's own name would stand for both projections
-        if path not in sites:
-            sites.append(path)
-    return sites, whole
 
 
 @functools.cache

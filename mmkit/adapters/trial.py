@@ -90,10 +90,10 @@ def require_equal_folds(adapter: Any, model: nn.Module, edits: list[Edit], scale
 
 
 def _folding(adapter: Any, scale: float) -> dict[str, list[hooks.Link]]:
-    """The links a merge takes away, by module; a trained copy is the module itself unless it is scaled."""
+    """The links a merge takes away and that have to be tried, by module."""
     found: dict[str, list[hooks.Link]] = {}
     for link in adapter.links:
-        if link.folds and not (scale == 1.0 and isinstance(link.action, hooks.SavedAction)):
+        if link.folds and link.action.needs_trial(scale):
             found.setdefault(link.key.partition("|")[0], []).append(link)
     return found
 

@@ -34,6 +34,8 @@ class BundledBuilder(Builder):
         fields = {f.name for f in dataclasses.fields(ImageBackboneInfo)}
         known = {k: tuple(v) if isinstance(v, list) else v for k, v in entry.extra.items() if k in fields}
         info = image_info(model)
+        if "img_size" in overrides:
+            known.pop("input_size", None)  # the caller's size, not the one the weights were made with
         known |= {k: per_channel(known[k], len(info.mean)) for k in ("mean", "std") if k in known}
         info = dataclasses.replace(info, name=f"mmkit:{entry.name}", **known)
         if len(info.class_names) != info.num_classes:

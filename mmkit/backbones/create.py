@@ -11,7 +11,7 @@ from torch import nn
 
 from mmkit.backbones.builder import Builder, attach_info
 from mmkit.backbones.info import ImageBackboneInfo, backbone_info, checked_facts
-from mmkit.backbones.state import load_backbone_state
+from mmkit.backbones.state import load_backbone_state, note_random, still_random
 from mmkit.errors import CheckpointError, InputError
 from mmkit.registry import LIBRARIES
 from mmkit.storage import new_folder, open_folder, read_json, read_tensors
@@ -63,6 +63,7 @@ def create_backbone(
     if checkpoint_path is not None:
         state = _builder(info.library).own_keys(model, read_tensors(checkpoint_path))
         load_backbone_state(model, state, str(checkpoint_path), new_head=num_classes is not None)
+    note_random(model)
     return model
 
 
@@ -115,6 +116,7 @@ def save_backbone(model: nn.Module, folder: str | os.PathLike[str], *, class_nam
             outputs = getattr(info, "num_classes", 0)
             raise InputError(f"{len(class_names)} class names for a classifier of {outputs} outputs.")
         info = dataclasses.replace(info, class_names=tuple(class_names))
+    info = still_random(model, info)
     with new_folder(folder, kind="backbone") as draft:
         _builder(info.library).write(model, info, draft)
     return Path(folder).expanduser()
@@ -135,6 +137,12 @@ def _from_folder(folder: Path, num_classes: int | None, overrides: dict[str, Any
     if isinstance(saved, dict):
         _restore(model, checked_facts(saved, path), keep_size=not overrides)
     load_backbone_state(model, state, str(folder), new_head=num_classes is not None)
+    if isinstance(saved, dict):  # a folder can hold random weights as well
+        info = backbone_info(model)
+        theirs = {h for h in saved.get("fresh") or () if h in info.heads}
+        random = saved.get("trained") is False
+        fresh = () if random else tuple(h for h in info.heads if h in theirs or h in info.fresh)
+        attach_info(model, dataclasses.replace(info, trained=not random, fresh=fresh))
     return model
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mmkit.backbones.builder import Builder, attach_info, refused
 from mmkit.backbones.info import BackboneInfo, describe
 from mmkit.errors import InputError, nearest
+from mmkit.lazy import library
 from mmkit.storage import read_tensors
 
 
@@ -20,7 +21,7 @@ class DiffusersBuilder(Builder):
     library = "diffusers"
 
     def build(self, name: str, pretrained: bool | str, num_classes: int | None, overrides: dict[str, Any]) -> nn.Module:
-        import diffusers
+        diffusers = library("diffusers")
 
         cls = getattr(diffusers, name, None)
         if not (isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin)):

@@ -169,6 +169,8 @@ _CHECKS: dict[str, Any] = {
     "interpolation": lambda v: isinstance(v, str),
     "num_classes": lambda v: isinstance(v, int) and v >= 0,
     "class_names": _names,
+    "fresh": _names,
+    "trained": lambda v: isinstance(v, bool),
     "label_names": _names,
 }
 
@@ -206,8 +208,11 @@ def example_input(model: nn.Module, batch_size: int = 1) -> tuple[tuple[Any, ...
     """Arguments for `model(*args, **kwargs)` that make it run, for checks and tracing; `None` when they are not known.
 
     For image backbones: zeros of the shape they were made for, (B, C, H, W), clips (B, T, C, H, W) for video models, on the
-    device and in the dtype of the parameters. For diffusers' denoisers: their keywords, from the configuration.
+    device and in the dtype of the parameters. For diffusers' denoisers: their keywords, from the configuration. A model with a
+    method of this name answers itself.
     """
+    if own := getattr(model, "example_input", None):
+        return own(batch_size)
     info, p = backbone_info(model), next(model.parameters(), None)
     if p is None:
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 import os
@@ -39,7 +40,7 @@ class Model(nn.Module, PyTorchModelHubMixin):
                 bound = signature.bind(self, *args, **kw)
                 bound.apply_defaults()
                 given = {k: v for k, v in bound.arguments.items() if k != "self"}
-                self.__dict__["config"] = json.loads(json.dumps(given))
+                self.__dict__["config"] = json.loads(json.dumps(given, default=dataclasses.asdict))
             inner(self, *args, **kw)
 
         __init__.__wrapped__ = inner  # type: ignore[attr-defined]
@@ -93,6 +94,23 @@ class Model(nn.Module, PyTorchModelHubMixin):
     def official_state(self, state: dict[str, Any]) -> dict[str, Any]:
         """Map the keys of the authors' released files to this class's keys; the identity unless overridden."""
         return state
+
+
+def is_model_folder(folder: str | os.PathLike[str]) -> bool:
+    """Whether a `Model` of mmkit was saved there."""
+    path = Path(folder).expanduser() / "config.json"
+    saved = read_json(path) if path.is_file() else None
+    return isinstance(saved, dict) and saved.keys() == {"model", "config"}
+
+
+def open_model(folder: str | os.PathLike[str]) -> Model:
+    """The model of a folder written by `save_pretrained`, whatever its class. Raises `CheckpointError` for anything else."""
+    saved = read_json(Path(folder).expanduser() / "config.json")
+    kind = saved.get("model") if isinstance(saved, dict) else None
+    name = MODELS.find(kind) if isinstance(kind, str) else None
+    if name is None:
+        raise CheckpointError(f"{folder} holds no model of mmkit: its config.json names the class {kind!r}.")
+    return MODELS.get(name).from_pretrained(folder)
 
 
 def load_official_checkpoint(model: Model, path: str | os.PathLike[str]) -> Model:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mmkit.backbones.builder import attach_info
-from mmkit.backbones.info import ImageBackboneInfo, backbone_info
+from mmkit.backbones.info import BackboneInfo, ImageBackboneInfo, backbone_info
 from mmkit.storage import load_state
 
 logger = logging.getLogger(__name__)
@@ -45,6 +45,28 @@ def load_backbone_state(model: nn.Module, state: dict[str, Tensor], source: str,
     )
     dtype = next((d for d, _ in stored.most_common(1) if d in ("float16", "bfloat16", "float64")), "float32")
     attach_info(model, dataclasses.replace(info, trained=True, fresh=fresh, dtype=dtype))
+
+
+def note_random(model: nn.Module) -> None:
+    """Keep the first value of every parameter of a model that is random, whole or in its classifiers, for `still_random`."""
+    info = backbone_info(model)
+    if info.trained is False or info.fresh:
+        model.__dict__["backbone_start"] = _first_values(model)
+
+
+def still_random(model: nn.Module, info: BackboneInfo) -> BackboneInfo:
+    """`info` as it is now: what somebody's own loop has changed since the model was built is trained."""
+    start = model.__dict__.get("backbone_start")
+    if start is None:
+        return info
+    now = _first_values(model)
+    moved = [k for k, v in now.items() if start.get(k) != v]
+    fresh = tuple(h for h in info.fresh if not any(k.startswith(f"{h}.") for k in moved))
+    return dataclasses.replace(info, trained=bool(moved) or info.trained, fresh=fresh)
+
+
+def _first_values(model: nn.Module) -> dict[str, float]:
+    return {k: float(p.detach().flatten()[0]) for k, p in model.named_parameters() if p.numel() and not p.is_meta}
 
 
 def _with_fresh_heads(

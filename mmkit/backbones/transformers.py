@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from mmkit.backbones.builder import Builder, ClassifierOnTower, attach_info, read_weights, refused
 from mmkit.backbones.info import BackboneInfo, ImageBackboneInfo, describe, per_channel
 from mmkit.errors import CheckpointError, InputError, MMKitError, nearest
+from mmkit.lazy import library
 from mmkit.storage import read_json, read_tensors, write_json, write_safetensors
 
 logger = logging.getLogger(__name__)
@@ -164,7 +165,7 @@ def _prefix(model: nn.Module) -> str:
 
 def _class(name: str, classify: bool) -> Any:
     """The class behind a model type ("vit") or a class name. Raises `InputError` with the nearest names."""
-    import transformers
+    transformers = library("transformers")
     from transformers.models.auto import modeling_auto as auto
 
     if name[:1].isupper():
@@ -192,11 +193,12 @@ def _class(name: str, classify: bool) -> Any:
         raise InputError(
             f"transformers:{name} wraps a timm model; give that model's own name, such as 'timm:resnet18'."
         )
-    if cls.main_input_name != "pixel_values" or "spatial_shapes" in inspect.signature(cls.forward).parameters:
+    model: Any = cls
+    if model.main_input_name != "pixel_values" or "spatial_shapes" in inspect.signature(model.forward).parameters:
         raise InputError(
-            f"transformers:{name} does not take pictures alone (its first input is {cls.main_input_name!r})."
+            f"transformers:{name} does not take pictures alone (its first input is {model.main_input_name!r})."
         )
-    return cls
+    return model
 
 
 def _visual(config: Any) -> Any:
@@ -293,7 +295,7 @@ def _pair(value: Any) -> tuple[int, int] | None:
 
 def _default_processor(model_type: str) -> dict[str, Any]:
     """Settings of the image processor that goes with a model type; empty when there is none."""
-    import transformers
+    transformers = library("transformers")
     from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES as names
 
     backends = names.get(_PROCESSORS.get(model_type, model_type)) or {}

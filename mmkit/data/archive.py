@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import stat
-import tempfile
 import zipfile
 from collections import Counter
 from collections.abc import Iterable
@@ -13,6 +12,7 @@ from pathlib import Path, PurePosixPath
 
 from mmkit.data.listing import is_hidden
 from mmkit.errors import InputError
+from mmkit.storage import clean, temporary_name
 
 MAX_FILES = 100_000
 MAX_BYTES = 4_000_000_000
@@ -48,7 +48,9 @@ def extract_zip(
     endings = None if suffixes is None else tuple(suffixes)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        clean(folder.parent)
+        temporary = folder.parent / temporary_name()
+        temporary.mkdir(mode=0o700)
     except OSError as error:
         raise InputError(f"{archive} cannot be unpacked into {folder}: {error}") from error
     try:

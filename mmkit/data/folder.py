@@ -24,6 +24,7 @@ from mmkit.data.images import MAX_PIXELS, SUFFIXES, load_image
 from mmkit.data.labels import Row, class_order, from_folders, from_table, near_twins, split_of
 from mmkit.data.listing import Folder, PathList, list_folder, natural
 from mmkit.errors import InputError
+from mmkit.storage import clean, temporary_name
 
 _INDEX_NAMES = ("index.csv", "labels.csv", "metadata.csv", "data.csv")
 
@@ -318,11 +319,15 @@ def _indices(top: Folder) -> list[Path]:
 
 
 def _temporary_folder() -> Path:
-    folder, owner = tempfile.mkdtemp(prefix="mmkit-data-"), os.getpid()
+    """A folder that goes with this process; those of killed ones go now."""
+    place, owner = Path(tempfile.gettempdir()), os.getpid()
+    clean(place)
+    folder = place / temporary_name()
+    folder.mkdir(mode=0o700)
 
-    def clean() -> None:
+    def leave() -> None:
         if os.getpid() == owner:  # not in forked data workers
             shutil.rmtree(folder, ignore_errors=True)
 
-    atexit.register(clean)
-    return Path(folder)
+    atexit.register(leave)
+    return folder

@@ -90,13 +90,18 @@ def from_folders(top: Folder, noun: str) -> tuple[list[Row], list[str]]:
 
 def _by_split(folders: list[Folder], noun: str) -> tuple[list[Row], list[str]]:
     """Rows of split folders with class folders in them; none when there are no such folders."""
-    parts = [f for f in folders if split_of(f.name) and any(inner.count() for inner in f.folders)]
+    splits = {f.name: split_of(f.name) for f in folders}
+    parts = [f for f in folders if splits[f.name] and any(inner.count() for inner in f.folders)]
+    if not parts and len(folders) > 1:  # "birds_train", "birds_test": the same classes in each
+        splits = {f.name: next(filter(None, map(split_of, re.split(r"[-_ .]+", f.name))), "") for f in folders}
+        shared = set.intersection(*({inner.name for inner in f.folders if inner.count()} for f in folders))
+        parts = folders if shared and all(splits.values()) and len(set(splits.values())) > 1 else []
     if not parts:
         return [], []
     others = [f for f in folders if f not in parts]
     rows, notes = [], []
     for part in parts:
-        rows += [(path, inner.name, split_of(part.name)) for inner in part.folders for path in inner.paths()]
+        rows += [(path, inner.name, splits[part.name]) for inner in part.folders for path in inner.paths()]
         notes += [f"{part.name}/{inner.name} holds no {noun}" for inner in part.folders if not inner.count()]
         notes += [_loose(part, noun)] if part.files else []
     wanted = {label for _, label, _ in rows}

@@ -1,18 +1,17 @@
 """How mmkit writes CPU kernels: Numba functions that release the GIL, cached on disk, run by a small pool of threads.
 
-The pattern for an operator `x`: kernels in `x_cpu.py`, one job per independent slice, decorated with `kernel(signature)`;
-the module is imported on first use inside `compile_note("x")`; `run_jobs` spreads the jobs over `torch.get_num_threads()`
+The pattern for an operator `x`: kernels in `x/cpu.py`, one job per independent slice, decorated with `kernel(signature)`;
+the module is imported on first use by `cpu_kernels("x")`; `run_jobs` spreads the jobs over `torch.get_num_threads()`
 threads. Python threads and GIL-free kernels compile faster than `prange`, do not meet torch's OpenMP pool, and survive
 the forked workers of a `DataLoader`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -29,7 +28,7 @@ _pool_size = 0
 _pool_lock = threading.Lock()
 
 
-def kernel(signature: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def kernel(signature: str, fast_math: set[str] = FAST_MATH) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator: compile for `signature` now, without the GIL, from the disk cache when there is one.
 
     Numba caches beside the source file or, when that folder is read-only, in the user's cache folder; with neither
@@ -37,7 +36,7 @@ def kernel(signature: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]
     """
 
     def compile_(function: Callable[..., Any]) -> Callable[..., Any]:
-        options: dict[str, Any] = {"nogil": True, "fastmath": FAST_MATH, "error_model": "numpy"}
+        options: dict[str, Any] = {"nogil": True, "fastmath": fast_math, "error_model": "numpy"}
         try:
             return numba.njit(signature, cache=True, **options)(function)
         except RuntimeError as error:
@@ -47,19 +46,6 @@ def kernel(signature: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]
             return numba.njit(signature, **options)(function)
 
     return compile_
-
-
-@contextlib.contextmanager
-def compile_note(op: str, after: float = 2.5) -> Iterator[None]:
-    """Say that `op` is being compiled when the block takes longer than `after` seconds (it does once per machine)."""
-    message = "%s: compiling the CPU kernels, about 5 s, once per machine ..."
-    timer = threading.Timer(after, logger.warning, (message, op))
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
 
 
 def run_jobs(function: Callable[..., Any], jobs: Iterable[tuple[Any, ...]]) -> None:

@@ -6,21 +6,24 @@
 
 from __future__ import annotations
 
-from mmkit.storage.files import atomic_write, read_json, sha256_file, write_json
+from mmkit.storage.files import atomic_write, clean, read_json, sha256_file, temporary_name, write_json
 from mmkit.storage.folders import new_folder, open_folder, require_folder
 from mmkit.storage.lock import folder_lock
-from mmkit.storage.tensors import load_state, read_tensors, write_safetensors
+from mmkit.storage.tensors import load_state, read_metadata, read_tensors, write_safetensors
 
 __all__ = [
     "atomic_write",
+    "clean",
     "folder_lock",
     "load_state",
     "new_folder",
     "open_folder",
     "read_json",
+    "read_metadata",
     "read_tensors",
     "require_folder",
     "sha256_file",
+    "temporary_name",
     "write_json",
     "write_safetensors",
 ]

@@ -87,11 +87,11 @@ def temporaries(folder: Path) -> list[Path]:
 
 
 def clean(folder: Path) -> None:
-    """Remove the temporary files that killed processes left in `folder`."""
+    """Remove the temporaries that killed processes left in `folder`, but for those that hold what they were replacing."""
     for path in temporaries(folder):
-        if path.is_file() and left_behind(path):
+        if left_behind(path) and not os.path.lexists(path / "old"):
             with contextlib.suppress(OSError):
-                path.unlink()
+                remove(path) if path.is_dir() else path.unlink()
 
 
 def _host() -> str:

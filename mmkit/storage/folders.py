@@ -110,7 +110,8 @@ def check_free(path: str | os.PathLike[str], kinds: Iterable[str], keep: Iterabl
             f"{target} holds {_a(manifest['kind'])}, not {_a(next(iter(kinds)))}. Choose another folder, or delete it."
         )
     known = manifest["files"] if manifest is not None else {}
-    strangers = sorted(_files(target).keys() - set(known) - {MANIFEST} - _below(target, keep))
+    found = _files(target)  # once: a run that is under way adds and removes files
+    strangers = sorted(found.keys() - set(known) - {MANIFEST} - _below(found, keep))
     if strangers:
         raise InputError(
             f"{target} holds files that would be lost: {_some(strangers)}. Choose another folder, or move them away."
@@ -219,7 +220,7 @@ def open_folder(
     found = _files(folder)
     listed = manifest["files"]
     missing = sorted(listed.keys() - found.keys() - _DOCUMENTS)
-    added = sorted(found.keys() - listed.keys() - {MANIFEST} - _DOCUMENTS - _below(folder, manifest.get("kept", ())))
+    added = sorted(found.keys() - listed.keys() - {MANIFEST} - _DOCUMENTS - _below(found, manifest.get("kept", ())))
     compared = sorted((listed.keys() & found.keys()) - _DOCUMENTS)
     changed = [name for name in compared if sha256_file(found[name]) != listed[name]]
     faults = [
@@ -253,13 +254,17 @@ def _manifest(folder: Path) -> dict[str, Any]:
 
 def _files(folder: Path) -> dict[str, Path]:
     """Files below `folder` by relative name; hidden ones (.DS_Store, .gitattributes) belong to other programs."""
-    found = {p.relative_to(folder): p for p in folder.rglob("*") if p.is_file()}
-    return {n.as_posix(): p for n, p in found.items() if not any(part.startswith(".") for part in n.parts)}
+    found: dict[str, Path] = {}
+    for place, folders, names in os.walk(folder):  # unlike pathlib's, it bears folders that go away meanwhile
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        paths = (Path(place, name) for name in names if not name.startswith("."))
+        found |= {p.relative_to(folder).as_posix(): p for p in paths if p.is_file()}
+    return found
 
 
-def _below(folder: Path, names: Iterable[str]) -> set[str]:
-    names = tuple(names)
-    return {n for n in _files(folder) if n.partition("/")[0] in names}
+def _below(found: Iterable[str], folders: Iterable[str]) -> set[str]:
+    kept = tuple(folders)
+    return {n for n in found if n.partition("/")[0] in kept}
 
 
 def _a(kind: str) -> str:

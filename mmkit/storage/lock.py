@@ -60,7 +60,7 @@ def _acquire(folder: Path) -> int:
     while True:
         handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            if not _try_lock(handle):
+            if not try_lock(handle):
                 raise InputError(_in_use(folder, _read(handle), "Wait for it, or choose another folder."))
             if not _is_current(handle, folder / LOCK):  # given back and removed between opening and locking
                 os.close(handle)
@@ -78,7 +78,7 @@ def _acquire(folder: Path) -> int:
             raise
 
 
-def _try_lock(handle: int) -> bool:
+def try_lock(handle: int) -> bool:
     """Take the system's lock on an open file: bound to this process, not inherited by forked data workers."""
     try:
         if os.name == "nt":

@@ -80,6 +80,17 @@ def read_tensors(path: str | os.PathLike[str], *, allow_pickle_format: bool = Tr
     return state
 
 
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """The texts that a safetensors file carries beside its tensors. Raises `CheckpointError` for a file that is none."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except (SafetensorError, ValueError, OSError) as error:
+        raise CheckpointError(f"{path} is not a readable safetensors file ({error}).") from error
+
+
 def _numpy_numbers() -> list[Any]:
     """What torch must know to read numpy numbers (nnU-Net keeps its scores as such); they cannot run code."""
     import numpy as np

@@ -114,8 +114,13 @@ def bundle(entry: WeightEntry, state: dict[str, Tensor], *, half: bool = True) -
     file = f"{entry.name}.safetensors"
     write_safetensors(FOLDER / file, stored)
     entry = dataclasses.replace(entry, file=file, sha256=sha256_file(FOLDER / file))
+    record(entry)
+    return entry
+
+
+def record(entry: WeightEntry) -> None:
+    """Put `entry` into the manifest in place of the one of its name; the file stays as it is."""
     _manifest.cache_clear()  # another script may have added its entry meanwhile
     rows = {**_manifest(), entry.name: entry}
     write_json(MANIFEST, [dataclasses.asdict(rows[k]) for k in sorted(rows)])
     _manifest.cache_clear()
-    return entry

@@ -10,6 +10,7 @@ from pathlib import Path
 import contract
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from mmkit.adapters import AdapterConfig, apply_adapter, attached_adapters, load_adapter, register_adapter, save_adapter
@@ -238,3 +239,23 @@ def test_official_parameter_counts_of_ssf() -> None:
             model = timm.create_model(name, **kwargs)
             adapter = apply_adapter(model, "ssf")
         assert adapter.num_parameters() == count, name
+
+
+@pytest.mark.parametrize("method", ["ssf", "lora"])
+def test_half_files_are_half_as_large_and_nearly_exact(method: str, tmp_path: Path) -> None:
+    adapter = apply_adapter(contract.build("vit"), method)
+    for p in adapter.parameters():
+        nn.init.normal_(p)
+    sizes = [
+        sum(v.nbytes for v in load_file(save_adapter(adapter, tmp_path / str(half), half=half) / "adapter_model.safetensors").values())
+        for half in (False, True)
+    ]  # fmt: skip
+    assert sizes[0] == 2 * sizes[1]
+    exact, near = (load_adapter(contract.build("vit"), tmp_path / str(half)).state_dict() for half in (False, True))
+    assert all(torch.equal(v, exact[k]) for k, v in adapter.state_dict().items())
+    for k, v in adapter.state_dict().items():
+        torch.testing.assert_close(near[k], v, rtol=2**-11, atol=1e-7)
+    next(iter(adapter.parameters())).data.fill_(1e6)
+    with pytest.raises(InputError, match="65504"):
+        save_adapter(adapter, tmp_path / "large", half=True)
+    assert not (tmp_path / "large").exists()

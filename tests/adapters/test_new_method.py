@@ -52,11 +52,11 @@ def test_with_one_row_it_passes_the_whole_contract(package: Path, tmp_path: Path
     tests = tmp_path / "tests"
     tests.mkdir()
     rows = (ROOT / "tests" / "adapters" / "contract.py").read_text(encoding="utf-8")
-    changed = rows.replace("ROWS = [", 'ROWS = [\n    Row("gain", families=("vit", "unet", "clip")),', 1)
+    changed = rows.replace("ROWS = [", 'ROWS = [\n    Row("gain", families=("vit", "clip")),', 1)
     assert changed != rows
     (tests / "contract.py").write_text(changed, encoding="utf-8")
-    for name in ("adapters/test_contract.py", "conftest.py"):
+    for name in ("adapters/test_contract.py", "adapters/denoisers.py", "conftest.py"):
         (tests / Path(name).name).write_text((ROOT / "tests" / name).read_text(encoding="utf-8"), encoding="utf-8")
     options = ("-q", "-k", "gain", "-p", "no:cacheprovider", "--rootdir", str(tests), "-m", "slow or not slow")
     out = _run(package, "-m", "pytest", *options, str(tests), cwd=tests)
-    assert int(re.search(r"(\d+) passed", out)[1]) > 20  # type: ignore[index]
+    assert int(re.search(r"(\d+) passed", out)[1]) > 12  # type: ignore[index]

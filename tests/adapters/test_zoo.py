@@ -16,11 +16,12 @@ PATTERNS = (
     "timm/*/test", "timm/beit/beit", "timm/eva/eva", "open_clip/coca*", "open_clip/RN50", "transformers/swinv2", "diffusers/DiT*",
 )  # fmt: skip
 METHODS = ["ssf", "bitfit", "lora", "ia3", "ln_tuning", "zeroi2v"]
+QUICK = ("timm/resnet/test", "timm/vision_transformer/test")
 FAMILIES = {key: maker for key, maker in zoo.zoo() if any(fnmatch.fnmatch(key, p) for p in PATTERNS)}
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [pytest.param(f, marks=() if f in QUICK else pytest.mark.slow) for f in FAMILIES])
 def test_no_silent_no_op_no_wrong_merge_and_no_raw_error(family: str) -> None:
     row: dict[str, Any] = zoo.visit(FAMILIES[family], METHODS, seconds=60)
     if "skipped" in row:

@@ -1,37 +1,45 @@
-"""Fixtures for browser tests: one headless Chromium, pages that refuse the outside world, and a studio per set of pages."""
+"""Fixtures for browser tests: one headless Chromium, pages that refuse the outside world, and one studio."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
 
+from mmkit.registry import APPS
+
 ROOT = Path(__file__).parent.parent.parent
 SCREENSHOTS = ROOT / "screenshots"
 CHROME = os.environ.get("CHROME_PATH") or shutil.which("chromium") or shutil.which("google-chrome")
-TIMEOUT_MS = 30_000
+TIMEOUT_MS = 60_000
 
 collect_ignore_glob = [] if importlib.util.find_spec("gradio") else ["test_*.py"]
 
 
 @pytest.fixture(scope="session")
 def launch() -> Iterator[Callable[..., str]]:
-    """`launch("finetune", ...)` starts a studio with these pages (once) and returns its URL, without a slash at the end."""
-    from mmkit.apps import frame
+    """`launch("gmm")` starts the whole studio, once for all tests, and returns its URL, without a slash at the end; with options, another.
+
+    The pages a test names must be in it.
+    """
+    from mmkit.apps import server
 
     running: dict[Any, tuple[Any, str]] = {}
 
-    def start(*names: str, **options: Any) -> str:
-        key = (names, tuple(sorted(options.items())))
+    def start(*pages: str, **options: Any) -> str:
+        for name in pages:
+            APPS.get(name)
+        key = tuple(sorted(options.items()))
         if key not in running:
-            running[key] = frame.launch_studio(names, block=False, **options)
+            running[key] = server.launch_studio(block=False, **options)
         return running[key][1].rstrip("/")
 
     yield start
@@ -52,11 +60,16 @@ def browser() -> Iterator[Any]:
         chrome.close()
 
 
+NOISE = re.compile(
+    r"^BJS - |^AbortError: New model is being loaded"
+)  # Babylon: tries WebGPU before WebGL, drops a model for the next
+
+
 @pytest.fixture
 def new_page(browser: Any) -> Iterator[Callable[..., Any]]:
     """`new_page()` opens a page in a context of its own (another visitor).
 
-    At the end of the test there must have been no request to another host and no JavaScript error.
+    At the end of the test there must have been no request to another host, no JavaScript error and nothing red in the console.
     """
     contexts, outside, errors = [], [], []
 
@@ -75,6 +88,7 @@ def new_page(browser: Any) -> Iterator[Callable[..., Any]]:
         page = context.new_page()
         page.set_default_timeout(TIMEOUT_MS)
         page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on("console", lambda m: errors.append(m.text) if m.type == "error" and not NOISE.match(m.text) else None)
         return page
 
     yield make
@@ -88,6 +102,42 @@ def new_page(browser: Any) -> Iterator[Callable[..., Any]]:
 def page(new_page: Callable[..., Any]) -> Any:
     """One page of one visitor."""
     return new_page()
+
+
+@pytest.fixture(scope="session")
+def settled() -> Callable[[Any], None]:
+    """`settled(page)` waits until the page stands and nothing on it is being computed."""
+
+    def wait(page: Any) -> None:
+        page.locator("h1").first.wait_for()
+        page.wait_for_timeout(600)
+        page.wait_for_function(
+            """() => ![...document.querySelectorAll('[data-testid="status-tracker"]')].some(
+                e => !e.classList.contains('hide') && e.checkVisibility() && e.innerText.trim())"""
+        )
+
+    return wait
+
+
+SCREENS = [(theme, width) for theme in ("light", "dark") for width in (1280, 390)]
+
+
+@pytest.fixture(scope="session")
+def audit() -> Callable[..., None]:
+    """`audit(page)` fails when the page, as it stands, has text below 4.5 : 1, a button or picture without a name, or more width than
+    the screen, in the light or the dark, at 1280 or 390 pixels."""
+    script = (Path(__file__).parent / "audit.js").read_text(encoding="utf-8")
+
+    def check(page: Any, screens: Iterable[tuple[str, int]] = SCREENS) -> None:
+        found = []
+        for theme, width in screens:
+            page.emulate_media(color_scheme=theme, reduced_motion="reduce")
+            page.set_viewport_size({"width": width, "height": 900})
+            page.wait_for_timeout(200)
+            found += [f"{theme}, {width} px: {line}" for line in page.evaluate(script, 4.5)]
+        assert not found, "\n".join([page.url, *found])
+
+    return check
 
 
 @pytest.fixture(scope="session")

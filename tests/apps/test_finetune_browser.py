@@ -15,7 +15,7 @@ STATUS = "#finetune-status textarea, #finetune-status input"
 def test_walk(launch, page, screenshot, tmp_path):
     from playwright.sync_api import expect
 
-    page.goto(launch("finetune") + "/finetune")
+    page.goto(launch() + "/finetune")
     page.locator("#finetune-map table").wait_for()
     expect(page.locator("#finetune-figures")).to_contain_text("numbers are trained")
     page.locator("#finetune-adapter label", has_text="Linear probe").click()
@@ -47,7 +47,7 @@ def test_walk(launch, page, screenshot, tmp_path):
 def test_another_visitor_and_small_dark_screen(launch, new_page, screenshot):
     """A second browser sees nothing of the first; the page works on a phone in the dark."""
     phone = new_page(width=390, height=844, color_scheme="dark")
-    phone.goto(launch("finetune") + "/finetune")
+    phone.goto(launch() + "/finetune")
     phone.locator("#finetune-map table").wait_for()
     assert phone.locator("#finetune-result").count() == 0 or not phone.locator("#finetune-result").is_visible()
     assert phone.evaluate("document.documentElement.scrollWidth") <= 400
@@ -58,7 +58,7 @@ def test_own_pictures_from_a_zip(launch, page, screenshot, tmp_path):
     from PIL import Image
     from playwright.sync_api import expect
 
-    url = launch("finetune") + "/finetune"
+    url = launch() + "/finetune"
     for archive, names, text in (
         ("evil.zip", ["../up/1.png", "b/1.png"], "points outside"),
         ("good.zip", [f"{kind}/{i}.png" for kind in ("cats", "dogs") for i in range(5)], "2 classes"),

@@ -11,7 +11,7 @@ import pytest
 from gradio_client import Client, handle_file
 from PIL import Image
 
-from mmkit.apps import App, build_studio, frame, launch_studio, output_folder, readable
+from mmkit.apps import App, build_studio, launch_studio, readable
 from mmkit.errors import InputError
 from mmkit.registry import APPS
 
@@ -138,17 +138,6 @@ def test_readable_generators_stream_and_report():
         list(stream(1))
 
 
-def test_output_folders_are_private_and_expire(monkeypatch, tmp_path):
-    monkeypatch.setattr(frame.tempfile, "gettempdir", lambda: str(tmp_path))
-    monkeypatch.setattr(frame.tempfile, "tempdir", str(tmp_path))
-    first, second = output_folder(), output_folder()
-    assert first != second
-    assert (tmp_path / "mmkit-studio").stat().st_mode & 0o077 == 0
-    monkeypatch.setattr(frame, "KEEP_SECONDS", -1)
-    output_folder()
-    assert not first.exists()
-
-
 def test_unknown_page_names_the_nearest():
     with pytest.raises(InputError, match="finetune"):
         build_studio(["finetun"])
@@ -157,6 +146,31 @@ def test_unknown_page_names_the_nearest():
 def test_taken_port_is_a_clear_error(url):
     with pytest.raises(InputError, match="another port"):
         launch_studio(["finetune"], port=int(url.rstrip("/").rsplit(":", 1)[1]), block=False)
+
+
+def test_no_handler_starts_another_several_times_at_once():
+    """What one handler sets must not be several `change` triggers of another: those runs overtake each other, and the page keeps
+    the answer to half of the new values (gradio's `always_last` holds back a trigger only once the run before it is under way)."""
+    studio = build_studio()
+    runs = list(studio.fns.values())
+    for answering in runs:
+        changes = {block for block, event in answering.targets if event == "change"}
+        for setting in runs:
+            both = changes & {c._id for c in setting.outputs}
+            assert len(both) < 2, (setting.name, answering.name, [studio.blocks[b].label for b in both])
+
+
+def test_what_a_slider_does_its_reset_button_does():
+    """Gradio's reset button sends `release`, not `input`."""
+    studio = build_studio()
+    heard = {}
+    for run in studio.fns.values():
+        for block, event in run.targets:
+            heard.setdefault(block, set()).add(event)
+    sliders = {b: heard[b] for b, block in studio.blocks.items() if isinstance(block, gr.Slider) and b in heard}
+    assert sliders
+    deaf = [studio.blocks[b].label for b, events in sliders.items() if not events & {"release", "change"}]
+    assert not deaf, deaf
 
 
 def test_every_page_builds_without_loading_a_model():

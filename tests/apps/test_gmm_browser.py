@@ -19,7 +19,7 @@ def set_slider(page, name, value):
 
 def test_bending_a_mask_changes_what_the_page_shows(launch, page, screenshot, click_pixel):
     expect = pytest.importorskip("playwright.sync_api").expect
-    page.goto(f"{launch('gmm')}/gmm")
+    page.goto(f"{launch()}/gmm")
     status = page.locator(STATUS).first
     loaded = 60_000  # the first picture waits for the model
     expect(status).to_have_value(re.compile(r"Layer 1, head 1, patch \(4, 4\)"), timeout=loaded)
@@ -64,7 +64,7 @@ def test_the_endpoint_gives_what_the_pipeline_gives(launch, tmp_path):
     path = tmp_path / "star.png"
     draw_picture().save(path)
     arguments = (2, 1, 3, 5, -1, 0.5, "This head")
-    client = Client(launch("gmm"), verbose=False)
+    client = Client(launch(), verbose=False)
     result = client.predict(handle_file(path), *arguments, api_name="/gmm_explore")
     view = explorer(path, 1, 0, (2, 4), alpha_scale=-1, sigma_scale=0.5)
     shown = result[0]["path"] if isinstance(result[0], dict) else result[0]

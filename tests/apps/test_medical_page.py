@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import html
 import json
 
 import nibabel
@@ -57,10 +59,33 @@ def test_views_keep_proportions_and_names_are_escaped() -> None:
     assert picture.size == (180, 480)
     side = medical.draw(found, None, medical.PREDICTION, 0.5, "Sagittal (X)", 99)
     assert side.size[0] / side.size[1] == pytest.approx(8 * 2 / (4 * 1.5), rel=0.01)
-    assert "&lt;b&gt;" in medical.legend(found)
+    assert "<b>" not in medical.legend(found)
     table = medical.table(found, found.mask)
     assert "&lt;b&gt;" in table
     assert [cell in table for cell in (">1<", ">18 mm³<", ">1.000<")] == [True] * 3
+
+
+def test_stained_tissue_keeps_its_color_under_outlines() -> None:
+    mask = np.zeros((60, 80), np.uint8)
+    mask[20:40, 20:60] = 1
+    tissue = np.full((60, 80, 3), (150, 90, 190), np.uint8)
+    found = SegmentationResult(mask, mask.astype(np.float32), tissue, ("background", "nucleus"), (1.0, 1.0), None, 0.1)
+    view, status, *_, show = (medical._show(found, None, 0.5)[i] for i in (1, 2, 6))
+    assert show["value"] == medical.OUTLINES
+    seen = np.asarray(view.resize((80, 60)))
+    assert tuple(seen[30, 40]) == tuple(seen[5, 5]) == (150, 90, 190)  # nothing is painted over, inside or outside
+    assert tuple(np.asarray(found.plot())[20, 40]) == (255, 235, 59)
+    assert "rgb(255, 235, 59)" in status  # the legend shows the color of the lines
+    grey = dataclasses.replace(found, image=np.full((60, 80, 3), 90, np.uint8))
+    assert medical._show(grey, None, 0.5)[6]["value"] == medical.PREDICTION
+
+
+def test_a_volume_opens_at_the_slice_with_most_content() -> None:
+    found = result()
+    assert found.best_slice() == 1
+    image = np.zeros((6, 8, 4), np.float32)
+    image[2, 3, 3] = 1
+    assert dataclasses.replace(found, mask=np.zeros_like(found.mask), image=image).best_slice() == 3
 
 
 def test_truth_and_nothing_can_be_shown() -> None:
@@ -76,12 +101,29 @@ def test_truth_and_nothing_can_be_shown() -> None:
     assert (np.ptp(views["Nothing"].astype(int), axis=-1) == 0).all()
 
 
+def test_a_picture_unlike_the_training_data_is_said_to_be_above_all_else() -> None:
+    found = dataclasses.replace(result(), unlike=3.0)
+    status = medical._show(found, None, 0.5)[2]
+    assert status.startswith('<p role="alert"')
+    assert "unlike everything the network was trained on" in status
+    assert "<b>spot</b> in anything" in html.unescape(status)
+    assert "<b>spot" not in status
+    assert "alert" not in medical._show(result(), None, 0.5)[2]
+    assert "robability" not in medical.table(found, None)
+
+
 def test_export_writes_what_the_table_shows() -> None:
     found = result()
     mask, record = medical.export(found, None)
     assert mask.endswith("mask.nii.gz")
     with open(record) as f:
         assert json.load(f)["classes"] == found.measures()
+
+
+def test_a_picture_that_would_take_minutes_is_refused_before_it_is_read(tmp_path) -> None:
+    Image.new("L", (4000, 4000)).save(tmp_path / "slide.png")
+    with pytest.raises(InputError, match=r"4000 x 4000 = 16 million pixels; this page takes up to 4\.2 million\. Crop"):
+        medical.predict(str(tmp_path / "slide.png"), medical.AUTOMATIC)
 
 
 def test_oversized_inputs_are_refused(monkeypatch) -> None:

@@ -13,6 +13,8 @@ from mmkit.apps.segment import SESSIONS
 from mmkit.vision.clicks.metrics import iou
 from mmkit.vision.clicks.result import rle_to_mask
 
+expect = pytest.importorskip("playwright.sync_api").expect
+
 pytestmark = pytest.mark.browser
 
 
@@ -43,27 +45,27 @@ def load(page, **options):
     page.locator("#segment-picture input[type=file]").set_input_files(
         {"name": "photo.png", "mimeType": "image/png", "buffer": photo(**options)}
     )
-    page.locator("#segment-status", has_text="Proposed").wait_for()
+    expect(page.locator("#segment-status")).to_contain_text("Proposed")
 
 
 def wait_clicks(page, count):
-    page.locator("#segment-status", has_text=f"{count} click").wait_for()
+    expect(page.locator("#segment-status")).to_contain_text(f"{count} click")
 
 
 def download(page, name):
-    page.locator(f"#segment-{name}:not([disabled])").wait_for()
+    expect(page.locator(f"#segment-{name}")).to_be_enabled()
     with page.expect_download() as file:
         page.locator(f"#segment-{name}").click()
     return file.value.path()
 
 
 def test_a_photo_is_segmented_corrected_and_taken_home(launch, page, click_pixel, screenshot):
-    page.goto(launch("segment") + "/segment")
+    page.goto(launch() + "/segment")
     load(page)
-    page.locator("#segment-cutout img").wait_for()
+    expect(page.locator("#segment-cutout img")).to_be_visible()
     wait_clicks(page, 1)
     page.locator("#segment-clear").click()
-    page.locator("#segment-status", has_text="Click the object").wait_for()
+    expect(page.locator("#segment-status")).to_contain_text("Click the object")
     click_pixel(page, "#segment-picture img", 600, 360)
     wait_clicks(page, 1)
     page.locator("#segment-mode label", has_text="Remove").click()
@@ -81,29 +83,54 @@ def test_a_photo_is_segmented_corrected_and_taken_home(launch, page, click_pixel
 
 
 def test_a_right_click_removes_and_quick_clicks_are_all_counted(launch, page, click_pixel):
-    page.goto(launch("segment") + "/segment")
+    page.goto(launch() + "/segment")
     load(page)
     page.locator("#segment-clear").click()
-    page.locator("#segment-status", has_text="Click the object").wait_for()
+    expect(page.locator("#segment-status")).to_contain_text("Click the object")
     page.locator("#segment-picture img").first.evaluate(QUICK_CLICKS, [[540 + 40 * k, 360] for k in range(4)])
     wait_clicks(page, 4)
     click_pixel(page, "#segment-picture img", 90, 90, button="right")
     wait_clicks(page, 5)
-    (*first, last) = list(SESSIONS._open.values())[-1].segmenter.clicks
+    (*first, last) = list(SESSIONS._open.values())[-1].value.segmenter.clicks
     assert [positive for _, _, positive in first] == [True] * 4
     assert last == pytest.approx((90, 90, False), abs=2)
     assert page.locator("#segment-mode input:checked").input_value() == "Add"
 
 
+def test_the_photo_can_be_clicked_with_the_keyboard(launch, page):
+    page.goto(launch() + "/segment")
+    load(page)
+    page.locator("#segment-clear").click()
+    expect(page.locator("#segment-status")).to_contain_text("Click the object")
+    photo = page.get_by_role("group", name="Photo")
+    photo.focus()
+    expect(page.locator("#segment-cross")).to_be_visible()
+    for key in ["ArrowRight"] * 3 + ["Shift+ArrowDown", "Enter"]:
+        page.keyboard.press(key)
+    wait_clicks(page, 1)
+    for key in ["ArrowLeft"] * 20 + ["Shift+Enter"]:
+        page.keyboard.press(key)
+    wait_clicks(page, 2)
+    page.keyboard.press("Backspace")
+    wait_clicks(page, 3)
+    scale = 960 / page.locator("#segment-picture .image-frame img").evaluate("e => e.clientWidth")
+    first, second, third = list(SESSIONS._open.values())[-1].value.segmenter.clicks
+    assert first == pytest.approx((480 + 36 * scale, 360 + 2 * scale, True), abs=3)
+    assert second == pytest.approx((480 - 204 * scale, 360 + 2 * scale, False), abs=3)
+    assert third[2] is False
+    page.locator("#segment-undo").focus()
+    expect(page.locator("#segment-cross")).to_be_hidden()
+
+
 def test_a_large_turned_photo_is_clicked_and_cut_out_in_its_own_pixels(launch, page, click_pixel):
-    page.goto(launch("segment") + "/segment")
+    page.goto(launch() + "/segment")
     page.locator("#segment-model input").click()
     page.get_by_role("option", name="random-walker").click()
     exif = Image.Exif()
     exif[0x0112] = 6  # to be shown turned by 90 degrees: 1500 wide, 2600 high
     load(page, size=(2600, 1500), ball=(2200, 400), exif=exif)
     page.locator("#segment-clear").click()
-    page.locator("#segment-status", has_text="Click the object").wait_for()
+    expect(page.locator("#segment-status")).to_contain_text("Click the object")
     width = page.locator("#segment-picture img").first.evaluate("e => e.naturalWidth")
     ball = (1499 - 400, 2200)
     click_pixel(page, "#segment-picture img", ball[0] * width / 1500, ball[1] * width / 1500)
@@ -115,54 +142,54 @@ def test_a_large_turned_photo_is_clicked_and_cut_out_in_its_own_pixels(launch, p
 
 
 def test_an_unreadable_file_is_explained_and_leaves_an_empty_page(launch, page):
-    page.goto(launch("segment") + "/segment")
+    page.goto(launch() + "/segment")
     page.locator("#segment-model input").click()
     page.get_by_role("option", name="random-walker").click()
     load(page)
     page.locator("#segment-picture input[type=file]").set_input_files(
         {"name": "broken.png", "mimeType": "image/png", "buffer": b"no picture"}
     )
-    page.get_by_text("broken.png cannot be read as a picture").first.wait_for()
-    page.locator("#segment-status", has_text="Drop a photo").wait_for()
-    page.locator("#segment-picture img").wait_for(state="detached")
-    page.locator("#segment-cutout img").wait_for(state="detached")
+    expect(page.locator(".toast-body").first).to_contain_text("broken.png cannot be read as a picture")
+    expect(page.locator("#segment-status")).to_contain_text("Drop a photo")
+    expect(page.locator("#segment-picture img")).to_have_count(0)
+    expect(page.locator("#segment-cutout img")).to_have_count(0)
 
 
 def test_visitors_do_not_share_clicks(launch, new_page, click_pixel):
     pages = [new_page(), new_page()]
     for k, page in enumerate(pages):
-        page.goto(launch("segment") + "/segment")
+        page.goto(launch() + "/segment")
         load(page, ball=(300 + 300 * k, 360))
     click_pixel(pages[0], "#segment-picture img", 90, 90)
     wait_clicks(pages[0], 2)
     click_pixel(pages[1], "#segment-picture img", 620, 360)
     wait_clicks(pages[1], 2)
     pages[0].locator("#segment-clear").click()
-    pages[0].locator("#segment-status", has_text="Click the object").wait_for()
+    expect(pages[0].locator("#segment-status")).to_contain_text("Click the object")
     click_pixel(pages[1], "#segment-picture img", 640, 360)
     wait_clicks(pages[1], 3)
 
 
 def test_a_box_and_a_new_picture_start_over(launch, page, click_pixel):
-    page.goto(launch("segment") + "/segment")
+    page.goto(launch() + "/segment")
     load(page)
     page.locator("#segment-mode label", has_text="Box").click()
     click_pixel(page, "#segment-picture img", 420, 180)
-    page.locator("#segment-status", has_text="opposite corner").wait_for()
+    expect(page.locator("#segment-status")).to_contain_text("opposite corner")
     click_pixel(page, "#segment-picture img", 780, 540)
-    page.locator("#segment-status", has_text="ms").wait_for()
+    expect(page.locator("#segment-status")).to_contain_text("ms")
     page.locator("#segment-picture button[aria-label='Remove Image']").first.click()
-    page.locator("#segment-status", has_text="Drop a photo").wait_for()
-    page.locator("#segment-cutout img").wait_for(state="detached")
+    expect(page.locator("#segment-status")).to_contain_text("Drop a photo")
+    expect(page.locator("#segment-cutout img")).to_have_count(0)
     load(page, ball=(330, 330))
     wait_clicks(page, 1)
 
 
 def test_the_sample_photo_works(launch, page, screenshot):
-    page.goto(launch("segment") + "/segment")
+    page.goto(launch() + "/segment")
     page.locator("#segment-sample").click()
-    page.locator("#segment-cutout img").wait_for()
-    page.locator("#segment-status", has_text="ms").wait_for()
+    expect(page.locator("#segment-cutout img")).to_be_visible()
+    expect(page.locator("#segment-status")).to_contain_text("ms")
     screenshot(page, "segment-sample")
 
 
@@ -170,7 +197,7 @@ def test_the_endpoint_segments_without_a_page(launch, tmp_path):
     from gradio_client import Client, handle_file
 
     (tmp_path / "photo.png").write_bytes(photo())
-    client = Client(launch("segment"), verbose=False)
+    client = Client(launch(), verbose=False)
     prompt = {"points": [[600, 360]], "labels": [1]}
     result = client.predict(handle_file(tmp_path / "photo.png"), prompt, "", api_name="/segment")
     assert sum(result["segmentation"]["counts"]) == 720 * 960

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from PIL import Image
 pytest.importorskip("gradio")
 
 from mmkit.apps import segment
+from mmkit.backbones import load_weights
 from mmkit.vision.clicks.pipeline import InteractiveSegmenter
 from mmkit.vision.clicks.result import Mask
 
@@ -44,3 +46,15 @@ def test_clicks_while_the_files_are_written_mix_nothing(segmenter, monkeypatch, 
         assert np.array_equal(np.asarray(file), np.asarray(expected.cutout()))
     with open(record.value["path"] if isinstance(record.value, dict) else record.value) as file:
         assert json.load(file) == json.loads(json.dumps(expected.record()))
+
+
+def test_only_a_measured_rating_is_shown() -> None:
+    picture = np.random.default_rng(0).integers(0, 255, (80, 100, 3), np.uint8)
+    texts = []
+    for segmenter in (InteractiveSegmenter(device="cpu"), InteractiveSegmenter(load_weights("squeezesam-photo"))):
+        segmenter.set_image(picture)
+        segmenter.add_click(50, 40)
+        texts.append(segment.describe(segmenter, None))
+    assert re.search(r"masks like this overlap \d+ % with what was meant, on average", texts[0])
+    assert "overlap" not in texts[1]
+    assert not any("rates" in text for text in texts)

@@ -166,7 +166,12 @@ def test_a_backbone_says_whether_it_was_trained(tmp_path: Path, caplog: pytest.L
     fresh = vit(num_classes=3, checkpoint_path=tmp_path / "m.safetensors")
     assert "of other classes: the classifier (head) starts untrained" in caplog.text
     save_backbone(fresh, tmp_path / "saved")
-    assert create_backbone(tmp_path / "saved").backbone_info.trained
+    again = create_backbone(tmp_path / "saved").backbone_info
+    assert (again.trained, again.fresh) == (True, ("head",))
+    random = create_backbone(save_backbone(vit(num_classes=3), tmp_path / "random"))
+    assert random.backbone_info.trained is False
+    torch.nn.init.ones_(random.head.bias)  # as training would
+    assert create_backbone(save_backbone(random, tmp_path / "random")).backbone_info.trained
     headless = {k: v for k, v in vit(num_classes=5).state_dict().items() if not k.startswith("head.")}
     write_safetensors(tmp_path / "headless.safetensors", headless)
     vit(num_classes=5, checkpoint_path=tmp_path / "headless.safetensors")

@@ -58,11 +58,11 @@ def test_the_heads_of_a_family_are_called_and_a_copy_of_them_acts(pattern: str, 
 
 
 @pytest.mark.slow
-def test_every_module_of_timm_names_its_heads() -> None:
+def test_modules_of_timm_name_their_heads() -> None:
     import timm
 
     missing = []
-    for module in timm.list_modules():
+    for module in timm.list_modules()[::4]:  # all of them: benchmarks/zoo.py
         name = sorted(timm.list_models(module=module), key=len)[0]
         with torch.device("meta"):
             model = timm.create_model(name)

@@ -76,7 +76,7 @@ def test_a_transformers_model_answers_with_logits_and_its_folder_is_read_by_tran
     again = create_backbone(tmp_path / "m").eval()
     assert torch.equal(again(x), logits)
     restored = image_info(again)
-    assert (restored.class_names, restored.trained) == (("a", "b", "c"), True)
+    assert (restored.class_names, restored.trained) == (("a", "b", "c"), False)  # as it was never trained
     assert restored.preprocessing() == info.preprocessing()
     inner = model.model if hasattr(model, "model") else model.tower
     theirs, report = type(inner).from_pretrained(tmp_path / "m", output_loading_info=True)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -216,6 +219,15 @@ def test_truncated_zip_leaves_nothing(folder, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_what_a_killed_process_had_unpacked_goes(folder, tmp_path):
+    name = 'Path(sys.argv[1], temporary_name(), "data").mkdir(parents=True)'
+    script = f"import sys; from pathlib import Path; from mmkit.storage import temporary_name; {name}"
+    subprocess.run([sys.executable, "-c", script, str(tmp_path / "here")], check=True)
+    assert len(os.listdir(tmp_path / "here")) == 1
+    extract_zip(pack(folder, tmp_path / "a.zip"), tmp_path / "here" / "out")
+    assert os.listdir(tmp_path / "here") == ["out"]
+
+
 def test_csv_in_a_zip_cannot_read_outside(tmp_path):
     picture(tmp_path / "secret.png")
     root = tmp_path / "z"
@@ -268,6 +280,7 @@ def classes(root: Path, names: str = "a b", count: int = 2) -> None:
         ("train_set", "validation_set", "test_set"),
         ("train-images", "eval", "Test Data"),
         ("train2017", "dev", "test1"),
+        ("birds_train", "birds-val", "birds test"),
     ],
 )
 def test_splits_under_every_usual_name(tmp_path, train, val, test):

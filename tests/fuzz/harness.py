@@ -508,8 +508,39 @@ def read_command(path: Path, written: Path) -> None:
     assert "Traceback" not in result.output
 
 
+def cloud_seeds(folder: Path) -> list[Path]:
+    """Points, meshes and splats in the formats that are read."""
+    import torch
+    import trimesh
+
+    from mmkit.pointcloud.io import PointCloud, write_point_cloud
+    from mmkit.pointcloud.splats import GaussianModel, save_splats
+
+    rng = np.random.default_rng(0)
+    xyz = rng.normal(size=(40, 3)).astype(np.float32)
+    cloud = PointCloud(xyz, rng.integers(0, 255, (40, 3), np.uint8), xyz.copy(), rng.integers(0, 4, 40))
+    paths = [write_point_cloud(cloud, folder / f"cloud{suffix}") for suffix in (".npy", ".ply", ".npz", ".xyz")]
+    mesh = trimesh.creation.icosphere(subdivisions=1)
+    for suffix in (".obj", ".stl", ".off", ".glb"):
+        paths.append(folder / f"mesh{suffix}")
+        mesh.export(paths[-1])
+    scene = GaussianModel.from_points(torch.from_numpy(xyz), torch.from_numpy(cloud.rgb).float() / 255)
+    return paths + [
+        save_splats(scene, folder / f"scene{suffix}") for suffix in (".ply", ".splat", ".spz", ".sog", ".glb")
+    ]
+
+
+def read_cloud(path: Path, written: Path) -> None:
+    from mmkit.pointcloud.io import read_point_cloud
+    from mmkit.pointcloud.splats import load_splats
+
+    either = path.suffix in (".ply", ".glb") and path.stat().st_size % 2
+    (load_splats if either or path.suffix in (".splat", ".spz", ".sog") else read_point_cloud)(path)
+
+
 TARGETS = [
-    Target("images", image_seeds, read_image, damage_bytes, 0.3),
+    Target("images", image_seeds, read_image, damage_bytes, 0.2),
+    Target("clouds", cloud_seeds, read_cloud, damage_bytes, 0.1),
     Target("tables", table_seeds, read_table, damage_text, 0.15),
     Target("archives", archive_seeds, read_archive, damage_bytes, 0.15),
     Target("videos", video_seeds, read_video, damage_bytes, 0.1),

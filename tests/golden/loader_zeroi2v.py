@@ -27,11 +27,11 @@ def run(case: Path, meta: dict[str, Any]) -> None:
 
 
 def offsets_of(cfg: dict[str, Any], heads: int) -> tuple[int, ...]:
-    """The official settings as one offset per head."""
-    if "shift_div" not in cfg:  # ViT_Zero_CLIP_long
+    """The official settings as one offset per head; what they leave out is as in the official classes."""
+    if "shift1_div" in cfg:  # ViT_Zero_CLIP_long
         return head_offsets_from_div(
             heads,
-            cfg.get("shift1_div", -1),
+            cfg["shift1_div"],
             cfg.get("shift2_div", -1),
             True,
             cfg.get("shift3_div", -1),
@@ -40,7 +40,11 @@ def offsets_of(cfg: dict[str, Any], heads: int) -> tuple[int, ...]:
             cfg.get("shift4_right", False),
         )
     return head_offsets_from_div(
-        heads, cfg["shift_div"], cfg.get("long_shift_div", -1), cfg.get("long_shift_right", False)
+        heads,
+        cfg.get("shift_div", 12),
+        cfg.get("long_shift_div", -1),
+        cfg.get("long_shift_right", False),
+        shift_stride=cfg.get("shift_stride", 1),
     )
 
 

@@ -16,6 +16,10 @@ import pytest
 HERE = Path(__file__).parent
 
 
+COMPILES = {"gaussian_rasterizer"}
+"""Methods whose kernels take half a minute to compile on a fresh checkout."""
+
+
 def _cases() -> list[Path]:
     extra = [Path(d) for d in os.environ.get("MMKIT_GOLDEN_DIR", "").split(os.pathsep) if d]
     return [meta.parent for root in [HERE, *extra] for meta in sorted(root.glob("*/*/meta.json"))]
@@ -25,7 +29,10 @@ def _name(case: Path) -> str:
     return f"{case.parent.name}/{case.name}" + ("" if HERE in case.parents else "@extra")
 
 
-@pytest.mark.parametrize("case", _cases(), ids=_name)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(c, id=_name(c), marks=[pytest.mark.slow] * (c.parent.name in COMPILES)) for c in _cases()],
+)
 def test_case_matches_the_official_implementation(case: Path) -> None:
     method = case.parent.name
     loader = HERE / f"loader_{method}.py"

@@ -90,10 +90,10 @@ def test_the_longest_name_that_the_system_takes_can_be_written(tmp_path: Path) -
 def test_left_overs_of_killed_processes_are_cleaned_and_those_of_living_ones_stay(tmp_path: Path) -> None:
     script = (
         "import sys; from pathlib import Path; from mmkit.storage.files import temporary_name\n"
-        "Path(sys.argv[1], temporary_name()).touch()"
+        "Path(sys.argv[1], temporary_name()).touch(); Path(sys.argv[1], temporary_name(), 'deep').mkdir(parents=True)"
     )
-    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True)  # it ended without removing its file
-    (dead,) = temporaries(tmp_path)
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True)  # it ended without removing them
+    dead, _ = sorted(temporaries(tmp_path), key=Path.is_dir)
     alive = tmp_path / temporary_name()
     alive.touch()
     (tmp_path / ".mmkit-other.tmp").touch()  # not one of ours

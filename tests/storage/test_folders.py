@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from mmkit.errors import CheckpointError, InputError, StorageError
-from mmkit.storage import new_folder, open_folder, write_json
+from mmkit.storage import folders, new_folder, open_folder, write_json
 
 WRITE = """
 import os, signal, sys
@@ -207,3 +207,20 @@ def test_names_no_path_can_have_are_told_and_every_other_is_taken(tmp_path: Path
     with new_folder(f"{tmp_path}/a\udcff", "thing") as draft:  # a name that is no UTF-8
         write_json(draft / "a.json", 1)
     assert open_folder(f"{tmp_path}/a\udcff", "thing")
+
+
+def test_a_run_that_changes_its_files_meanwhile_is_no_stranger(tmp_path: Path, monkeypatch) -> None:
+    """Each listing finds the checkpoint of another step: what is kept must be told from the same listing."""
+    step, real = iter(range(100)), folders._files
+
+    def files(folder):
+        for old in folder.glob("training/step_*"):
+            old.rename(old.with_name(f"step_{next(step)}"))
+        return real(folder)
+
+    (tmp_path / "out" / "training").mkdir(parents=True)
+    (tmp_path / "out" / "training" / "step_x").write_text("weights")
+    monkeypatch.setattr(folders, "_files", files)
+    with new_folder(tmp_path / "out", "thing", keep=("training",)) as draft:
+        write_json(draft / "a.json", 1)
+    assert open_folder(tmp_path / "out", "thing")

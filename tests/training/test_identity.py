@@ -370,6 +370,7 @@ def test_an_unfinished_run_keeps_its_length(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------- folders, locks, damaged states
 
 
+@pytest.mark.slow
 def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
     holder = subprocess.Popen(
         [sys.executable, "-c", "import sys; from mmkit.storage import folder_lock\n"

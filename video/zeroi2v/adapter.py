@@ -45,18 +45,21 @@ def head_offsets_from_div(
     shift3_right: bool = False,
     shift4_div: int = -1,
     shift4_right: bool = False,
+    shift_stride: int = 1,
 ) -> tuple[int, ...]:
     """The official channel divisions as one frame offset per head (0 reads the head's own frame).
 
-    `shift_div` s gives h/s heads the offset -1 and as many +1; `long_shift_div` gives -2 (and +2 with
-    `long_shift_right`), `shift3_div` -3 and `shift4_div` -4 in the same way; -1 leaves a group out. For the official class `..._long` pass
-    `long_shift_div=shift2_div, long_shift_right=True`.
+    `shift_div` s gives h/s heads the offset `-shift_stride` and as many `+shift_stride`; `long_shift_div` gives -2 (and +2 with
+    `long_shift_right`) whatever the stride, `shift3_div` -3 and `shift4_div` -4 in the same way; -1 leaves a group out. For the
+    official class `..._long`, which knows no stride, pass `long_shift_div=shift2_div, long_shift_right=True`.
 
     Raises:
-        InputError: a group is not a whole number of heads, or there are more groups than heads.
+        InputError: a group is not a whole number of heads, there are more groups than heads, or the stride is not at least 1.
     """
+    if not isinstance(shift_stride, int) or shift_stride < 1:
+        raise InputError(f"shift_stride must be a whole number of frames from 1, not {shift_stride!r}.")
     offsets: list[int] = []
-    groups = [(shift_div, 1, True), (long_shift_div, 2, long_shift_right)]
+    groups = [(shift_div, shift_stride, True), (long_shift_div, 2, long_shift_right)]
     groups += [(shift3_div, 3, shift3_right), (shift4_div, 4, shift4_right)]
     for div, step, right in groups:
         if div == -1:
@@ -296,7 +299,7 @@ class ZeroI2V(Adapter):
                         dim = _width(plain[path]) if place.endswith("in") else plain[path].weight.shape[0]
                         self.add_site(path, LinearAdapter(dim, c.bottleneck_ratio, c.scale, c.dropout))
         if c.train_norm and (norm := _final_norm(plain, _root(blocks[0].attn))):
-            self.saved[norm.replace(".", "/")] = hooks.plain_copy(plain[norm]).requires_grad_(True)
+            self.saved[norm.replace(".", "/")] = hooks.trained_copy(plain[norm])
         self.to(plain[blocks[0].mlp_in].weight.device)
 
     def install(self, model: nn.Module) -> None:

@@ -6,6 +6,7 @@ import copy
 import os
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,8 @@ from mmkit.weights import list_weights, weight_entry
 class VideoClassificationPipeline(Pipeline):
     """`mmkit.pipeline("video-classification")`.
 
-    With no model the bundled default answers in which direction the picture moves; see `mmkit.weights.weight_entry`.
+    With no model the bundled default answers in which direction one bright object moves over darker, still ground. A picture that moves
+    as a whole, as under a panning camera, and actions are out of its reach; see `mmkit.weights.weight_entry`.
 
     Example:
         >>> import mmkit, tempfile
@@ -64,6 +66,7 @@ class VideoClassificationPipeline(Pipeline):
         tolerance: float = 0.5,
         backend: str = "auto",
         progress: bool = True,
+        on_progress: Callable[[int, int], None] | None = None,
     ) -> VideoClassification:
         """Classify a video file, or a folder of pictures.
 
@@ -76,6 +79,7 @@ class VideoClassificationPipeline(Pipeline):
             backwards: show every window to the model in reverse.
             tolerance, backend: see `VideoReader`.
             progress: show a bar for long videos.
+            on_progress: called with (windows done, windows in total); may raise to cancel.
 
         Raises:
             VideoDecodeError: the file cannot be read.
@@ -105,6 +109,8 @@ class VideoClassificationPipeline(Pipeline):
                     scores = logits.float().softmax(-1).mean(0).cpu().numpy()
                     windows.append(Window(*_times(reader, first, last), scores))
                     bar.update()
+                    if on_progress is not None:
+                        on_progress(len(windows), len(spans))
             mean = np.mean([w.scores for w in windows], axis=0)
             order = np.argsort(-mean, kind="stable")[: min(top_k, len(mean))]
             return VideoClassification(

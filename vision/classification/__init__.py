@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         LEARNING_RATES as LEARNING_RATES,
         FinetuneResult as FinetuneResult,
         Prepared as Prepared,
+        default_backbone as default_backbone,
         finetune as finetune,
         finetune_methods as finetune_methods,
         load_finetuned as load_finetuned,

@@ -78,8 +78,11 @@ class ImageClassificationPipeline(Pipeline):
 
     def load(self, model: str | os.PathLike[str]) -> nn.Module:
         from mmkit.backbones import create_backbone, image_info
+        from mmkit.backbones.model import is_model_folder, open_model
 
         if Path(model).expanduser().is_dir():
+            if is_model_folder(model):
+                return open_model(model)
             from mmkit.vision.classification.training import load_finetuned
 
             loaded = load_finetuned(model, backbone=self._backbone, **self._weights)

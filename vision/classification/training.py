@@ -25,6 +25,7 @@ from mmkit.storage.files import absolute
 from mmkit.storage.folders import check_free
 from mmkit.training import FitConfig, FitResult, StepInfo, fit
 from mmkit.training.digest import tensors_digest
+from mmkit.vision.classification.probe import start_heads
 
 KINDS = ("finetuned", "adapter", "backbone")
 """What a folder of fine-tuning holds, and the kinds that are read and replaced alike."""
@@ -36,6 +37,9 @@ KEPT = ("training",)
 
 LEARNING_RATES = {"linear_probe": 3e-2, "ssf": 2e-2, "bitfit": 2e-2, "lora": 5e-3, "full": 5e-4}
 """Peak learning rates that work on small data sets; other methods start from 2e-3."""
+
+GENTLE_RATES = {"linear_probe": 1e-5, "full": 5e-5}
+"""Those from solved classifiers, where there is little left to learn and much to spoil; other methods start from 3e-4."""
 
 
 def finetune_methods() -> list[str]:
@@ -54,6 +58,7 @@ class Prepared:
         method: as given. backbone: how to build the backbone again.
         keep_backbone: whether its weights must be saved beside the adapter, because that would not bring them back.
         test: the test split of a source that has one beside validation pictures, else `None`; it gives the final score.
+        solve_heads: whether training starts from solved classifiers, see `mmkit.vision.classification.probe`.
         measured_on: which pictures `val` holds: "validation", or "test" when the source splits off only such.
         identity: what decides a run beside data, adapter and settings: see `mmkit.training.fit`.
     """
@@ -68,6 +73,7 @@ class Prepared:
     keep_backbone: bool
     test: ImageDataset | None = None
     measured_on: str = "validation"
+    solve_heads: bool = False
     identity: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -119,8 +125,13 @@ class FinetuneResult:
 
 def default_backbone(dataset: ImageDataset) -> str:
     """The bundled backbone that suits the pictures: their first one says how large they are."""
+    return "mobilenetv2" if _photographs(dataset) else "tiny_vit"
+
+
+def _photographs(dataset: ImageDataset) -> bool:
+    """Whether the first picture is larger than 64 pixels, so that these are no digits."""
     picture, _ = dataset.with_transform(None)[0]
-    return "tiny_vit" if max(picture.size) <= 64 else "mobilenetv2"
+    return max(picture.size) > 64
 
 
 def prepare(
@@ -132,7 +143,8 @@ def prepare(
     pretrained: bool = False,
     val: float = 0.2,
     seed: int = 0,
-    augment: bool = False,
+    augment: bool | None = None,
+    solve_heads: bool | None = None,
     on_error: str = "raise",
     settings: dict[str, Any] | None = None,
     overrides: dict[str, Any] | None = None,
@@ -147,7 +159,10 @@ def prepare(
         checkpoint_path, pretrained, overrides: passed to `create_backbone`.
         val: share of the images kept for validation, unless the data brings a split.
         seed: of the split and of the classifier's and adapter's start.
-        augment: random crops and flips (leave off for digits, text and everything with a handedness).
+        augment: random crops and flips; `None`: for photographs, which are pictures of more than 64 pixels (leave off for digits, text
+            and everything with a handedness).
+        solve_heads: start from classifiers that are solved on the features of the backbone as it is, and train gently from there
+            (arXiv 2202.10054); `None`: for photographs, when the backbone's weights are not random.
         on_error: "raise" or "skip" unreadable images.
         settings: the adapter's own settings.
 
@@ -161,6 +176,7 @@ def prepare(
         raise InputError(f"Training needs at least two classes; found {dataset.class_names}.")
     if backbone == "auto":
         backbone = default_backbone(dataset)
+    augment = _photographs(dataset) if augment is None else augment
     train, held = split_dataset(dataset, val, seed)
     splits = set(dataset.splits or ())
     torch.manual_seed(seed)
@@ -179,8 +195,12 @@ def prepare(
             f"{backbone!r} has no classifier that could be trained; choose an image classification backbone."
         )
     model.__dict__["backbone_info"] = info
+    if solve_heads is None:
+        solve_heads = _photographs(dataset) and info.trained is not False
     attached = None
-    if adapter != "full":
+    if adapter == "full":
+        _keep_statistics(model)
+    else:
         attached = apply_adapter(model, adapter, **{"modules_to_save": info.heads, **(settings or {})})
         attached.check()
     plain = info.preprocessing()
@@ -197,15 +217,25 @@ def prepare(
         if {"train", "val", "test"} <= splits
         else None,
         measured_on="test" if {"train", "test"} <= splits and "val" not in splits else "validation",
+        solve_heads=solve_heads,
         identity={
             "backbone": Path(backbone).name if is_folder else str(backbone),
             "overrides": overrides or None,
             "method": adapter,
             "validation share": None if {"train"} < splits else val,
             "augment": augment,
+            "classifiers solved at the start": solve_heads or None,
             "weights at the start": _start(model, info.heads) if attached is None else None,
         },
     )
+
+
+def _keep_statistics(model: nn.Module) -> None:
+    """Batch normalisation of a network that knows something stays as it is: few pictures in small batches tell it worse."""
+    if image_info(model).trained is not False:
+        for module in model.modules():
+            if getattr(module, "running_mean", None) is not None:
+                module.requires_grad_(False)
 
 
 def _start(model: nn.Module, heads: tuple[str, ...]) -> str:
@@ -244,7 +274,8 @@ def train_prepared(
         InputError: `output_dir` holds something else, or another process is training there.
         StorageError: it cannot be written.
     """
-    peak = lr if lr is not None else LEARNING_RATES.get(prepared.method, 2e-3)
+    rates, usual = (GENTLE_RATES, 3e-4) if prepared.solve_heads else (LEARNING_RATES, 2e-3)
+    peak = lr if lr is not None else rates.get(prepared.method, usual)
     config = config or FitConfig(
         epochs=epochs,
         lr=peak,
@@ -253,6 +284,7 @@ def train_prepared(
         progress=progress,
         warmup_epochs=1.0,
         weight_decay=0.01,
+        label_smoothing=0.1 if prepared.solve_heads else 0.0,
     )
     if not resume:
         config = dataclasses.replace(config, resume=False)
@@ -269,6 +301,9 @@ def train_prepared(
 
 def _fit(prepared: Prepared, folder: Path | None, options: dict[str, Any]) -> FitResult:
     """Run `fit` in the words of `finetune`."""
+    if prepared.solve_heads:
+        plain = prepared.train.with_transform(prepared.val.transform)
+        start_heads(prepared.model, prepared.adapter, plain, len(prepared.class_names))
     try:
         return fit(
             prepared.model,

@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     )
     from mmkit.vision.clicks.predictor import Predictor as Predictor
     from mmkit.vision.clicks.prompts import Prompt as Prompt, read_prompt as read_prompt
+    from mmkit.vision.clicks.rating import Rating as Rating, calibration_error as calibration_error
     from mmkit.vision.clicks.result import Mask as Mask, mask_to_rle as mask_to_rle, rle_to_mask as rle_to_mask
     from mmkit.vision.clicks.saliency import (
         InitialPrompt as InitialPrompt,

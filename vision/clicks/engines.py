@@ -14,7 +14,8 @@ from torch import Tensor
 
 from mmkit.errors import InputError
 from mmkit.vision.clicks.model import MEAN, STD, SqueezeSAM
-from mmkit.vision.clicks.prompts import BOX_A, BOX_B, NEGATIVE, PADDING
+from mmkit.vision.clicks.prompts import BOX_A, BOX_B, NEGATIVE, PADDING, POSITIVE
+from mmkit.vision.clicks.rating import Rating
 from mmkit.vision.clicks.result import THRESHOLD
 
 
@@ -58,13 +59,15 @@ class SqueezeSAMEngine:
         zoom: look closer once there is a mask or a box: the network then sees a square `margin` times its size, so that small
             objects keep their detail (the ZoomIn of f-BRS, arXiv 2001.10331, and RITM). A first click takes two passes, the second
             with the mask of the first. Default: for models that keep the aspect. The published network sees the whole picture.
+        rating: puts the network's own estimate of its IoU right. It holds for clicks that come one at a time; masks of a box, or of
+            several clicks at once, then have no estimate (NaN). Without it the estimates are the network's.
     """
 
     margin = 1.8
     """Side of the close view over the larger side of the object."""
 
-    def __init__(self, model: SqueezeSAM, zoom: bool | None = None):
-        self.model = model
+    def __init__(self, model: SqueezeSAM, zoom: bool | None = None, rating: Rating | None = None):
+        self.model, self.rating = model, rating
         self.zoom = model.keep_aspect if zoom is None else zoom
 
     def encode(self, image: Image.Image) -> _View:
@@ -90,7 +93,7 @@ class SqueezeSAMEngine:
         points, labels = points.to(state.whole.device), labels.to(state.whole.device)
         if not self.zoom:
             low, iou = self._run(state.whole, points, labels, state.size, previous)
-            return low, iou, lambda x: model.upscale(x[:, None], state.size)[:, 0]
+            return low, self._rated(iou, labels, previous), lambda x: model.upscale(x[:, None], state.size)[:, 0]
         full = points.new_tensor(state.size).flip(0)
         grid = points.new_tensor(state.canvas.shape[2:]).flip(0)
         points = torch.where((labels == PADDING)[..., None], -1.0, points * grid / full)
@@ -101,7 +104,16 @@ class SqueezeSAMEngine:
                 found = self._closer(state, spots, kinds, found[0][0, int(found[1][0].argmax())])
             rows.append(found)
         low, iou = (torch.cat(parts) for parts in zip(*rows, strict=True))
-        return low, iou, lambda x: F.interpolate(x[:, None], state.size, mode="bicubic")[:, 0]
+        rated = self._rated(iou, labels, previous)
+        return low, rated, lambda x: F.interpolate(x[:, None], state.size, mode="bicubic")[:, 0]
+
+    def _rated(self, iou: Tensor, labels: Tensor, previous: Tensor | None) -> Tensor:
+        """The estimates `(Q, M)` put right, or NaN where nothing is known about them."""
+        if self.rating is None:
+            return iou
+        clicks = ((labels == POSITIVE) | (labels == NEGATIVE)).sum(1)
+        known = (labels != BOX_A).all(1) & (clicks > 0) & ((clicks == 1) | (previous is not None))
+        return self.rating(iou, clicks.clamp(min=1)).where(known[:, None], torch.nan)
 
     def _closer(self, view: _View, points: Tensor, labels: Tensor, previous: Tensor | None) -> tuple[Tensor, Tensor]:
         """Logits `(1, M, h, w)` on the canvas and IoU `(1, M)` of one prompt `(P, 2)`, `(P,)`, given in canvas pixels."""

@@ -25,15 +25,18 @@ from torch import Tensor, nn
 
 from mmkit.data.images import ImageLike, load_image
 from mmkit.errors import InputError
+from mmkit.lazy import library
 from mmkit.pipelines import Pipeline
 from mmkit.storage import read_json
 from mmkit.vision.clicks.engines import CallableEngine, Engine, SamEngine, SqueezeSAMEngine
 from mmkit.vision.clicks.model import SqueezeSAM
 from mmkit.vision.clicks.predictor import Predictor
 from mmkit.vision.clicks.prompts import NEGATIVE, POSITIVE, Box, Prompt, read_box, read_prompt
+from mmkit.vision.clicks.rating import Rating
 from mmkit.vision.clicks.result import Mask
 from mmkit.vision.clicks.saliency import InitialPrompt, initial_prompt, random_walker, saliency_map
 from mmkit.vision.clicks.session import History, Step
+from mmkit.weights import bundled_name, weight_entry
 
 RANDOM_WALKER = "random-walker"
 """Name of the model that needs no network (`mmkit.vision.clicks.saliency.random_walker`)."""
@@ -75,7 +78,11 @@ class InteractiveSegmenter(Pipeline):
             model = random_walker
         if model is None or isinstance(model, (nn.Module, str, os.PathLike)):
             super().__init__(model, device=device, dtype=dtype)
-            engine: Engine = SqueezeSAMEngine(self.model) if isinstance(self.model, SqueezeSAM) else self._sam()
+            engine: Engine = (
+                self._sam()
+                if not isinstance(self.model, SqueezeSAM)
+                else SqueezeSAMEngine(self.model, rating=None if isinstance(model, nn.Module) else self._rating(model))
+            )
         elif hasattr(model, "encode") and hasattr(model, "predict"):
             engine = model
         elif callable(model):
@@ -89,6 +96,17 @@ class InteractiveSegmenter(Pipeline):
     def image(self) -> Image.Image | None:
         """The present picture."""
         return self.predictor.picture
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether `Mask.iou` is the IoU to be expected, and not the model's own unchecked estimate."""
+        return getattr(self.predictor.engine, "rating", None) is not None
+
+    def _rating(self, model: str | os.PathLike[str] | None) -> Rating | None:
+        """What was measured about the estimates of bundled weights."""
+        name = bundled_name(str(model or self.default_weights))
+        values = weight_entry(name).extra.get("rating") if name else None
+        return Rating.from_dict(values) if values else None
 
     def _sam(self) -> SamEngine:
         if not hasattr(self.model, "get_image_embeddings"):
@@ -110,7 +128,7 @@ class InteractiveSegmenter(Pipeline):
             return SqueezeSAM.from_pretrained(folder)
         if kind not in ("sam", "sam2"):
             raise InputError(f"{folder} holds a {kind!r} model; a promptable one is SqueezeSAM, 'sam' or 'sam2'.")
-        import transformers
+        transformers = library("transformers")
 
         loader = transformers.SamModel if kind == "sam" else transformers.Sam2Model
         return loader.from_pretrained(folder, local_files_only=True, use_safetensors=True)

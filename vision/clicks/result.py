@@ -27,7 +27,8 @@ class Mask(Result):
 
     Attributes:
         logits: float32 `(H, W)`, positive inside.
-        iou: the model's own estimate of its IoU (not bounded to 0..1), NaN if it makes none.
+        iou: its IoU with what is meant, as the model estimates it; NaN if it makes no estimate. With the bundled weights it is the mean
+            IoU of such masks on held-out objects, see `Rating`; other models' estimates are their own and not bounded to 0..1.
         image: the picture it belongs to.
     """
 

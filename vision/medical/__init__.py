@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         hippocampus_cases as hippocampus_cases,
         nuclei_cases as nuclei_cases,
     )
+    from mmkit.vision.medical.familiar import Familiarity as Familiarity
     from mmkit.vision.medical.labels import load_labels as load_labels
     from mmkit.vision.medical.metrics import dice as dice, dice_per_class as dice_per_class
     from mmkit.vision.medical.model import (

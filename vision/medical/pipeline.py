@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from mmkit.data.images import ImageLike, load_image
 from mmkit.errors import InputError
 from mmkit.pipelines import Pipeline
+from mmkit.vision.medical.familiar import Familiarity
 from mmkit.vision.medical.result import SegmentationResult
 from mmkit.vision.medical.volumes import Volume, from_ras, is_volume, load_volume, normalize, ras
 from mmkit.vision.medical.windows import sliding_window
@@ -35,6 +36,7 @@ class MedicalSegmentationPipeline(Pipeline):
         model: a `LightMUNet`, any module with `spatial_dims`, `in_chans` and `num_classes`, a folder written by
             `save_pretrained`, or a bundled name. Default: nuclei in microscopy pictures.
         class_names: background first; default from the bundled weights, else "class 1", ...
+        familiarity: tells inputs that are unlike the training data, see `Familiarity.measure`; default from the bundled weights.
         window: window size, one number or one per axis, rounded up to what the network needs. Give the size of the training
             patches: norms over a larger field see other statistics. Default: that of the bundled weights, else 256 (2D) or 64 (3D).
 
@@ -45,6 +47,8 @@ class MedicalSegmentationPipeline(Pipeline):
         >>> (nuclei,) = result.measures()
         >>> nuclei["class"], nuclei["objects"] > 10
         ('nucleus', True)
+        >>> result.warning
+        ''
     """
 
     task: ClassVar[str] = "medical-segmentation"
@@ -58,8 +62,10 @@ class MedicalSegmentationPipeline(Pipeline):
         dtype: str | torch.dtype = "auto",
         class_names: Sequence[str] | None = None,
         window: int | Sequence[int] | None = None,
+        familiarity: Familiarity | None = None,
     ):
         self.class_names: tuple[str, ...] = tuple(class_names or ())
+        self.familiarity = familiarity
         self.window = [] if window is None else [window] if isinstance(window, int) else list(window)
         super().__init__(model, device=device, dtype=dtype)
         missing = [k for k in ("spatial_dims", "in_chans", "num_classes") if not hasattr(self.model, k)]
@@ -90,6 +96,8 @@ class MedicalSegmentationPipeline(Pipeline):
         entry = weight_entry(str(model))
         self.class_names = self.class_names or tuple(entry.extra.get("class_names", ()))
         self.window = self.window or list(entry.extra.get("window", ()))
+        if self.familiarity is None and "familiarity" in entry.extra:
+            self.familiarity = Familiarity.from_dict(entry.extra["familiarity"])
         return load_weights(str(model))
 
     def __call__(
@@ -131,17 +139,18 @@ class MedicalSegmentationPipeline(Pipeline):
         options: dict[str, Any] = {"overlap": overlap, "batch_size": batch_size}
         found = sliding_window(run, x, window, progress=progress, on_progress=on_progress, **options)
         best, number = found.max(0)
-        mask, probability = number.to(torch.uint8).cpu().numpy(), best.cpu().numpy()
+        mask, score = number.to(torch.uint8).cpu().numpy(), best.cpu().numpy()
         if affine is not None:
-            mask, probability = (np.ascontiguousarray(from_ras(a, affine)) for a in (mask, probability))
+            mask, score = (np.ascontiguousarray(from_ras(a, affine)) for a in (mask, score))
         return SegmentationResult(
             mask,
-            probability,
+            score,
             shown,
             self.class_names,
             tuple(float(s) for s in spacing),
             affine,
             time.perf_counter() - start,
+            None if self.familiarity is None else self.familiarity.distance(x),
         )
 
     def _prepare(

@@ -28,30 +28,47 @@ COLORS = (
 """Color of each class, background first; further classes start again after the background."""
 
 
+OUTLINE, OUTLINE_GROUND = (255, 235, 59), (20, 20, 20)
+"""A bright line beside a dark one is seen on any ground."""
+
+
 @dataclass
 class SegmentationResult(Result):
     """What the pipeline found.
 
     Attributes:
         mask: uint8 class per pixel, (H, W) or (X, Y, Z), lying as the file does.
-        probability: float32 probability of the chosen class, same shape.
+        score: float32 softmax score of the chosen class, 0..1, same shape. No probability: nobody has calibrated it.
         image: the input as shown: uint8 (H, W, 3) or float32 (X, Y, Z).
         class_names: background first.
         spacing: pixel size per axis: mm for volumes, ones for pictures.
         affine: voxel-to-world matrix of a volume, else None.
         seconds: time of the prediction.
+        unlike: distance from the training data over the limit; above 1 there is a `warning`. `None`: the weights do not tell.
     """
 
     mask: np.ndarray
-    probability: np.ndarray
+    score: np.ndarray
     image: np.ndarray
     class_names: tuple[str, ...]
     spacing: tuple[float, ...]
     affine: np.ndarray | None
     seconds: float
+    unlike: float | None = None
+
+    @property
+    def warning(self) -> str:
+        """What to say when the input is unlike everything the network was trained on, else ""."""
+        if self.unlike is None or self.unlike <= 1:
+            return ""
+        names = " or ".join(self.class_names[1:])
+        return (
+            f"This input is unlike everything the network was trained on ({self.unlike:.1f} times the limit). It finds "
+            f"{names} in anything: do not trust the result."
+        )
 
     def measures(self, truth: np.ndarray | None = None) -> list[dict[str, Any]]:
-        """Per class but the background: pixels, share of the image, size (px or mm3), separate objects, mean probability.
+        """Per class but the background: pixels, share of the image, size (px or mm3), separate objects, mean score.
 
         With `truth` (a label map of the mask's shape) also the Dice overlap. Raises `InputError` when shapes differ.
         """
@@ -65,11 +82,17 @@ class SegmentationResult(Result):
             row: dict[str, Any] = {"class": name, "pixels": count, "percent": round(100 * count / where.size, 3)}
             row[size_name] = round(count * float(np.prod(self.spacing)), 2)
             row["objects"] = int(label(where)[1])
-            row["mean_probability"] = round(float(self.probability[where].mean()), 4) if count else None
+            row["mean_score"] = round(float(self.score[where].mean()), 4) if count else None
             if truth is not None:
                 row["dice"] = round(dice(self.mask, truth, number), 4)
             rows.append(row)
         return rows
+
+    def record(self, truth: np.ndarray | None = None) -> dict[str, Any]:
+        """What a JSON file holds: {"spacing": [...], "classes": measures, "unlike": number or None, "warning": text}."""
+        unlike = None if self.unlike is None else round(self.unlike, 3)
+        measures = self.measures(truth)
+        return {"spacing": list(self.spacing), "classes": measures, "unlike": unlike, "warning": self.warning}
 
     def upright(self, data: np.ndarray) -> np.ndarray:
         """A view of a volume of the mask's shape with its axes to the right, front and top; pictures stay as they are."""
@@ -86,13 +109,24 @@ class SegmentationResult(Result):
         return tuple(self.spacing[order.index(axis)] for axis in range(3))
 
     def best_slice(self, axis: int = 2) -> int:
-        """The slice of a volume with the largest segmented area; the middle one when nothing was found. See `overlay`."""
-        mask = self.upright(self.mask)
-        area = (mask > 0).sum(tuple(a for a in range(mask.ndim) if a != axis))
-        return int(area.argmax()) if area.any() else mask.shape[axis] // 2
+        """The slice of a volume with the largest segmented area, or the most varied one when nothing was found. See `overlay`."""
+        mask, image = self.upright(self.mask), self.upright(self.image)
+        across = tuple(a for a in range(mask.ndim) if a != axis)
+        area = (mask > 0).sum(across)
+        return int(area.argmax() if area.any() else image.std(across).argmax())
+
+    @property
+    def stained(self) -> bool:
+        """Whether the input is a picture in color, as stained tissue is: a fill would hide or mimic its color."""
+        return self.mask.ndim == 2 and bool(np.ptp(self.image, axis=-1).mean() > 8)
 
     def overlay(
-        self, opacity: float = 0.5, index: int | None = None, axis: int = 2, labels: np.ndarray | None = None
+        self,
+        opacity: float = 0.5,
+        index: int | None = None,
+        axis: int = 2,
+        labels: np.ndarray | None = None,
+        outline: int = 0,
     ) -> Image.Image:
         """The picture, or one slice of the volume, with the classes in color.
 
@@ -101,6 +135,7 @@ class SegmentationResult(Result):
             index, axis: which slice of a volume `upright`; default: the one with the largest area. Axis 0 is sagittal, 1 coronal,
                 2 axial, however the file lies. Slices are shown with the first remaining axis to the right and the second upwards.
             labels: another label map of the same shape to paint instead (the truth).
+            outline: width in pixels of a bright line, with a dark one beside it, at the rim of every region; 0 draws none.
 
         Raises:
             InputError: an axis the volume does not have.
@@ -118,20 +153,34 @@ class SegmentationResult(Result):
             base, labels = np.repeat(grey[..., None], 3, -1), _slice(labels, index, axis)
         colors = np.array([color_of(i) for i in range(len(self.class_names))], np.float32)[labels]
         alpha = np.where(labels[..., None] > 0, float(opacity), 0.0)
-        return Image.fromarray((base * (1 - alpha) + colors * alpha + 0.5).astype(np.uint8))
+        base = base * (1 - alpha) + colors * alpha
+        if outline:
+            base[_rim(labels, 2 * outline)] = OUTLINE_GROUND
+            rim = _rim(labels, outline)
+            base[rim] = np.array([self.outline_color(i) for i in range(len(self.class_names))])[labels[rim]]
+        return Image.fromarray((base + 0.5).astype(np.uint8))
+
+    @property
+    def outline_width(self) -> int:
+        """Pixels that an outline takes to be seen when the whole picture is on a screen."""
+        return 1 + max(self.mask.shape) // 600
+
+    def outline_color(self, label: int) -> tuple[int, int, int]:
+        """The color of a label's outline: yellow shows on any stain; several classes keep their own."""
+        return OUTLINE if len(self.class_names) == 2 else color_of(label)
 
     def plot(self) -> Image.Image:
-        """The overlay at half opacity."""
-        return self.overlay()
+        """The overlay: colored areas, on pictures in color outlines."""
+        return self.overlay(0.0, outline=self.outline_width) if self.stained else self.overlay()
 
     def formats(self) -> dict[str, Callable[[], bytes]]:
         """`.nii` and `.nii.gz`: the mask with spacing and affine; `.png`: class numbers as a palette picture (pictures only);
-        `.json`: spacing and measures.
+        `.json`: `record()`.
         """
         formats = {
             ".nii.gz": lambda: gzip.compress(self._nifti(), mtime=0),
             ".nii": self._nifti,
-            ".json": lambda: json_text({"spacing": list(self.spacing), "classes": self.measures()}),
+            ".json": lambda: json_text(self.record()),
         }
         return formats if self.mask.ndim == 3 else {".png": lambda: png(self._palette()), **formats}
 
@@ -150,6 +199,14 @@ class SegmentationResult(Result):
 def color_of(label: int) -> tuple[int, int, int]:
     """The RGB color, 0..255, that a label is drawn in."""
     return COLORS[0] if label == 0 else COLORS[1 + (label - 1) % (len(COLORS) - 1)]
+
+
+def _rim(labels: np.ndarray, width: int) -> np.ndarray:
+    """Pixels of a region within `width` of another label."""
+    from scipy.ndimage import maximum_filter, minimum_filter
+
+    size = 2 * width + 1
+    return (labels > 0) & (minimum_filter(labels, size) != maximum_filter(labels, size))
 
 
 def _slice(data: np.ndarray, index: int, axis: int) -> np.ndarray:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mmkit.errors import InputError
 from mmkit.ops.backends import choose_backend
+from mmkit.ops.compiling import cpu_kernels
 from mmkit.ops.selective_scan import cuda
 
 _NAME = "selective_scan"
@@ -146,10 +147,7 @@ def _implementation(backend: str) -> ModuleType:
     """The module behind "cpu" or "torch"; importing the CPU one compiles its kernels."""
     if backend == "torch":
         return importlib.import_module("mmkit.ops.selective_scan.reference")
-    from mmkit.ops.numba_kernels import compile_note
-
-    with compile_note(_NAME):
-        return importlib.import_module("mmkit.ops.selective_scan.cpu")
+    return cpu_kernels("selective_scan")
 
 
 _STEPS = {"cpu": 64, "torch": 2048}  # distance of saved states; the modules' STEP, known here without importing them

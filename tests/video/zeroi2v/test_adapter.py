@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import random
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,25 @@ def test_offsets_of_the_official_configurations() -> None:
             head_offsets_from_div(*bad)
 
 
+def test_the_loader_of_golden_cases_knows_every_official_setting() -> None:
+    spec = importlib.util.spec_from_file_location("loader", Path(__file__).parents[2] / "golden/loader_zeroi2v.py")
+    assert spec is not None
+    assert spec.loader is not None
+    loader = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loader)
+    assert loader.offsets_of({"shift_div": 4, "shift_stride": 2, "divide_head": False}, 4) == (-2, 2, 0, 0)
+    assert loader.offsets_of({"shift_stride": 4, "long_shift_div": 12}, 12) == (-4, 4, -2, *[0] * 9)
+    assert loader.offsets_of({"shift1_div": 8, "shift2_div": 16}, 16) == (-1, -1, 1, 1, -2, 2, *[0] * 10)
+
+
+def test_the_stride_moves_the_first_groups_only() -> None:
+    assert head_offsets_from_div(4, 4, shift_stride=2) == (-2, 2, 0, 0)
+    assert head_offsets_from_div(12, 6, 12, True, shift_stride=3) == (-3, -3, 3, 3, -2, 2, *[0] * 6)
+    for bad in (0, -1, 1.5, None):
+        with pytest.raises(InputError, match="shift_stride"):
+            head_offsets_from_div(4, 4, shift_stride=bad)  # type: ignore[arg-type]
+
+
 LAYOUTS = [  # frames, heads, ((division, offset), ...) in the order of channels, adapters per block, scale
     (8, 12, ((12, -1), (12, 1)), 4, 0.5),
     (6, 12, ((12, -1), (12, 1), (12, -2), (12, 2)), 4, 1.0),
@@ -104,6 +124,7 @@ LAYOUTS = [  # frames, heads, ((division, offset), ...) in the order of channels
     (9, 16, ((8, -1), (8, 1), (8, -2)), 4, 1.7),
     (8, 16, ((8, -1), (8, 1), (16, -2), (16, 2), (16, -3), (16, 3), (16, -4), (16, 4)), 3, 1.0),
     (2, 4, ((4, -1), (4, 1), (4, -4)), 4, 0.5),
+    (7, 8, ((4, -3), (4, 3), (8, -2), (8, 2)), 4, 0.5),  # shift_stride=3
 ]
 
 

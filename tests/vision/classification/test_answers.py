@@ -120,6 +120,11 @@ def test_the_default_is_trained_on_photos_and_names_them() -> None:
     assert coffee.scores[0] > 0.9
 
 
+@pytest.mark.parametrize("name", ["mobilenetv2", "mobilenetv2_100"])
+def test_the_size_that_was_asked_for_is_the_size_that_is_fed(name):
+    assert image_info(create_backbone(name, img_size=160)).input_size == (3, 160, 160)
+
+
 def test_the_architectures_name_means_the_bundled_weights_but_not_for_a_file_of_ones_own(tmp_path: Path) -> None:
     bundled = create_backbone("mobilenetv2_100")
     assert image_info(bundled).name == "mmkit:mobilenetv2"

@@ -220,6 +220,7 @@ def test_a_folder_of_somebody_else_is_refused_before_training(pictures: Path, tm
     assert sorted(os.listdir(tmp_path)) == ["letters", "pictures"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", range(1, 9))
 def test_no_crash_pairs_new_tensors_with_old_class_names(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int

@@ -247,7 +247,7 @@ def test_a_small_network_learns_to_follow_the_click_and_needs_it():
 @pytest.mark.slow
 def test_whole_object_targets_make_a_click_on_a_part_select_the_whole():
     torch.manual_seed(0)
-    model = train_toy(toy(), persons(320, 2), 80)
+    model = train_toy(toy(), persons(320, 2), 140)
     whole, as_part = [], []
     for row in persons(25, 3):
         for part in row["parts"]:

@@ -80,7 +80,7 @@ def test_picture_in_mask_out(tmp_path) -> None:
     assert (row["objects"], row["dice"]) == (1, 1.0)
     assert np.array_equal(np.asarray(Image.open(result.save(tmp_path / "mask.png"))), result.mask)
     record = json.loads(result.save(tmp_path / "new" / "measures.json").read_text())
-    assert record == {"spacing": [1.0, 1.0], "classes": result.measures()}
+    assert record == {"spacing": [1.0, 1.0], "classes": result.measures(), "unlike": None, "warning": ""}
     painted = np.asarray(result.overlay(opacity=1.0))
     assert (painted[truth > 0] == (230, 75, 53)).all()
     assert np.array_equal(painted[truth == 0], result.image[truth == 0])
@@ -133,7 +133,7 @@ def test_the_network_sees_every_scan_upright_and_answers_as_the_file_lies(tmp_pa
     expected[2:5, 3:9, 15:18] = 1
     lying = nibabel.orientations.apply_orientation(expected, to)
     assert np.array_equal(result.mask, lying)
-    assert result.probability.shape == result.image.shape == result.mask.shape == turned.shape
+    assert result.score.shape == result.image.shape == result.mask.shape == turned.shape
     back = nibabel.load(result.save(tmp_path / "mask.nii.gz"))
     np.testing.assert_allclose(back.affine, turned.affine)
     assert np.array_equal(np.asarray(back.dataobj), lying)

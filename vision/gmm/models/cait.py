@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.layers import DropPath, Mlp, PatchEmbed
+from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
 from mmkit.vision.gmm.masks import LogitMask, create_mask
-from mmkit.vision.gmm.models.layers import GMMModel, check_images, init_xavier, pair, patch_grid
+from mmkit.vision.gmm.models.layers import Block, GMMModel, check_images, init_xavier, pair, patch_grid
 
 
 class TalkingHeadsAttention(nn.Module):
@@ -41,28 +41,14 @@ class TalkingHeadsAttention(nn.Module):
         return self.proj((weights @ v).transpose(1, 2).reshape(B, N, -1))
 
 
-class CaiTBlock(nn.Module):
+class CaiTBlock(Block):
     """Layer-scaled block of CaiT; `index` (from 1) sets the initial scale."""
 
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        head_dim: int,
-        mlp_dim: int,
-        drop_path_rate: float,
-        mask: LogitMask | None,
-        index: int,
-    ):
-        super().__init__()
+    def __init__(self, dim: int, attn: nn.Module, mlp_dim: int, drop_path_rate: float, index: int):
+        super().__init__(dim, attn, mlp_dim, drop_path_rate)
         scale = 0.1 if index <= 18 else 1e-5 if index <= 24 else 1e-6
-        self.norm1 = nn.LayerNorm(dim)
-        self.attn = TalkingHeadsAttention(dim, num_heads, head_dim, mask)
-        self.norm2 = nn.LayerNorm(dim)
-        self.mlp = Mlp(dim, mlp_dim)
         self.gamma_1 = nn.Parameter(torch.full((dim,), scale))
         self.gamma_2 = nn.Parameter(torch.full((dim,), scale))
-        self.drop_path = DropPath(drop_path_rate)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """`(B, N, dim)` -> `(B, N, dim)`; `context` is not normalised, as in the official code."""
@@ -104,7 +90,8 @@ class GMMCaiT(GMMModel):
 
         def block(index: int, kind: str) -> CaiTBlock:
             logit_mask = create_mask(kind, num_heads, grid, num_kernels, official_underflow=official_underflow)
-            return CaiTBlock(embed_dim, num_heads, head_dim, mlp_dim, drop_path_rate, logit_mask, index)
+            attn = TalkingHeadsAttention(embed_dim, num_heads, head_dim, logit_mask)
+            return CaiTBlock(embed_dim, attn, mlp_dim, drop_path_rate, index)
 
         self.blocks = nn.ModuleList(block(i + 1, mask) for i in range(depth))
         self.cls_blocks = nn.ModuleList(block(i + 1, "none") for i in range(cls_depth))

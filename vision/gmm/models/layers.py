@@ -78,16 +78,14 @@ class MaskedAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block around `MaskedAttention`."""
+    """Pre-norm transformer block around an attention, whose output is `width` wide (as its input when not given)."""
 
-    def __init__(
-        self, dim: int, num_heads: int, head_dim: int, mlp_dim: int, drop_path_rate: float, mask: LogitMask | None
-    ):
+    def __init__(self, dim: int, attn: nn.Module, mlp_dim: int, drop_path_rate: float, width: int | None = None):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
-        self.attn = MaskedAttention(dim, num_heads, head_dim, mask)
-        self.norm2 = nn.LayerNorm(dim)
-        self.mlp = Mlp(dim, mlp_dim)
+        self.attn = attn
+        self.norm2 = nn.LayerNorm(width or dim)
+        self.mlp = Mlp(width or dim, mlp_dim)
         self.drop_path = DropPath(drop_path_rate)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mmkit.errors import InputError
 from mmkit.vision.gmm.masks import create_mask
-from mmkit.vision.gmm.models.layers import Block, GMMModel, check_images, init_xavier, pair, patch_grid
+from mmkit.vision.gmm.models.layers import Block, GMMModel, MaskedAttention, check_images, init_xavier, pair, patch_grid
 
 
 class PiTPool(nn.Module):
@@ -70,22 +70,12 @@ class GMMPiT(GMMModel):
             if stage:
                 self.stages.append(PiTPool(dim, grid))
                 grid, dim = ((grid[0] + 1) // 2, (grid[1] + 1) // 2), 2 * dim
-            mlp_dim = int(dim * mlp_ratio)
-            self.stages.append(
-                nn.Sequential(
-                    *(
-                        Block(
-                            dim,
-                            heads,
-                            head_dim,
-                            mlp_dim,
-                            drop_path_rate,
-                            create_mask(mask, heads, grid, num_kernels, **options),
-                        )
-                        for _ in range(depth)
-                    )
-                )
-            )
+            blocks = []
+            for _ in range(depth):
+                logit_mask = create_mask(mask, heads, grid, num_kernels, **options)
+                attn = MaskedAttention(dim, heads, head_dim, logit_mask)
+                blocks.append(Block(dim, attn, int(dim * mlp_ratio), drop_path_rate))
+            self.stages.append(nn.Sequential(*blocks))
         self.fc_norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, num_classes)
         self.apply(init_xavier)

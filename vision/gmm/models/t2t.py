@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, Mlp, trunc_normal_
+from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from mmkit.errors import InputError
 from mmkit.vision.gmm.attention import masked_attention
 from mmkit.vision.gmm.masks import LogitMask, create_mask
-from mmkit.vision.gmm.models.layers import GMMModel, check_images, head_width
+from mmkit.vision.gmm.models.layers import Block, GMMModel, check_images, head_width
 
 
 class T2TAttention(nn.Module):
@@ -40,32 +40,12 @@ class T2TAttention(nn.Module):
         return out + (v.squeeze(1) if self.num_heads == 1 else x)
 
 
-class T2TBlock(nn.Module):
-    """T2T block; `residual=False` is the token transformer, whose attention changes the width."""
-
-    def __init__(
-        self,
-        dim: int,
-        inner_dim: int,
-        num_heads: int,
-        mlp_ratio: float,
-        drop_path_rate: float,
-        qkv_bias: bool,
-        mask: LogitMask | None,
-        residual: bool = True,
-    ):
-        super().__init__()
-        self.residual = residual
-        self.norm1 = nn.LayerNorm(dim)
-        self.attn = T2TAttention(dim, inner_dim, num_heads, qkv_bias, mask)
-        self.norm2 = nn.LayerNorm(inner_dim)
-        self.mlp = Mlp(inner_dim, int(inner_dim * mlp_ratio))
-        self.drop_path = DropPath(drop_path_rate)
+class TokenBlock(Block):
+    """The token transformer, whose attention changes the width."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """`(B, N, dim)` -> `(B, N, inner_dim)`."""
-        out = self.attn(self.norm1(x))
-        x = x + self.drop_path(out) if self.residual else out
+        """`(B, N, dim)` -> `(B, N, width)`."""
+        x = self.attn(self.norm1(x))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
@@ -118,18 +98,18 @@ class GMMT2T(GMMModel):
         self.token_blocks = nn.ModuleList()
         side, width = img_size // 2, in_chans * 9
         for _ in range(splits):
-            block = T2TBlock(width, token_dim, 1, 1.0, 0.0, False, logit_mask(1, side), residual=False)
-            self.token_blocks.append(block)
+            attn = T2TAttention(width, token_dim, 1, False, logit_mask(1, side))
+            self.token_blocks.append(TokenBlock(width, attn, token_dim, 0.0, token_dim))
             side, width = side // 2, token_dim * 9
         self.token_norm = nn.LayerNorm(width)
         self.project = nn.Linear(width, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.register_buffer("pos_embed", sinusoid_table(side * side, embed_dim))
         rates = torch.linspace(0, drop_path_rate, depth).tolist()
-        self.blocks = nn.ModuleList(
-            T2TBlock(embed_dim, embed_dim, num_heads, mlp_ratio, rates[i], qkv_bias, logit_mask(num_heads, side))
-            for i in range(depth)
-        )
+        self.blocks = nn.ModuleList()
+        for rate in rates:
+            attn = T2TAttention(embed_dim, embed_dim, num_heads, qkv_bias, logit_mask(num_heads, side))
+            self.blocks.append(Block(embed_dim, attn, int(embed_dim * mlp_ratio), rate))
         self.norm = nn.LayerNorm(embed_dim)
         self.head = nn.Linear(embed_dim, num_classes)
         trunc_normal_(self.cls_token, std=0.02)

@@ -10,7 +10,16 @@ from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
 from mmkit.vision.gmm.masks import create_mask
-from mmkit.vision.gmm.models.layers import Block, GMMModel, check_images, head_width, init_xavier, pair, patch_grid
+from mmkit.vision.gmm.models.layers import (
+    Block,
+    GMMModel,
+    MaskedAttention,
+    check_images,
+    head_width,
+    init_xavier,
+    pair,
+    patch_grid,
+)  # fmt: skip
 
 
 class GMMViT(GMMModel):
@@ -51,17 +60,13 @@ class GMMViT(GMMModel):
         self.pos_embed = nn.Parameter(torch.randn(1, grid[0] * grid[1] + prefix, embed_dim))
         self.cls_token = nn.Parameter(torch.randn(1, 1, embed_dim)) if prefix else None
         head_dim = head_dim or head_width(embed_dim, num_heads)
-        self.blocks = nn.ModuleList(
-            Block(
-                embed_dim,
-                num_heads,
-                head_dim,
-                int(embed_dim * mlp_ratio),
-                drop_path_rate,
-                create_mask(mask, num_heads, grid, num_kernels, **options),
-            )
-            for _ in range(depth)
-        )
+
+        def block() -> Block:
+            logit_mask = create_mask(mask, num_heads, grid, num_kernels, **options)
+            attn = MaskedAttention(embed_dim, num_heads, head_dim, logit_mask)
+            return Block(embed_dim, attn, int(embed_dim * mlp_ratio), drop_path_rate)
+
+        self.blocks = nn.ModuleList(block() for _ in range(depth))
         self.fc_norm = nn.LayerNorm(embed_dim)
         self.head = nn.Linear(embed_dim, num_classes)
         self.apply(init_xavier)

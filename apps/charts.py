@@ -1,0 +1,117 @@
+"""Charts as inline SVG: they take their colors from the page, so that they follow its theme, and their text can be read aloud."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+COLORS = ("#0d9488", "#d97706", "#8b5cf6", "#db2777", "#3b82f6", "#65a30d")
+"""Colors of lines, at least 3 : 1 on the ground of both themes."""
+
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 380, 196, 40, 14, 8, 36
+_ROW, _NAMES = 26, 96
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line through `points`, (x, y), with its `name` in the legend; `mark` is the index of a point to ring."""
+
+    name: str
+    points: Sequence[tuple[float, float]]
+    dashed: bool = False
+    mark: int | None = None
+
+
+def line_chart(
+    title: str,
+    axis: str,
+    lines: Sequence[Line],
+    x_range: tuple[float, float],
+    y_range: tuple[float, float],
+    number: str = "{:.2f}",
+    note: str = "",
+) -> str:
+    """Lines over `axis`, with `note` beside the title and a legend for those that have a name; `number` formats the scale."""
+
+    def x(v: float) -> float:
+        return LEFT + (v - x_range[0]) / (x_range[1] - x_range[0]) * (WIDTH - LEFT - RIGHT)
+
+    def y(v: float) -> float:
+        share = (min(max(v, y_range[0]), y_range[1]) - y_range[0]) / (y_range[1] - y_range[0])
+        return HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM)
+
+    ticks = sorted({round(x_range[0] + i / 4 * (x_range[1] - x_range[0])) for i in range(5)})
+    parts = [f'<text x="{x(t):.1f}" y="{HEIGHT - 20}" text-anchor="middle">{t}</text>' for t in ticks]
+    for i in range(5):
+        v = y_range[0] + i / 4 * (y_range[1] - y_range[0])
+        parts.append(f'<path class="grid" d="M{LEFT} {y(v):.1f}H{WIDTH - RIGHT}"/>')
+        parts.append(f'<text x="{LEFT - 6}" y="{y(v) + 4:.1f}" text-anchor="end">{number.format(v)}</text>')
+    shown = list(zip(lines[-len(COLORS) :], COLORS, strict=False))
+    for line, color in shown:
+        places = [(x(a), y(b)) for a, b in line.points]
+        if not places:
+            continue
+        path = "L".join(f"{a:.1f} {b:.1f}" for a, b in places)
+        dash = ' stroke-dasharray="5 4"' if line.dashed else ""
+        parts.append(f'<path d="M{path}" fill="none" stroke="{color}" stroke-width="2"{dash}/>')
+        if not line.dashed:
+            parts.append(f'<circle cx="{places[-1][0]:.1f}" cy="{places[-1][1]:.1f}" r="3" fill="{color}"/>')
+        if line.mark is not None:
+            a, b = places[line.mark]
+            parts.append(f'<circle cx="{a:.1f}" cy="{b:.1f}" r="6" fill="none" stroke="{color}" stroke-width="2"/>')
+    legend = "".join(f'<span><i style="background:{c}"></i>{html.escape(s.name)}</span>' for s, c in shown if s.name)
+    parts.append(f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 5}" text-anchor="end">{html.escape(axis)}</text>')
+    return _figure(title, note, WIDTH, HEIGHT, parts, f"<div>{legend}</div>")
+
+
+def heat_chart(
+    title: str, names: Sequence[str], stretches: Sequence[tuple[float, float, Sequence[float]]], note: str = ""
+) -> str:
+    """A row per name over true time: `stretches` are (start, end, value in 0..1 per name); the fuller, the larger the value."""
+    start, end = stretches[0][0], max(s[1] for s in stretches)
+    scale = (WIDTH - _NAMES - RIGHT) / max(end - start, 1e-6)
+    height = TOP + _ROW * len(names) + 34
+    parts = []
+    for row, name in enumerate(names):
+        top = TOP + row * _ROW
+        parts.append(f'<text x="{_NAMES - 8}" y="{top + 17}" text-anchor="end">{html.escape(name)}</text>')
+        for first, last, values in stretches:
+            left, width = _NAMES + (first - start) * scale, max((last - first) * scale - 1, 0.5)
+            parts.append(
+                f'<rect class="heat" x="{left:.1f}" y="{top}" width="{width:.1f}" height="{_ROW - 2}" '
+                f'fill-opacity="{0.04 + 0.96 * values[row]:.2f}"><title>{html.escape(name)}, {first:.1f} to {last:.1f} s: '
+                f"{values[row]:.0%}</title></rect>"
+            )
+    below = TOP + _ROW * len(names) + 14
+    for i in range(5):
+        second = start + i / 4 * (end - start)
+        place = _NAMES + (second - start) * scale
+        parts.append(f'<text x="{place:.1f}" y="{below}" text-anchor="middle">{second:.3g}</text>')
+    parts.append(f'<text x="{WIDTH - RIGHT}" y="{height - 4}" text-anchor="end">seconds</text>')
+    return _figure(title, note, WIDTH, height, parts)
+
+
+def bar_chart(title: str, bars: Sequence[tuple[str, float, str]], note: str = "") -> str:
+    """A bar per name from zero: (name, value, what stands at its end). The first one is set off by its color."""
+    names, values = 112, 92
+    scale = (WIDTH - names - values) / max(max(value for _, value, _ in bars), 1e-12)
+    height = TOP + _ROW * len(bars) + 4
+    parts = []
+    for row, (name, value, text) in enumerate(bars):
+        top, end = TOP + row * _ROW, names + value * scale
+        parts.append(f'<text x="{names - 8}" y="{top + 15}" text-anchor="end">{html.escape(name)}</text>')
+        color = COLORS[0] if row == 0 else COLORS[4]
+        parts.append(
+            f'<rect x="{names}" y="{top + 3}" width="{max(end - names, 1):.1f}" height="16" rx="3" fill="{color}"/>'
+        )
+        parts.append(f'<text x="{end + 6:.1f}" y="{top + 15}">{html.escape(text)}</text>')
+    return _figure(title, note, WIDTH, height, parts)
+
+
+def _figure(title: str, note: str, width: int, height: int, parts: Sequence[str], below: str = "") -> str:
+    words = html.escape(f"{title} {note}".strip())
+    return (
+        f'<figure class="studio-chart"><figcaption><b>{html.escape(title)}</b><em>{html.escape(note)}</em></figcaption>'
+        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{words}">{"".join(parts)}</svg>{below}</figure>'
+    )

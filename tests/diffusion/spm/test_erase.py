@@ -1,0 +1,187 @@
+"""`erase` with its three methods, training and resuming, what a pipeline tells its denoiser, closed-form edits, wrong input."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mmkit.adapters import attached_adapters, load_adapter
+from mmkit.diffusion import TextToImagePipeline
+from mmkit.diffusion.spm import EraseConfig, Pair, SPMTrainer, UCEConfig, differences, directions, edit, erase
+from mmkit.diffusion.spm.calls import Calls, rows_of
+from mmkit.errors import InputError
+
+TINY = EraseConfig(max_steps=2, rollin_steps=3, anchors=2, lr=1e-2, warmup_steps=0, anchor_weight=1.0)
+QUIET: dict[str, Any] = {"progress": False}
+
+
+def drawn(draw: TextToImagePipeline, prompt: str = "a cat") -> torch.Tensor:
+    (image,) = draw.run([prompt], [3], 2, 3.0, options={"output_type": "latent"})
+    return image
+
+
+def test_three_methods_leave_adapters_that_come_off_and_fold(sd: Any, tmp_path: Path) -> None:
+    draw = TextToImagePipeline(sd)
+    weights = {k: v.clone() for k, v in draw.denoiser.state_dict().items()}
+    base = drawn(draw)
+    for method in ("spm", "esd", "uce"):
+        config = (
+            None
+            if method == "uce"
+            else EraseConfig(**{**vars(TINY), "anchor_kind": "none" if method == "esd" else None})
+        )
+        done = erase(
+            draw, ["a cat", "snoopy"], method, keep=["a dog"], config=config, output_dir=tmp_path / method, **QUIET
+        )
+        assert list(done.adapters) == (["a cat", "snoopy"] if method == "spm" else [method])
+        erased = drawn(draw)
+        assert not torch.equal(erased, base)
+        assert all(torch.equal(v, weights[k]) for k, v in draw.denoiser.state_dict().items()), "the base stays"
+        for adapter in done.adapters.values():
+            adapter.merge()
+        torch.testing.assert_close(drawn(draw), erased, atol=1e-4, rtol=1e-4)
+        for adapter in reversed(done.adapters.values()):
+            adapter.detach()
+        for name in done.adapters:
+            load_adapter(draw.denoiser, tmp_path / method / name.replace(" ", "_") / "adapter", name=name)
+        torch.testing.assert_close(drawn(draw), erased, atol=1e-5, rtol=1e-5)
+        for adapter in attached_adapters(draw.denoiser).values():
+            adapter.detach()
+    assert torch.equal(drawn(draw), base)
+    assert all(torch.equal(v, weights[k]) for k, v in draw.denoiser.state_dict().items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["gaussian", "released"])
+def test_a_cancelled_run_goes_on_as_if_it_had_not_been(sd: Any, tmp_path: Path, kind: str) -> None:
+    config = EraseConfig(**{**vars(TINY), "max_steps": 4, "anchor_kind": kind})
+
+    def train(folder: Path | None, stop_after: int = 99) -> dict[str, torch.Tensor]:
+        torch.manual_seed(7)
+        trainer = SPMTrainer(sd, "van gogh", config=config, surrogate="art")
+        count: list[int] = []
+        trainer.train(
+            folder, on_step=lambda info: count.append(info.step), should_stop=lambda: len(count) >= stop_after, **QUIET
+        )
+        state = {k: v.clone() for k, v in trainer.adapter.state_dict().items()}
+        trainer.adapter.detach()
+        return state
+
+    whole = train(None)
+    train(tmp_path, stop_after=2)
+    resumed = train(tmp_path)
+    assert all(torch.equal(v, resumed[k]) for k, v in whole.items())
+
+
+@pytest.mark.slow
+def test_a_step_moves_the_concept_and_anchors_hold_the_rest(sd: Any) -> None:
+    with torch.no_grad():
+        for block in [m for m in sd.unet.modules() if type(m).__name__ == "BasicTransformerBlock"]:
+            block.attn2.to_v.weight.mul_(30)  # random weights hardly heed the text
+    config = EraseConfig(**{**vars(TINY), "max_steps": 20, "lr": 3e-2})
+    trainer = SPMTrainer(sd, "snoopy", keep=["a dog", "red art"], config=config)
+    with torch.no_grad():
+        before = trainer.loss(sd.unet, torch.tensor([5]))[1]
+    trainer.train(**QUIET)
+    with torch.no_grad():
+        after = trainer.loss(sd.unet, torch.tensor([5]))[1]
+    assert before["anchoring"] == 0
+    assert after["erasing"] < 0.8 * before["erasing"]
+    assert after["anchoring"] < 0.3 * before["erasing"]
+
+
+def test_what_a_pipeline_tells_its_denoiser(sd: Any, pipe: Any) -> None:
+    calls = Calls(TextToImagePipeline(sd))
+    told = calls.condition(["a cat", "snoopy"])
+    assert torch.equal(told["encoder_hidden_states"], sd.encode_prompt(["a cat", "snoopy"], "cpu", 1, False)[0])
+    assert torch.equal(rows_of(told, [1], 2)["encoder_hidden_states"], told["encoder_hidden_states"][1:])
+    early, t = calls.rolled_in(["a cat"], [5], 4, 0, 3.0)
+    late, later = calls.rolled_in(["a cat"], [5], 4, 3, 3.0)
+    assert early.shape == late.shape == (1, 4, 8, 8)
+    assert float(later) < float(t)
+    by_diffusers: list[torch.Tensor] = []
+    sd(
+        "a cat", num_inference_steps=4, guidance_scale=3.0, negative_prompt="", generator=torch.Generator().manual_seed(5),
+        callback_on_step_end=lambda p, i, t, kw: by_diffusers.append(kw["latents"]) or {}, output_type="latent",
+    )  # fmt: skip
+    torch.testing.assert_close(late, by_diffusers[2], atol=1e-6, rtol=1e-5)
+
+    pixart = Calls(TextToImagePipeline(pipe))  # masks, a variance of no pixel, no autoencoder
+    told = pixart.condition(["a red circle", "two blue stars"])
+    latents, t = pixart.rolled_in(["a red circle"] * 2, [1, 2], 3, 2, 3.0)
+    assert pixart.answer(latents, t, told).shape == latents.shape == (2, 3, 24, 24)
+
+
+@pytest.mark.parametrize("method", ["spm", "uce"])
+def test_the_model_of_drawn_scenes(pipe: Any, method: str) -> None:
+    done = erase(pipe, "circle", method, keep=["a blue square", ""], config=TINY if method == "spm" else None, **QUIET)
+    (adapter,) = done.adapters.values()
+    with torch.no_grad():
+        for site in adapter.sites.values():
+            assert torch.isfinite(site.lora_up.weight).all()
+    adapter.check()
+
+
+def test_closed_form_by_its_definition() -> None:
+    torch.manual_seed(0)
+    weight, concept, guide, kept = torch.randn(5, 6), torch.randn(2, 6), torch.randn(2, 6), torch.randn(1, 6)
+
+    def new(config: UCEConfig, pairs: list[Pair]) -> torch.Tensor:
+        return weight.double() + differences(weight, pairs, config) @ directions(pairs, [kept], config)
+
+    w, c, g, k = (x.double() for x in (weight, concept, guide, kept))
+    config = UCEConfig(lamb=0.3, erase_scale=0.7, preserve_scale=2.0)
+    a = 0.3 * w + 0.7 * (g @ w.T).T @ c + 2.0 * (k @ w.T).T @ k
+    b = 0.3 * torch.eye(6).double() + 0.7 * c.T @ c + 2.0 * k.T @ k
+    torch.testing.assert_close(new(config, [Pair(concept, guide)]), a @ b.inverse(), atol=1e-10, rtol=1e-10)
+    apart = [Pair(concept[i : i + 1], guide[i : i + 1]) for i in (1, 0)]
+    torch.testing.assert_close(new(config, apart), a @ b.inverse(), atol=1e-10, rtol=1e-10)
+    torch.testing.assert_close(new(config, [Pair(concept, concept)]), w)
+    strong = new(UCEConfig(erase_scale=1e6), [Pair(concept, guide)])
+    torch.testing.assert_close(strong @ c.T, w @ g.T, atol=1e-3, rtol=1e-3)
+    firm = new(UCEConfig(preserve_scale=1e6), [Pair(concept, guide)])
+    torch.testing.assert_close(firm @ k.T, w @ k.T, atol=1e-3, rtol=1e-3)
+
+
+def test_edits_of_more_rows_than_the_width() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3))
+    pairs = [Pair(torch.randn(9, 4), torch.randn(9, 4))]
+    config = UCEConfig(tokens="aligned")
+    want = model[0].weight.double() + differences(model[0].weight, pairs, config) @ directions(pairs, [], config)
+    adapter = edit(model, {"0": pairs}, {}, config)
+    assert adapter.config.rank == 4
+    model(torch.randn(2, 4))
+    adapter.merge()
+    torch.testing.assert_close(model[0].weight.double(), want, atol=1e-5, rtol=1e-5)
+    with pytest.raises(InputError, match="width 5"):
+        edit(model, {"0": [Pair(torch.ones(1, 5), torch.ones(1, 5))]}, {})
+
+
+def test_wrong_input_leaves_the_model_alone(sd: Any, pipe: Any) -> None:
+    bad: list[tuple[str, Any, dict[str, Any]]] = [
+        ("No concept", [], {}),
+        ("none of them empty", " ", {}),
+        ("at once", "cat", {"keep": ["Cat"]}),
+        ("templates", "cat", {"templates": ("a photo",)}),
+        ("has 9 tokens", "a photo of a red cat dog", {}),
+        ("one of", "cat", {"method": "magic"}),
+        ("not for method", "cat", {"method": "uce", "config": TINY}),
+        ("needs prompts", "cat", {"config": EraseConfig(anchor_kind="prompts")}),
+        ("layers", "cat", {"method": "esd", "settings": {"layers": "some"}}),
+    ]
+    for message, concepts, settings in bad:
+        with pytest.raises(InputError, match=message):
+            erase(sd, concepts, **settings, **QUIET)
+    with pytest.raises(InputError, match="does not know"):
+        erase(pipe, "dragon", **QUIET)
+    for settings in ({"lamb": 0.0}, {"technique": "x"}, {"tokens": "first"}):
+        with pytest.raises(InputError):
+            UCEConfig(**settings)
+    for settings in ({"anchor_kind": "x"}, {"batch_size": 0}, {"rollin_steps": 1}):
+        with pytest.raises(InputError):
+            EraseConfig(**settings)
+    assert attached_adapters(sd.unet) == attached_adapters(pipe.transformer) == {}

@@ -42,7 +42,8 @@ class Visitor:
 class Visitors:
     """The ledger of one studio. `files`: the folder of what visitors bring and get; `public`: files in it that everybody may read."""
 
-    PATH = re.compile(rb'"path"\s*:\s*("(?:[^"\\]|\\.)*")')
+    PATH = re.compile(rb'"path"\s*(?::|\]\s*,)\s*("(?:[^"\\]|\\.)*")')
+    """A file's name in an object, or in what gradio sends when a handler yields again: `["replace", ["path"], "/the/new/one"]`."""
 
     def __init__(self, files: str, public: frozenset[str] = frozenset()):
         self.files = files

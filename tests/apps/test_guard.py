@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
+from collections.abc import Iterator
 
 import gradio as gr
 import httpx
@@ -34,6 +36,10 @@ def _build() -> None:
         path = output_folder() / "result.txt"
         path.write_text(words)
         return str(path)
+
+    def several(words: str) -> Iterator[str]:
+        for i in range(3):
+            yield store(f"{words} {i}")
 
     def read(path: str) -> str:
         return "" if path is None else open(path).read()
@@ -70,8 +76,8 @@ def _build() -> None:
         return "done"
 
     for name, fn, given, back in (
-        ("store", store, text, result), ("read", read, file, out), ("size", size, image, out), ("fail", fail, text, out),
-        ("broken", broken, text, out), ("endless", endless, text, out), ("plodding", plodding, text, out),
+        ("store", store, text, result), ("several", several, text, result), ("read", read, file, out),
+        ("size", size, image, out), ("fail", fail, text, out), ("broken", broken, text, out), ("endless", endless, text, out), ("plodding", plodding, text, out),
         ("rate", str, rate, out),
     ):  # fmt: skip
         gr.Button(name).click(fn, given, back, api_name=name, concurrency_limit=4)
@@ -192,6 +198,19 @@ def test_files_are_for_their_visitor_only(url, browser_like):
     assert one.get(f"/gradio_api/file={result['path']}").text == "words"
     assert other.get(f"/gradio_api/file={result['path']}").status_code == 403
     assert '"words"' in _ask(one, "read", _file(result["path"]))
+
+
+def test_every_file_that_a_handler_yields_is_the_visitors(url, browser_like):
+    one, other = browser_like(), browser_like()
+    known = {fn["api_name"]: fn["id"] for fn in one.get("/config").json()["dependencies"]}
+    body = {"data": ["words"], "fn_index": known["several"], "session_hash": "yields1"}
+    assert one.post("/gradio_api/queue/join", json=body).status_code == 200
+    with one.stream("GET", "/gradio_api/queue/data?session_hash=yields1") as stream:
+        shown = stream.read().decode()
+    assert '["replace", ["path"], ' in shown or '["replace",["path"],' in shown  # gradio sends what differs
+    files = sorted(set(re.findall(r'"(/[^"]+/result\.txt)"', shown)))
+    assert sorted(one.get(f"/gradio_api/file={f}").text for f in files) == ["words 0", "words 1", "words 2"]
+    assert {other.get(f"/gradio_api/file={f}").status_code for f in files} == {403}
 
 
 def test_sessions_and_events_are_for_their_visitor_only(url, browser_like):

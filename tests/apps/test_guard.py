@@ -77,7 +77,8 @@ def _build() -> None:
 
     for name, fn, given, back in (
         ("store", store, text, result), ("several", several, text, result), ("read", read, file, out),
-        ("size", size, image, out), ("fail", fail, text, out), ("broken", broken, text, out), ("endless", endless, text, out), ("plodding", plodding, text, out),
+        ("size", size, image, out), ("fail", fail, text, out),
+        ("broken", broken, text, out), ("endless", endless, text, out), ("plodding", plodding, text, out),
         ("rate", str, rate, out),
     ):  # fmt: skip
         gr.Button(name).click(fn, given, back, api_name=name, concurrency_limit=4)

@@ -9,19 +9,19 @@ from typing import TYPE_CHECKING
 from mmkit.lazy import door
 
 if TYPE_CHECKING:
-    from mmkit.pointcloud.splats.cameras import (
+    from mmkit.pointcloud.cameras import (
         Camera as Camera,
         PosedImages as PosedImages,
         look_at as look_at,
         orbit as orbit,
     )
-    from mmkit.pointcloud.splats.files import (
+    from mmkit.pointcloud.gaussians import GaussianModel as GaussianModel
+    from mmkit.pointcloud.splat_files import (
         FORMATS as FORMATS,
         load_splats as load_splats,
         save_splats as save_splats,
         splat_info as splat_info,
     )
-    from mmkit.pointcloud.splats.model import GaussianModel as GaussianModel
     from mmkit.pointcloud.splats.pipeline import NovelViewPipeline as NovelViewPipeline
     from mmkit.pointcloud.splats.readers import (
         drawn_scene as drawn_scene,

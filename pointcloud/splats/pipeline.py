@@ -10,9 +10,9 @@ from torch import nn
 
 from mmkit.errors import InputError
 from mmkit.pipelines import Pipeline
-from mmkit.pointcloud.splats.cameras import Camera, orbit
-from mmkit.pointcloud.splats.files import FORMATS, load_splats
-from mmkit.pointcloud.splats.model import GaussianModel
+from mmkit.pointcloud.cameras import Camera, orbit
+from mmkit.pointcloud.gaussians import GaussianModel
+from mmkit.pointcloud.splat_files import FORMATS, load_splats
 from mmkit.pointcloud.splats.result import ViewResult, view
 from mmkit.weights import bundled_name, load_tensors
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from mmkit.data.images import load_image, open_image
 from mmkit.errors import InputError
 from mmkit.ops.gaussian.reference import rotation
-from mmkit.pointcloud.splats.cameras import Camera, PosedImages
+from mmkit.pointcloud.cameras import Camera, PosedImages
 
 MAX_POINTS = 200_000
 """Known points that are kept, evenly chosen."""

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from mmkit.errors import InputError
-from mmkit.pointcloud.splats.cameras import Camera, orbit
-from mmkit.pointcloud.splats.model import GaussianModel
+from mmkit.pointcloud.cameras import Camera, orbit
+from mmkit.pointcloud.gaussians import GaussianModel
 from mmkit.results import Result, png
 from mmkit.storage import atomic_write
 

@@ -8,7 +8,6 @@ arXiv 2404.09591, which needs no good starting points.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import os
 import time
@@ -24,8 +23,9 @@ from tqdm import tqdm
 
 from mmkit.errors import InputError
 from mmkit.ops.gaussian.reference import covariance
-from mmkit.pointcloud.splats.cameras import PosedImages
-from mmkit.pointcloud.splats.model import NAMES, GaussianModel
+from mmkit.pointcloud.cameras import PosedImages
+from mmkit.pointcloud.gaussians import NAMES, GaussianModel
+from mmkit.pointcloud.similarity import ssim
 from mmkit.storage import read_tensors, write_safetensors
 
 _RATES = {"means": 1.6e-4, "scales": 5e-3, "quats": 1e-3, "opacities": 5e-2, "sh0": 2.5e-3, "shN": 2.5e-3 / 20}
@@ -84,28 +84,6 @@ class FitResult:
     losses: list[float]
     seconds: float
     scores: dict[str, float] = field(default_factory=dict)
-
-
-@functools.lru_cache(maxsize=8)
-def _window(n: int) -> Tensor:
-    """The blur of a line of `n` pixels, zeros around it, as a matrix: its products are several times faster than convolutions."""
-    away = torch.arange(n) - torch.arange(n)[:, None]
-    weights = torch.exp(-torch.arange(-5.0, 6.0).square() / 4.5)
-    return torch.where(away.abs() <= 5, torch.exp(-away.square() / 4.5), 0.0) / weights.sum()
-
-
-def _blur(n: int, like: Tensor) -> Tensor:
-    return _window(n).to(like)
-
-
-def ssim(a: Tensor, b: Tensor) -> Tensor:
-    """Mean structural similarity of pictures (C, H, W) in 0..1, with a Gaussian window of 11 pixels (sigma 1.5)."""
-    stacked = torch.stack([a, b, a * a, b * b, a * b])
-    stacked = _blur(a.shape[1], a) @ stacked @ _blur(a.shape[2], a).T
-    ma, mb, aa, bb, ab = stacked.unbind()
-    va, vb, cov = aa - ma * ma, bb - mb * mb, ab - ma * mb
-    score = (2 * ma * mb + 1e-4) * (2 * cov + 9e-4) / ((ma * ma + mb * mb + 1e-4) * (va + vb + 9e-4))
-    return score.mean()
 
 
 def fit_images(

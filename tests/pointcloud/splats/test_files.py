@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 
 from mmkit.errors import InputError
+from mmkit.pointcloud.gaussians import NAMES
+from mmkit.pointcloud.splat_spz import _pack_rotations, _unpack_rotations
 from mmkit.pointcloud.splats import FORMATS, GaussianModel, load_splats, save_splats, splat_info
-from mmkit.pointcloud.splats.files_spz import _pack_rotations, _unpack_rotations
-from mmkit.pointcloud.splats.model import NAMES
 
 
 def scene(n: int = 40, degree: int = 2, mode: str = "classic") -> GaussianModel:

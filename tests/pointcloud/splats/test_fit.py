@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 import mmkit
 from mmkit.cli import app
 from mmkit.errors import InputError
+from mmkit.pointcloud.similarity import ssim
 from mmkit.pointcloud.splats import (
     FitConfig,
     GaussianModel,
@@ -30,7 +31,7 @@ from mmkit.pointcloud.splats import (
     save_splats,
     turntable,
 )  # fmt: skip
-from mmkit.pointcloud.splats.training import measure, ssim
+from mmkit.pointcloud.splats.training import measure
 
 pytestmark = pytest.mark.slow  # renders, so compiles the rasteriser
 SMALL = FitConfig(steps=24, start_gaussians=200, max_gaussians=260, refine_every=5, rate=6.0)
@@ -179,7 +180,7 @@ def test_transforms_json(tmp_path) -> None:
 
 @pytest.mark.parametrize("binary", [True, False])
 def test_colmap_models(tmp_path, binary: bool) -> None:
-    from mmkit.pointcloud.splats.model import quaternion
+    from mmkit.pointcloud.gaussians import quaternion
 
     views, ks = _write_scene(tmp_path)
     model = tmp_path / "sparse" / "0"

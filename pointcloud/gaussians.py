@@ -13,7 +13,7 @@ from mmkit.backbones.model import Model
 from mmkit.errors import InputError
 from mmkit.ops import rasterization
 from mmkit.ops.gaussian.harmonics import C0, basis
-from mmkit.pointcloud.splats.cameras import Camera
+from mmkit.pointcloud.cameras import Camera
 
 NAMES = ("means", "scales", "quats", "opacities", "sh0", "shN")
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from mmkit.errors import InputError
-from mmkit.pointcloud.splats.model import GaussianModel
+from mmkit.pointcloud.gaussians import GaussianModel
 
 MAX_GAUSSIANS = 20_000_000
 """Files that claim more are refused before memory is asked for."""

@@ -21,8 +21,8 @@ import numpy as np
 
 from mmkit.errors import InputError, nearest
 from mmkit.ops.gaussian.harmonics import C0
-from mmkit.pointcloud.splats.arrays import as_arrays, as_model, check_count, logit, sigmoid, to_bytes
-from mmkit.pointcloud.splats.model import GaussianModel
+from mmkit.pointcloud.gaussians import GaussianModel
+from mmkit.pointcloud.splat_arrays import as_arrays, as_model, check_count, logit, sigmoid, to_bytes
 from mmkit.storage import atomic_write
 
 MAX_BYTES = 4_000_000_000
@@ -39,14 +39,14 @@ class Format:
 
 
 def _formats() -> dict[str, Format]:
-    from mmkit.pointcloud.splats import files_gltf, files_sog, files_spz
+    from mmkit.pointcloud import splat_gltf, splat_sog, splat_spz
 
     return {
         ".ply": Format("PLY", False, write_ply, read_ply),
         ".splat": Format(".splat", True, write_splat, read_splat),
-        ".spz": Format("SPZ", True, files_spz.write, files_spz.read),
-        ".sog": Format("SOG", True, files_sog.write, files_sog.read),
-        ".glb": Format("glTF KHR_gaussian_splatting", False, files_gltf.write, files_gltf.read),
+        ".spz": Format("SPZ", True, splat_spz.write, splat_spz.read),
+        ".sog": Format("SOG", True, splat_sog.write, splat_sog.read),
+        ".glb": Format("glTF KHR_gaussian_splatting", False, splat_gltf.write, splat_gltf.read),
     }
 
 

@@ -18,8 +18,8 @@ import numpy as np
 from PIL import Image
 
 from mmkit.errors import InputError
-from mmkit.pointcloud.splats.arrays import as_arrays, as_model, check_count, logit, sigmoid, to_bytes
-from mmkit.pointcloud.splats.model import GaussianModel
+from mmkit.pointcloud.gaussians import GaussianModel
+from mmkit.pointcloud.splat_arrays import as_arrays, as_model, check_count, logit, sigmoid, to_bytes
 
 MAX_PALETTE = 4096
 """Lines of the palette that are written; the format allows 65536."""

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from mmkit.errors import InputError
 from mmkit.ops.gaussian.reference import rotation
-from mmkit.pointcloud.splats.arrays import as_arrays, as_model, check_count, logit, sigmoid
-from mmkit.pointcloud.splats.model import NAMES, GaussianModel
+from mmkit.pointcloud.gaussians import NAMES, GaussianModel
+from mmkit.pointcloud.splat_arrays import as_arrays, as_model, check_count, logit, sigmoid
 
 NAME = "KHR_gaussian_splatting"
 _TURN = [1.0, 0.0, 0.0, 0.0]  # xyzw

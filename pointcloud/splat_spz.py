@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from mmkit.errors import InputError
-from mmkit.pointcloud.splats.arrays import as_arrays, as_model, check_count, logit, sigmoid, to_bytes
-from mmkit.pointcloud.splats.model import GaussianModel
+from mmkit.pointcloud.gaussians import GaussianModel
+from mmkit.pointcloud.splat_arrays import as_arrays, as_model, check_count, logit, sigmoid, to_bytes
 
 MAGIC = 0x5053474E
 FRACTION_BITS = 12

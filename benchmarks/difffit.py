@@ -61,23 +61,23 @@ class Method:
 
     adapter: str
     settings: dict[str, Any] = field(default_factory=dict)
-    lr: float = 1e-2
+    lr: float = 3e-2
     biases: bool | None = None
 
 
 _LINEAR = {"placement": "linear", "scale_blocks": "all"}
 METHODS = {
-    "biases": Method("bitfit", biases=True),
+    "biases": Method("bitfit", lr=9e-2, biases=True),
     "biases and tables": Method("difffit", {"placement": "none"}, biases=True),
     "DiffFit": Method("difffit", _LINEAR, biases=True),
     "DiffFit, every layer": Method("difffit", {"targets": "*"}, biases=True),
     "scales alone": Method("difffit", {**_LINEAR, "train_bias": False}, biases=False),
     "created biases": Method("difffit", {"placement": "none", "create_bias": True}, biases=False),
     "DiffFit, created biases": Method("difffit", {**_LINEAR, "create_bias": True}, biases=False),
-    "IA3": Method("ia3"),
-    "OFT": Method("oft", lr=2e-3),
-    "LoRA": Method("lora", {"r": 8}, lr=2e-3),
-    "full": Method("full", lr=5e-4),
+    "IA3": Method("ia3", lr=9e-2),
+    "OFT": Method("oft", lr=9e-3),
+    "LoRA": Method("lora", {"r": 8}, lr=9e-3),
+    "full": Method("full", lr=1e-3),
 }
 UNDO: dict[str, Callable[[Tensor], Tensor]] = {
     "washed out": lambda x: (x - 0.4225) / 0.55,

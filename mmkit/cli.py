@@ -1,4 +1,4 @@
-"""The `mmkit` command: demo, finetune, merge, predict, list, app, info, splat. Heavy imports happen inside the commands."""
+"""The `mmkit` command: demo, finetune, merge, predict, list, app, info, splat, slam. Heavy imports happen inside the commands."""
 
 from __future__ import annotations
 
@@ -396,13 +396,13 @@ def app_(
     quota: Annotated[str, typer.Option(help="All uploads and results together, like 2gb.")] = "2gb",
 ) -> None:
     """Open the studio, or one of its pages."""
-    _studio(
-        name, port, host=host, auth=auth, allow_hosts=allow_host or [], max_file_size=max_upload, quota=quota,
-    )  # fmt: skip
+    limits = {"allow_hosts": allow_host or [], "max_file_size": max_upload, "quota": quota}
+    _studio(name, port, host=host, auth=auth, **limits)
 
 
 _splat = typer.Typer(help="Scenes of Gaussians: fit, convert, render, info.", no_args_is_help=True)
 app.add_typer(_splat, name="splat")
+_command(COMMANDS.get("slam"))  # declared in its room, which is light to import
 
 
 @functools.partial(_command, group=_splat)

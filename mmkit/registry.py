@@ -211,6 +211,7 @@ TASKS = Registry(
         "point-cloud-classification": "mmkit.pointcloud.point_peft:PointCloudClassificationPipeline",
         "point-cloud-segmentation": "mmkit.pointcloud.point_peft:PointCloudSegmentationPipeline",
         "novel-view": "mmkit.pointcloud.splats:NovelViewPipeline",
+        "semantic-slam": "mmkit.pointcloud.slam:SemanticSLAMPipeline",
     },
 )
 
@@ -236,6 +237,7 @@ COMMANDS = Registry(  # what `mmkit <command>` runs, so that the core need not k
         "finetune": "mmkit.vision.classification",
         "finetune-text-to-image": "mmkit.diffusion:finetune",
         "splat": "mmkit.pointcloud.splats",
+        "slam": "mmkit.pointcloud.slam.command:slam",
         "studio": "mmkit.apps:launch_studio",
     },
 )

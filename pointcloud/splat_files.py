@@ -84,11 +84,14 @@ def load_splats(path: str | os.PathLike[str]) -> GaussianModel:
     return model
 
 
-def save_splats(model: GaussianModel, path: str | os.PathLike[str]) -> Path:
+def save_splats(model: GaussianModel, path: str | os.PathLike[str], *, labels: np.ndarray | None = None) -> Path:
     """Write a scene; the suffix says how. The file appears whole or not at all.
 
+    Args:
+        labels: (N,) whole numbers that a .ply carries as a further property, `int label`.
+
     Raises:
-        InputError: an unknown suffix, or values that are not finite.
+        InputError: an unknown suffix, values that are not finite, or labels for another format.
     """
     path = Path(path).expanduser()
     chosen = _format(path)
@@ -97,7 +100,9 @@ def save_splats(model: GaussianModel, path: str | os.PathLike[str]) -> Path:
         raise InputError(
             f"{', '.join(bad)} hold values that are not finite; remove those Gaussians with `select` first."
         )
-    content = chosen.write(model)
+    if labels is not None and chosen.write is not write_ply:
+        raise InputError(f"Labels are written to .ply files only, not to {path.suffix}.")
+    content = chosen.write(model) if labels is None else write_ply(model, labels)
     with atomic_write(path) as temporary:
         temporary.write_bytes(content)
     return path
@@ -126,8 +131,8 @@ _TYPES = {
 _GEOMETRY = ("x", "y", "z"), tuple(f"scale_{i}" for i in range(3)), tuple(f"rot_{i}" for i in range(4))
 
 
-def write_ply(model: GaussianModel) -> bytes:
-    """The layout of the 3D Gaussian splatting paper: binary little-endian floats, harmonics channel by channel."""
+def write_ply(model: GaussianModel, labels: np.ndarray | None = None) -> bytes:
+    """The layout of the 3D Gaussian splatting paper: binary little-endian floats, harmonics channel by channel; then labels, if any."""
     arrays = {k: v.float().numpy() for k, v in model.tensors().items()}
     n, rest = arrays["shN"].shape[:2]
     names = [
@@ -147,8 +152,15 @@ def write_ply(model: GaussianModel) -> bytes:
     header = ["ply", "format binary_little_endian 1.0"]
     if model.rasterize_mode != "classic":
         header.append(f"comment rasterize_mode {model.rasterize_mode}")
-    header += [f"element vertex {n}", *(f"property float {name}" for name in names), "end_header", ""]
-    return "\n".join(header).encode() + np.concatenate(columns, 1).astype("<f4").tobytes()
+    header += [f"element vertex {n}", *(f"property float {name}" for name in names)]
+    floats = np.concatenate(columns, 1).astype("<f4")
+    if labels is None:
+        return "\n".join([*header, "end_header", ""]).encode() + floats.tobytes()
+    if np.shape(labels) != (n,):
+        raise InputError(f"labels must be ({n},), one a Gaussian; got {np.shape(labels)}.")
+    rows = np.empty(n, [("floats", "<f4", floats.shape[1]), ("label", "<i4")])
+    rows["floats"], rows["label"] = floats, labels
+    return "\n".join([*header, "property int label", "end_header", ""]).encode() + rows.tobytes()
 
 
 def _ply_header(data: bytes) -> tuple[int, np.dtype[Any], int, str]:

@@ -50,7 +50,7 @@ def desk(tmp_path, monkeypatch):
 
 def _renders(name: str) -> bool:
     """Whether its examples compile the rasteriser, which takes half a minute on a fresh checkout."""
-    return any(room in name for room in ("ops.gaussian", "pointcloud.splats"))
+    return any(room in name for room in ("ops.gaussian", "pointcloud.splats", "pointcloud.slam"))
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * _renders(n)) for n in _with_examples()])

@@ -16,7 +16,8 @@ from PIL import Image
 from mmkit.diffusion import TextToImage
 from mmkit.errors import InputError
 from mmkit.pointcloud.point_peft import CloudClassification, CloudSegmentation
-from mmkit.pointcloud.splats import ViewResult, orbit
+from mmkit.pointcloud.slam import SlamResult
+from mmkit.pointcloud.splats import GaussianModel, ViewResult, orbit
 from mmkit.registry import TASKS
 from mmkit.results import Result
 from mmkit.video import VideoClassification
@@ -99,6 +100,16 @@ def new_view() -> ViewResult:
     return ViewResult(np.stack([plane] * 3, -1), plane, plane, camera)
 
 
+def run_of_slam() -> SlamResult:
+    poses = np.eye(4)[None].repeat(4, 0)
+    poses[:, 0, 3] = np.arange(4)
+    points = torch.rand(30, 3, generator=torch.Generator().manual_seed(0))
+    tracked = np.array([True, True, False, True])
+    return SlamResult(
+        poses, tracked, GaussianModel.from_points(points, points), np.arange(30), poses + 0.0, {"psnr": float("nan")}
+    )
+
+
 RESULTS = {
     "cloud class": cloud_class,
     "cloud parts": cloud_parts,
@@ -108,6 +119,7 @@ RESULTS = {
     "new view": new_view,
     "segmented picture": lambda: segmentation(24, 32),
     "segmented volume": lambda: segmentation(8, 9, 10),
+    "slam": run_of_slam,
     "text to image": lambda: TextToImage([picture(), picture()], ["a", "b"], [0, 1], {"steps": 2}, 0.1),
     "video classification": video,
     "dense features": lambda: DenseFeatures(

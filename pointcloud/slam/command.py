@@ -1,0 +1,46 @@
+"""What `mmkit slam` does. Nothing heavy is imported before it runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def slam(
+    data: Annotated[
+        str,
+        typer.Argument(
+            help="An RGB-D recording (Replica, ScanNet, TUM, 7-Scenes, your own folder); 'drawn': a drawn room."
+        ),
+    ],
+    output: Annotated[Path, typer.Argument(help="A folder for map.ply, report.json, trajectory.png, and the state.")],
+    preset: Annotated[str, typer.Option(help="cpu_small, cpu_live, replica, scannet or tum.")] = "cpu_small",
+    tree: Annotated[Path | None, typer.Option(help="The label tree (.json), if the folder has none.")] = None,
+    tracker: Annotated[str, typer.Option(help="auto, gicp, photometric, constant or given.")] = "auto",
+    every: Annotated[int, typer.Option(min=1, help="Take every so many frames.")] = 1,
+    frames: Annotated[int, typer.Option(min=1, help="Of the drawn room.")] = 24,
+    map_iters: Annotated[int | None, typer.Option(min=0, help="Iterations of a mapping round.")] = None,
+    track_iters: Annotated[int | None, typer.Option(min=0, help="Photometric steps a frame.")] = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Start over instead of continuing in the folder.")] = False,
+    seed: int = 0,
+) -> None:
+    """Map a recording of a depth camera: its path, a labelled map of Gaussians, and a report. An interrupted run goes on."""
+    from mmkit.pointcloud.slam.pipeline import SemanticSLAMPipeline
+    from mmkit.pointcloud.slam.synthetic import SyntheticRoom
+
+    chosen: dict[str, Any] = {
+        k: v for k, v in (("map_iters", map_iters), ("track_iters", track_iters)) if v is not None
+    }
+    run = SemanticSLAMPipeline(preset, tree=tree, tracker=tracker, seed=seed, **chosen)
+    recording = SyntheticRoom(frames=frames) if data == "drawn" else data
+    result = run(recording, every=every, output=output / "state", resume=not restart)
+    for name in ("map.ply", "report.json", "trajectory.png"):
+        result.save(output / name)
+    report = result.report
+    print(f"{report['frames']} frames, {report['lost']} lost, {report['gaussians']} Gaussians. Saved to {output}.")
+    if "ate_rmse" in report:
+        print(f"ATE RMSE {100 * report['ate_rmse']:.2f} cm on a path of {report['path_length']:.2f} m.")
+    if "psnr" in report:
+        print(f"PSNR {report['psnr']:.2f} dB" + (f", mIoU {report['miou']:.3f}" if "miou" in report else "") + ".")

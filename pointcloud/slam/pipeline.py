@@ -1,0 +1,107 @@
+"""A recording of a depth camera goes in; its path, a labelled map and a report come out."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from mmkit.devices import resolve_device, resolve_dtype
+from mmkit.errors import InputError
+from mmkit.pipelines import Pipeline
+from mmkit.pointcloud.slam.config import HierSLAMConfig
+from mmkit.pointcloud.slam.datasets import open_sequence
+from mmkit.pointcloud.slam.evaluation import evaluate
+from mmkit.pointcloud.slam.frames import Frames
+from mmkit.pointcloud.slam.model import SemanticGaussians
+from mmkit.pointcloud.slam.result import SlamResult
+from mmkit.pointcloud.slam.synthetic import SyntheticRoom
+from mmkit.pointcloud.slam.system import HierSLAM, Step
+from mmkit.pointcloud.slam.tree import SemanticTree
+
+
+class SemanticSLAMPipeline(Pipeline):
+    """`pipeline("semantic-slam")`: there are no weights, `model` is a preset's name or a `HierSLAMConfig`.
+
+    Args:
+        model: "cpu_small" (default), "cpu_live", "replica", "scannet", "tum", or settings.
+        tree: of the labels, for data that bring none: a `SemanticTree` or its file.
+        labeler, depth_source, backend: of `HierSLAM`.
+        settings: changes of the preset.
+
+    Example:
+        >>> import mmkit
+        >>> slam = mmkit.pipeline("semantic-slam", map_every=1, map_iters=4, track_iters=2)
+        >>> from mmkit.pointcloud.slam import SyntheticRoom
+        >>> result = slam(SyntheticRoom(frames=2, width=64, height=48), progress=False)
+        >>> result.poses.shape
+        (2, 4, 4)
+    """
+
+    task: ClassVar[str] = "semantic-slam"
+    default_weights: ClassVar[str] = "cpu_small"
+
+    def __init__(
+        self, model: HierSLAMConfig | str | None = None, *, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto",
+        tree: SemanticTree | str | os.PathLike[str] | None = None, labeler: Callable[..., Any] | None = None,
+        depth_source: Callable[..., Any] | None = None, backend: str = "auto", **settings: Any,
+    ):  # fmt: skip
+        if resolve_dtype(dtype, torch.float32) != torch.float32:
+            raise InputError("Maps are float32; leave dtype out.")
+        self.device, self.dtype = resolve_device(device), torch.float32
+        if isinstance(model, HierSLAMConfig):
+            self.settings = HierSLAMConfig(**{**model.to_dict(), **settings})
+        elif model is None or isinstance(model, str):
+            self.settings = HierSLAMConfig.preset(model or self.default_weights, **settings)
+        else:
+            raise InputError(f"model must be a preset's name or a HierSLAMConfig, not {type(model).__name__}.")
+        self.tree = tree if isinstance(tree, SemanticTree) or tree is None else SemanticTree.from_json(tree)
+        self.options = {"labeler": labeler, "depth_source": depth_source, "backend": backend}
+        self.model = SemanticGaussians(0)
+
+    def __call__(
+        self, data: str | os.PathLike[str] | Frames | None = None, *, every: int = 1, output: str | os.PathLike[str] | None = None,
+        resume: bool = True, progress: bool = True, callbacks: Iterable[Callable[[HierSLAM, Step], None]] = (), judge_every: int = 1,
+    ) -> SlamResult:  # fmt: skip
+        """Map a recording.
+
+        Args:
+            data: a folder in one of the layouts of `open_sequence`, a sequence, or `None`: a drawn room.
+            every: of a folder, take every so many frames.
+            output: a folder for the state, from which an interrupted run goes on.
+            resume: do so.
+            progress: show a bar.
+            callbacks: called after every frame with the system and the step.
+            judge_every: frames between those that the report's picture figures are of.
+        """
+        if data is None:
+            sequence: Any = SyntheticRoom(frames=24)
+        elif isinstance(data, (str, os.PathLike)):
+            sequence = open_sequence(Path(data), tree=self.tree, every=every)
+        else:
+            sequence = data
+        tree = getattr(sequence, "tree", None) or self.tree
+        slam = HierSLAM(self.settings, tree, **self.options)  # type: ignore[arg-type]
+        wall, cpu = time.perf_counter(), time.process_time()
+        steps = slam.run(sequence, output=output, resume=resume, progress=progress, callbacks=callbacks)
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        self.model = slam.map
+        clean = getattr(sequence, "clean", None)
+        report = {
+            **evaluate(slam, sequence, every=judge_every, reference=clean, with_scale=slam.depth_source is not None),
+            "seconds": wall, "cpu_seconds": cpu, "frames_per_second": len(steps) / max(wall, 1e-9), "tracker": slam.tracker,
+            "bytes": slam.bytes(), "loops_closed": len(slam.loops),
+        }  # fmt: skip
+        if tree is not None:
+            report["storage"] = tree.storage()
+        labels = slam.labels()
+        ids = None if labels is None or tree is None else torch.tensor(tree.ids)[labels].int().numpy()
+        truth = getattr(sequence, "trajectory", lambda: None)()
+        return SlamResult(
+            slam.trajectory().numpy(), torch.tensor(slam.tracked).numpy(), slam.map.as_splats(), ids,
+            None if truth is None else truth[: len(slam)].numpy(), report, slam,
+        )  # fmt: skip

@@ -168,6 +168,28 @@ def test_finetune_lowers_the_loss_continues_and_saves(pipe: Any, tmp_path: Path)
     assert np.array_equal(np.asarray(again("a star", steps=2).images[0], int), want)
 
 
+def test_captions_are_left_out_for_guidance_and_pictures_are_encoded_once(pipe: Any, tmp_path: Path) -> None:
+    from mmkit.diffusion.training import DenoisingLoss, _encoded
+
+    denoiser = Denoiser(pipe)
+    conditions = denoiser.encode_captions(["a star", "two blue rings", *denoiser.empty_captions(1)])
+
+    def loss(drop: float, captions: list[int]) -> torch.Tensor:
+        torch.manual_seed(0)
+        with torch.no_grad():
+            return DenoisingLoss(conditions, drop)(denoiser, (torch.ones(2, 3, 24, 24), torch.tensor(captions)))
+
+    assert torch.equal(loss(1.0, [0, 1]), loss(0.0, [2, 2]))
+    assert not torch.equal(loss(0.0, [0, 1]), loss(0.0, [2, 2]))
+
+    pictures = torch.rand(3, 3, 24, 24)
+    first = _encoded(denoiser, pictures, tmp_path)
+    denoiser.encode_pictures = None  # type: ignore[method-assign, assignment]
+    assert torch.equal(_encoded(denoiser, pictures, tmp_path), first)
+    with pytest.raises(TypeError):
+        _encoded(denoiser, pictures + 1, tmp_path)  # others are encoded anew
+
+
 def test_the_command_adapts_to_a_folder_of_classes(pipe: Any, tmp_path: Path) -> None:
     pipe.save_pretrained(tmp_path / "model")
     for i in range(4):

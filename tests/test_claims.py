@@ -56,3 +56,10 @@ def test_the_motion_default_says_what_it_cannot_do() -> None:
     assert "a bright object over darker, still ground" in summary
     assert "Pictures that move as a whole" in summary
     assert "over darker, still ground, not where a whole picture moves" in readme()
+
+
+def test_the_ways_to_adapt_a_diffusion_model_stand_as_measured() -> None:
+    table = (RESULTS / "difffit.md").read_text(encoding="utf-8").split("## In short")[1].split("##")[0]
+    lines = [line for line in table.splitlines() if line.startswith("|")]
+    assert len(lines) > 5
+    assert all(line in (ROOT / "README.md").read_text(encoding="utf-8") for line in lines)

@@ -195,7 +195,7 @@ def test_the_command_adapts_to_a_folder_of_classes(pipe: Any, tmp_path: Path) ->
     for i in range(4):
         path = tmp_path / "photos" / ("red", "blue")[i % 2] / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (40, 30), path.parent.name).save(path)
+        Image.new("RGB", (40 + 9 * i, 30), path.parent.name).save(path)  # mixed sizes
     words = ["finetune", "--task", "text-to-image", "--data", str(tmp_path / "photos"), "--backbone", str(tmp_path / "model"),
              "--steps", "2", "--output", str(tmp_path / "run")]  # fmt: skip
     done = CliRunner().invoke(app, words)

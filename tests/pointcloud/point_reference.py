@@ -140,3 +140,108 @@ def point_peft(s: State, own: State, x: Tensor, c: dict, prompts: int, prompt_de
         cls, t = y[:1], y[1:]
     y = layer_norm(tuned, "norm", torch.cat([cls, t]))
     return head(tuned, torch.cat([y[0], y[1:].amax(0)]))
+
+
+def spectrum(x: Tensor) -> Tensor:
+    """Eigenvectors, as rows, of the graph Laplacian of points (n, 3): the nearer the heavier, the largest component positive."""
+    n = len(x)
+    d = torch.tensor([[float((x[i] - x[j]).square().sum().sqrt()) for j in range(n)] for i in range(n)], dtype=x.dtype)
+    least = min((float(d[i, j]) for i in range(n) for j in range(n) if i != j), default=1.0)
+    weight = torch.tensor(
+        [[1.0 if i == j else least / float(d[i, j]) for j in range(n)] for i in range(n)], dtype=x.dtype
+    )
+    root = torch.diag((weight.sum(1) + 1e-6) ** -0.5)
+    vectors = torch.linalg.eigh(torch.eye(n, dtype=x.dtype) - root @ weight @ root)[1]
+    return torch.stack([v if v[v.abs().argmax()] > 0 else -v for v in vectors.T])
+
+
+def curve(x: Tensor) -> list[int]:
+    """Points along a z-order curve: the bits of y, x and z take turns."""
+
+    def key(p: Tensor) -> str:
+        cells = [format(int(float(100 * p[a].float())) % 2**16, "016b") for a in (1, 0, 2)]
+        return "".join(bit for bits in zip(*cells, strict=True) for bit in bits)
+
+    return sorted(range(len(x)), key=lambda i: key(x[i]))
+
+
+def silu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(x)
+
+
+def tuned_head(s: State, own: State) -> State:
+    return s | {k: v for k, v in own.items() if k.startswith(("cls.", "head."))}
+
+
+def pointgst(s: State, own: State, x: Tensor, c: dict, local: int) -> Tensor:
+    """Logits of one cloud."""
+    centres, members = grouped(x, c["num_groups"], c["group_size"], c["skip_origin"])
+    centre, tuned = x[centres], tuned_head(s, own)
+    order = curve(centre)
+    runs = [order[i : i + local] for i in range(0, len(order), local)]
+    whole, parts = spectrum(centre), [spectrum(centre[run]) for run in runs]
+    t, pos = torch.cat([tuned["cls.token"][0], tokens(s, x, centres, members)]), position(s, centre)
+    pos = torch.cat([tuned["cls.pos"][0], pos])
+    for i in range(c["depth"]):
+        name = f"blocks.{i}.norm2"
+        y, f = halves(tuned, f"blocks.{i}", t + pos, c["num_heads"])
+        h = linear(own, f"{name}.down", y)
+        z = silu(h)
+
+        def there_and_back(basis: Tensor, u: Tensor, norm: str, name: str = name) -> Tensor:
+            u = basis @ u
+            return basis.T @ (u + silu(linear(own, f"{name}.adapt1", layer_norm(own, f"{name}.{norm}", u))))
+
+        z[1:] += there_and_back(whole, h[1:], "norm_ly1")
+        for run, basis in zip(runs, parts, strict=True):
+            z[[1 + r for r in run]] += there_and_back(basis, h[1:][run], "norm_ly2")
+        t = y + f + linear(own, f"{name}.up", z)
+    t = layer_norm(tuned, "norm", t)
+    return head(tuned, torch.cat([t[0], t[1:].amax(0)]))
+
+
+def leaky(x: Tensor) -> Tensor:
+    return torch.where(x > 0, x, 0.2 * x)
+
+
+def instance_prompt(own: State, x: Tensor, pos: Tensor, kind: str, k: int, heads: int) -> Tensor:
+    """One token of the groups' tokens (G, D)."""
+    name = "blocks.net"
+    if kind == "transformer":
+        y, f = halves(own, f"{name}.block", x + pos, heads)
+        return (y + f).amax(0)
+    found = []
+    for stage in range({"dgcnn": 3, "dgcnn_light2": 2, "dgcnn_light": 1, "mlp": 0}[kind]):
+        edges = f"{name}.edges.{stage}"
+        rows = []
+        for one in x:
+            near = x[(x - one).square().sum(-1).argsort()[:k]]
+            said = linear(own, f"{edges}.conv", torch.cat([near - one, one.expand_as(near)], -1))
+            rows.append(leaky(batch_norm(own, f"{edges}.bn", said)).amax(0))
+        x = torch.stack(rows)
+        found.append(x)
+    y = linear(own, f"{name}.conv", torch.cat(found, -1) if found else x)
+    return leaky(batch_norm(own, f"{name}.bn", y)).amax(0)
+
+
+def idpt(s: State, own: State, x: Tensor, c: dict, layer: int, kind: str, k: int, feature: str) -> Tensor:
+    """Logits of one cloud."""
+    centres, members = grouped(x, c["num_groups"], c["group_size"], c["skip_origin"])
+    tuned, heads = tuned_head(s, own), c["num_heads"]
+    t, pos = tokens(s, x, centres, members), position(s, x[centres])
+    t, pos = torch.cat([tuned["cls.token"][0], t]), torch.cat([tuned["cls.pos"][0], pos])
+    for i in range(c["depth"]):
+        if i == layer:
+            prompt = instance_prompt(own, t[1:], pos[1:], kind, k, heads)
+            t, pos = torch.cat([t[:1], prompt[None], t[1:]]), torch.cat([pos[:1], own["blocks.prompt_pos"][0], pos[1:]])
+        y, f = halves(tuned, f"blocks.{i}", t + pos, heads)
+        t = y + f
+    t = layer_norm(tuned, "norm", t)
+    parts = {"cls": t[0], "prompt": t[1], "most": t[2:].amax(0)}
+    names = {
+        "all": ("cls", "prompt", "most"),
+        "promptcls": ("cls", "prompt"),
+        "pointcls": ("cls", "most"),
+        "promptonly": ("prompt",),
+    }
+    return head(tuned, torch.cat([parts[n] for n in names[feature]]))

@@ -93,6 +93,21 @@ def test_published_parameter_counts():
     assert apply_adapter(model, "point_peft", bank_size=12).num_parameters() == 773_017 - 62_268 - 30
 
 
+def strange(config: dict, method: str, settings: dict):
+    """A model and an adapter in float64 with all weights and statistics far from their start."""
+    model = tiny(**config).double()
+    adapter = apply_adapter(model, method, **settings).double()
+    with torch.no_grad():
+        for module in (model, adapter):
+            for p in module.parameters():
+                p.add_(0.3 * torch.randn_like(p))
+            for key, value in module.state_dict().items():
+                if key.endswith(("running_mean", "running_var")):
+                    value.copy_(torch.rand_like(value) + 0.5)
+    model.eval()
+    return model, adapter
+
+
 @pytest.mark.parametrize(
     "config, settings",
     [
@@ -106,16 +121,7 @@ def test_published_parameter_counts():
     ],
 )
 def test_a_second_writing_agrees(config, settings):
-    model = tiny(**config).double()
-    adapter = apply_adapter(model, "point_peft", **settings).double()
-    with torch.no_grad():
-        for module in (model, adapter):
-            for p in module.parameters():
-                p.add_(0.3 * torch.randn_like(p))
-            for key, value in module.state_dict().items():
-                if key.endswith(("running_mean", "running_var")):
-                    value.copy_(torch.rand_like(value) + 0.5)
-    model.eval()
+    model, adapter = strange(config, "point_peft", settings)
     if settings.get("bank_size"):
         adapter.set_bank(FeatureMemoryBank(torch.randn(model.embed_dim, settings["bank_size"]).double()))
     x = clouds(2).double() * 1.3
@@ -124,6 +130,51 @@ def test_a_second_writing_agrees(config, settings):
     with torch.no_grad():
         want = torch.stack([point_reference.point_peft(state, own, c, model.config, *prompts) for c in x])
         torch.testing.assert_close(model(x), want, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "config, settings",
+    [
+        ({"embed_dim": 12, "depth": 3, "num_heads": 3, "num_groups": 14, "head": "point_mae"}, {"rank": 5, "local": 4}),
+        ({"depth": 5, "head": "point_bert", "skip_origin": False}, {"rank": 3, "local": 6}),
+        ({"depth": 1, "num_groups": 7, "head": "linear"}, {"rank": 24, "local": 32}),
+        ({"depth": 2, "num_groups": 30, "group_size": 9}, {"rank": 1, "local": 1}),
+    ],
+)
+def test_a_second_writing_of_the_spectral_adapter_agrees(config, settings):
+    model, adapter = strange(config, "pointgst", settings)
+    x = clouds(2).double() * 1.3
+    state, own = dict(model.state_dict()), dict(adapter.state_dict())
+    with torch.no_grad():
+        want = torch.stack([point_reference.pointgst(state, own, c, model.config, settings["local"]) for c in x])
+        torch.testing.assert_close(model(x), want, atol=1e-4, rtol=1e-4)  # the graph is made in float32
+        assert (model(x)[0] - want[1]).abs().max() > 0.05
+
+
+@pytest.mark.parametrize(
+    "config, settings",
+    [
+        ({"embed_dim": 12, "depth": 3, "num_heads": 3, "num_groups": 14, "head": "point_mae"}, {"k": 5}),
+        (
+            {"depth": 5, "head": "point_bert"},
+            {"k": 12, "prompt_layer": 0, "prompt_net": "dgcnn_light2", "feature": "promptcls"},
+        ),
+        ({"depth": 1, "num_groups": 7, "head": "linear"}, {"k": 3, "prompt_net": "dgcnn_light", "feature": "pointcls"}),
+        ({"depth": 2, "group_size": 9}, {"prompt_net": "mlp", "feature": "promptonly"}),
+        ({"depth": 4, "skip_origin": False}, {"prompt_layer": 1, "prompt_net": "transformer", "feature": "all"}),
+        ({"depth": 3, "num_groups": 6}, {"k": 20, "clip_k": True, "prompt_layer": -2}),
+    ],
+)
+def test_a_second_writing_of_instance_prompts_agrees(config, settings):
+    model, adapter = strange(config, "idpt", settings)
+    x = clouds(2).double() * 1.3
+    state, own = dict(model.state_dict()), dict(adapter.state_dict())
+    c = adapter.config
+    told = adapter.prompt_layer(len(model.blocks)), c.prompt_net, c.k, c.feature
+    with torch.no_grad():
+        want = torch.stack([point_reference.idpt(state, own, cloud, model.config, *told) for cloud in x])
+        torch.testing.assert_close(model(x), want, atol=1e-9, rtol=1e-9)
+        assert (model(x)[0] - want[1]).abs().max() > 0.05
 
 
 @pytest.mark.parametrize("method, settings", METHODS)

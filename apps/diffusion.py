@@ -314,4 +314,5 @@ APP = App(
     forget,
     sample="diffusion-run",
     picture="diffusion-after",
+    load=base,
 )

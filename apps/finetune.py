@@ -37,7 +37,7 @@ from mmkit.apps.finetune_work import (
 from mmkit.apps.frame import App, readable
 from mmkit.apps.handlers import number, plain
 from mmkit.apps.look import shows
-from mmkit.backbones import save_backbone
+from mmkit.backbones import load_weights, save_backbone
 from mmkit.data import load_digits
 from mmkit.errors import InputError, MMKitError, RunDiffersError
 from mmkit.vision.classification import (
@@ -473,4 +473,5 @@ APP = App(
     forget,
     sample="finetune-train",
     picture="finetune-accuracy",
+    load=lambda: [load_weights(name) for name in ("tiny_vit", "mobilenetv2")],
 )

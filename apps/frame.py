@@ -38,6 +38,7 @@ class App:
         sample: elem_id of the button that shows the page at work with something of its own; empty where a page begins by itself.
         picture: elem_id of what that shows: the page's picture on the home page is taken of it (`examples/studio_pictures.py`).
         forget: called with the `gr.Request` of a visitor who closed the page, to drop what the server keeps for the session.
+        load: loads the libraries and models of a first answer; a server calls it once, in the background, so that nobody waits.
     """
 
     name: str
@@ -47,6 +48,7 @@ class App:
     forget: Callable[[gr.Request], None] | None = None
     sample: str = ""
     picture: str = ""
+    load: Callable[[], object] | None = None
 
 
 def build_studio(names: Iterable[str] | None = None) -> gr.Blocks:

@@ -246,4 +246,5 @@ APP = App(
     "and prediction change.",
     build,
     picture="gmm-mask",
+    load=explorer,
 )

@@ -357,4 +357,5 @@ APP = App(
     build,
     sample="medical-sample-picture",
     picture="medical-view",
+    load=lambda: [load_pipeline(name) for name in model_choices()],
 )

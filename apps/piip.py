@@ -214,4 +214,5 @@ APP = App(
     build,
     sample="piip-sample",
     picture="piip-reads",
+    load=explorer,
 )

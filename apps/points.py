@@ -360,4 +360,5 @@ APP = App(
     build,
     sample="points-draw",
     picture="points-view",
+    load=lambda: [pipeline_of(f"point-cloud-{job}") for job in ("classification", "segmentation")],
 )

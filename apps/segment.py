@@ -337,4 +337,5 @@ APP = App(
     build,
     sample="segment-sample",
     picture="segment-picture",
+    load=lambda: load_engine(model_choices()[0]),
 )

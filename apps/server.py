@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import secrets
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from pathlib import Path
@@ -23,7 +24,9 @@ from mmkit.apps.sessions import workspace
 from mmkit.apps.visitors import Visitors
 from mmkit.data.images import MAX_PIXELS
 from mmkit.errors import InputError
-from mmkit.memory import keep_freed_memory
+from mmkit.memory import keep_freed_memory, return_freed_memory
+from mmkit.ops.compiling import KERNELS, compile_ahead, cpu_kernels
+from mmkit.registry import APPS
 
 MAX_DELAY = 30.0
 """Seconds between two tries of a password, after many wrong ones."""
@@ -62,6 +65,7 @@ def launch_studio(
     Raises:
         InputError: unknown page, a host without passwords, a size that is none, or the port is taken.
     """
+    names = None if names is None else list(names)
     if isinstance(auth, tuple):
         passwords = dict([auth])
     else:
@@ -127,11 +131,27 @@ def launch_studio(
         raise InputError(f"The studio cannot listen on {host}:{port or 7860}: {error}. Choose another port.") from error
     print(f"mmkit studio: {url}", flush=True)
     if block:
-        from mmkit.ops.compiling import compile_ahead
-
         compile_ahead()
+        threading.Thread(target=load_ahead, args=(names,), name="mmkit-load", daemon=True).start()
         studio.block_thread()
     return studio, url
+
+
+def load_ahead(names: Iterable[str] | None = None) -> None:
+    """Load what the first answers of the pages `names` (default: all) need, one page after the other, so that no visitor waits for it.
+
+    What cannot be loaded is said by the page when it is asked.
+    """
+    import matplotlib.pyplot  # noqa: F401 - gradio imports it at the first event
+
+    for op in KERNELS:
+        cpu_kernels(op)
+    for name in APPS.names() if names is None else names:
+        with contextlib.suppress(Exception):
+            if (load := APPS.get(name).load) is not None:
+                load()
+    return_freed_memory()
+    print("mmkit studio: all models are loaded", flush=True)
 
 
 def read_passwords(path: str | os.PathLike[str]) -> dict[str, str]:

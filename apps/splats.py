@@ -259,4 +259,5 @@ APP = App(
     build,
     sample="splats-sample",
     picture="splats-view",
+    load=sample,
 )

@@ -294,4 +294,5 @@ APP = App(
     "neighbouring frames; play the clip backwards, or merge its adapters, and compare.",
     build,
     picture="video-strip",
+    load=classifier,
 )

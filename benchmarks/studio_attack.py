@@ -79,7 +79,13 @@ class Studio:
         assert self.process.stdout is not None
         lines = iter(self.process.stdout.readline, "")
         self.url = next(line.split()[-1] for line in lines if line.startswith(("URL", "mmkit studio:"))).rstrip("/")
-        threading.Thread(target=lambda: list(lines), daemon=True).start()
+        self.loaded = threading.Event()
+        threading.Thread(target=self._listen, args=(lines,), daemon=True).start()
+
+    def _listen(self, lines: Iterator[str]) -> None:
+        for line in lines:
+            if "all models are loaded" in line:
+                self.loaded.set()
 
     def visitor(self, **headers: str) -> httpx.Client:
         # No idle connections: the server closes them after five seconds, which would look like a failure.

@@ -4,8 +4,8 @@
     python benchmarks/studio_memory.py --rounds 3
 
 Each round is a new visitor who asks every page for something, with pictures of other sizes each time, and trains once. "At the start"
-is before the first call; the first round loads libraries and models, and kernels are compiled as on a machine that is new to mmkit.
-The end is taken after the sweeper's next round. Processes that the studio starts count.
+is before the first call, when kernels are compiled as on a machine that is new to mmkit and the models of all pages are loaded. The end
+is taken after the sweeper's next round. Processes that the studio starts count.
 """
 
 from __future__ import annotations
@@ -58,6 +58,11 @@ def use(one: httpx.Client, number: int) -> Iterator[tuple[str, bool, str]]:
     np.save(points, drawn_scan(np.random.default_rng(number), SHAPES[number % len(SHAPES)], 2048)[0])
     yield "classify_cloud", *ask(one, "classify_cloud", upload(one, "cloud.npy", points.getvalue()))
     yield "render_splats", *ask(one, "render_splats", None, 20 * number % 180, 25, 1)
+    prompts = f"a red circle\na {('blue', 'green')[number % 2]} star"
+    yield (
+        "diffusion_adapt",
+        *ask(one, "diffusion_adapt", "Night", None, "", "DiffFit", 25, prompts, number, seconds=600),
+    )
     members = {f"{c}/{i}.png": picture(96 + 16 * (number % 4), 100 * c + i) for c in (0, 1) for i in range(6)}
     train = (upload(one, "a.zip", zipped(members)), "mobilenetv2", "ssf") if number % 2 else (None, "tiny_vit", "ssf")
     yield "finetune_train", *ask(one, "finetune_train", *train, 1, number, seconds=600)
@@ -87,6 +92,8 @@ def measure(rounds: int, report: Any = str) -> dict[str, Any]:
         os.environ["NUMBA_CACHE_DIR"] = f"{name}/kernels"  # empty
         studio, calls, failed = Studio(Path(name), SERVER), 0, []
         try:
+            if not studio.loaded.wait(600):
+                raise SystemExit("The studio did not load its models within ten minutes.")
             start, after = studio.memory(), []
             for number in range(rounds):
                 for endpoint, done, text in use(studio.visitor(), number):

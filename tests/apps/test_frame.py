@@ -11,8 +11,9 @@ import pytest
 from gradio_client import Client, handle_file
 from PIL import Image
 
-from mmkit.apps import App, build_studio, launch_studio, readable
+from mmkit.apps import App, build_studio, launch_studio, readable, server
 from mmkit.errors import InputError
+from mmkit.ops.compiling import KERNELS
 from mmkit.registry import APPS
 
 PROBES = [
@@ -146,6 +147,28 @@ def test_unknown_page_names_the_nearest():
 def test_taken_port_is_a_clear_error(url):
     with pytest.raises(InputError, match="another port"):
         launch_studio(["finetune"], port=int(url.rstrip("/").rsplit(":", 1)[1]), block=False)
+
+
+def test_pages_load_ahead_one_by_one_and_one_that_fails_holds_up_no_other(monkeypatch, capsys):
+    loaded = []
+
+    def broken() -> None:
+        raise InputError("this model's folder is gone")
+
+    pages = [App("first", "", "", gr.Markdown, load=broken), App("none", "", "", gr.Markdown)]
+    pages.append(App("last", "", "", gr.Markdown, load=lambda: loaded.append("last")))
+    monkeypatch.setattr(server, "cpu_kernels", loaded.append)
+    for page in pages:
+        monkeypatch.setitem(APPS._known, page.name, page)
+    server.load_ahead(["first", "none", "last"])
+    assert loaded == [*KERNELS, "last"]
+    assert "all models are loaded" in capsys.readouterr().out
+
+
+def test_every_page_says_what_it_needs():
+    ours = [page for page in map(APPS.get, APPS.names()) if page.build.__module__.startswith("mmkit.")]
+    assert len(ours) > 8
+    assert not [page.name for page in ours if page.load is None]
 
 
 def test_no_handler_starts_another_several_times_at_once():

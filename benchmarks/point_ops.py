@@ -1,4 +1,4 @@
-"""CPU time of the point operators beside plain torch and, where installed, fpsample and scipy; one thread, ratios within one run.
+"""CPU time of the point operators beside plain torch and, where installed, fpsample and open3d; one thread, ratios within one run.
 
     python benchmarks/point_ops.py
 
@@ -23,7 +23,7 @@ from mmkit.pointcloud import choose_points
 OUTPUT = Path(__file__).parent / "results" / "point_ops.json"
 
 
-def cpu_seconds(call: Callable[[], Any], rounds: int = 5) -> float:
+def cpu_seconds(call: Callable[[], Any], rounds: int = 9) -> float:
     """The least process time of a few calls."""
     found = []
     for _ in range(rounds):
@@ -48,6 +48,16 @@ def plain_sampling(xyz: Tensor, m: int) -> Tensor:
     return out
 
 
+def open3d_neighbours(points: Any, queries: int, k: int) -> Any:
+    """The k nearest of the first points, the search tree included, as ours includes its own."""
+    import open3d
+
+    points = open3d.core.Tensor(points)
+    search = open3d.core.nns.NearestNeighborSearch(points)
+    search.knn_index()
+    return search.knn_search(points[:queries], k)
+
+
 def sphere(batch: int, n: int) -> Tensor:
     """Points on a sphere."""
     return torch.nn.functional.normalize(torch.randn(batch, n, 3, generator=torch.Generator().manual_seed(0)), dim=-1)
@@ -70,12 +80,19 @@ def main() -> None:
             row["fpsample_exact"] = cpu_seconds(
                 lambda x=x, m=m: [fpsample.fps_sampling(c.numpy(), m, start_idx=0) for c in x]
             )
+        if importlib.util.find_spec("open3d"):
+            import open3d
+
+            files = [open3d.geometry.PointCloud(open3d.utility.Vector3dVector(c.double().numpy())) for c in x]
+            row["open3d"] = cpu_seconds(lambda files=files, m=m: [c.farthest_point_down_sample(m) for c in files])
         rows.append(row)
     for batch, n, m in ((8, 1024, 64), (8, 8192, 512), (1, 65536, 256)):
         x = sphere(batch, n)
         row = {"op": "knn", "clouds": batch, "points": n, "queries": m, "k": 32}
         row["mmkit"] = cpu_seconds(lambda x=x, m=m: knn_indices(x, x[:, :m], 32))
         row["plain_torch"] = cpu_seconds(lambda x=x, m=m: torch.cdist(x[:, :m], x).topk(32, largest=False))
+        if importlib.util.find_spec("open3d"):
+            row["open3d"] = cpu_seconds(lambda x=x, m=m: [open3d_neighbours(c.numpy(), m, 32) for c in x])
         rows.append(row)
     x, y = sphere(1, 8192), sphere(1, 8192) * 1.1
     rows.append(
@@ -104,7 +121,7 @@ def main() -> None:
         }
     )
     for row in rows:
-        for other in ("plain_torch", "fpsample_exact"):
+        for other in ("plain_torch", "fpsample_exact", "open3d"):
             if other in row:
                 row[f"times_{other}"] = round(row[other] / row["mmkit"], 1)
         print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()})

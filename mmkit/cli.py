@@ -1,4 +1,4 @@
-"""The `mmkit` command: demo, finetune, merge, predict, list, app, info, splat, slam. Heavy imports happen inside the commands."""
+"""The `mmkit` command: demo, finetune, merge, predict, list, app, info, splat, slam, erase. Heavy imports happen inside the commands."""
 
 from __future__ import annotations
 
@@ -403,6 +403,7 @@ def app_(
 _splat = typer.Typer(help="Scenes of Gaussians: fit, convert, render, info.", no_args_is_help=True)
 app.add_typer(_splat, name="splat")
 _command(COMMANDS.get("slam"))  # declared in its room, which is light to import
+_command(COMMANDS.get("erase"))
 
 
 @functools.partial(_command, group=_splat)

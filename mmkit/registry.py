@@ -238,6 +238,7 @@ COMMANDS = Registry(  # what `mmkit <command>` runs, so that the core need not k
         "finetune-text-to-image": "mmkit.diffusion:finetune",
         "splat": "mmkit.pointcloud.splats",
         "slam": "mmkit.pointcloud.slam.command:slam",
+        "erase": "mmkit.diffusion.spm.command:erase",
         "studio": "mmkit.apps:launch_studio",
     },
 )

@@ -11,6 +11,7 @@ from mmkit.lazy import door
 if TYPE_CHECKING:
     from mmkit.diffusion.spm.adapter import SPM as SPM, Membrane as Membrane, SPMConfig as SPMConfig
     from mmkit.diffusion.spm.erasing import Erasure as Erasure, erase as erase
+    from mmkit.diffusion.spm.evaluation import SceneRates as SceneRates, scene_rates as scene_rates
     from mmkit.diffusion.spm.losses import (
         anchoring_loss as anchoring_loss,
         erasing_loss as erasing_loss,
@@ -30,6 +31,16 @@ if TYPE_CHECKING:
         token_scores as token_scores,
     )
     from mmkit.diffusion.spm.pipeline import ConceptEraser as ConceptEraser
+    from mmkit.diffusion.spm.prompts import (
+        expand_prompts as expand_prompts,
+        scene_attribute as scene_attribute,
+        scene_guidance as scene_guidance,
+        scene_keep as scene_keep,
+        scene_phrases as scene_phrases,
+        scene_recipe as scene_recipe,
+        scene_surrogate as scene_surrogate,
+        scene_templates as scene_templates,
+    )
     from mmkit.diffusion.spm.training import EraseConfig as EraseConfig, SPMTrainer as SPMTrainer
     from mmkit.diffusion.spm.uce import (
         Pair as Pair,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from mmkit.adapters import Adapter, save_adapter
 from mmkit.diffusion.pipeline import TextToImagePipeline
 from mmkit.diffusion.spm.adapter import SPM, phrases
 from mmkit.diffusion.spm.calls import Calls
-from mmkit.diffusion.spm.training import EraseConfig, SPMTrainer, check_prompts, concept_prompts
+from mmkit.diffusion.spm.training import EraseConfig, SPMTrainer, check_prompts, concept_prompts, filled
 from mmkit.diffusion.spm.uce import Text, UCEConfig, cross_attention, edit, kept_rows, pair_of
 from mmkit.errors import InputError
 from mmkit.training import FitResult, StepInfo
@@ -41,7 +42,7 @@ class Erasure:
 
 def erase(
     pipeline: Any,
-    concepts: str | Sequence[str],
+    concepts: str | Sequence[str] | Mapping[str, str | Sequence[str]],
     method: str = "spm",
     *,
     keep: Sequence[str] = (),
@@ -63,14 +64,16 @@ def erase(
 
     Args:
         pipeline: a diffusers pipeline, its folder, a `TextToImagePipeline`, or `None` for the bundled model.
-        concepts: phrases such as "snoopy"; "spm" trains one adapter for each, called by it, the others one for all of them.
+        concepts: phrases such as "snoopy"; "spm" trains one adapter for each, called by it, the others one for all of them. A concept
+            with several words is a name with its phrases: `{"snoopy": ["snoopy", "the beagle of peanuts"]}`.
         method: "spm" (membranes, arXiv 2312.16145), "esd" (cross-attention layers trained whole, arXiv 2303.07345; with
             `settings={"layers": "all"}` all linear layers of the transformers), or "uce" (closed form in seconds, arXiv 2308.14761;
             for models with cross-attention).
         keep: prompts that must stay as they are. "esd" has no use for them.
         surrogate: what is drawn instead, for example "a dog".
         templates: prompts of a concept to learn from, with {} in its place.
-        config: `EraseConfig`, for "uce" `UCEConfig`; the published settings by default.
+        config: `EraseConfig`, for "uce" `UCEConfig`; default: the published settings, and for models below ten million parameters
+            `EraseConfig.small()`.
         settings: of the adapter (`SPMConfig`).
         options: passed to the pipeline (height, width, ...).
         output_dir: gets a folder for each adapter, with `adapter/` for `load_adapter` and `run/` (the same call continues there).
@@ -84,7 +87,8 @@ def erase(
     if config is not None and isinstance(config, UCEConfig) != (method == "uce"):
         raise InputError(f"{type(config).__name__} is not for method {method!r}.")
     draw = pipeline if isinstance(pipeline, TextToImagePipeline) else TextToImagePipeline(pipeline)
-    names, folder = phrases(concepts), None if output_dir is None else Path(output_dir).expanduser()
+    named, folder = _named(concepts), None if output_dir is None else Path(output_dir).expanduser()
+    names = tuple(dict.fromkeys(phrase for own in named.values() for phrase in own))
     concept_prompts(draw, names, keep, templates)  # all of them, before the first is trained
     done = Erasure(draw, {})
     try:
@@ -92,7 +96,7 @@ def erase(
             done.adapters["uce"] = _closed_form(draw, names, keep, surrogate, templates, config or UCEConfig(), options)  # type: ignore[arg-type]
             _save(done, "uce", folder)
             return done
-        groups = {name: (name,) for name in names} if method == "spm" else {"esd": names}
+        groups = named if method == "spm" else {"esd": names}
         for name, group in groups.items():
             trainer = SPMTrainer(
                 draw, group, surrogate=surrogate, keep=keep, templates=templates, name=name, options=options,
@@ -116,6 +120,14 @@ def erase(
     return done
 
 
+def _named(concepts: Any) -> dict[str, tuple[str, ...]]:
+    """The phrases of each concept by its name."""
+    if isinstance(concepts, Mapping):
+        names = phrases(list(concepts))
+        return dict(zip(names, map(phrases, concepts.values()), strict=True))
+    return {name: (name,) for name in phrases(concepts)}
+
+
 def _method(draw: TextToImagePipeline, method: str, config: Any, settings: dict[str, Any] | None) -> dict[str, Any]:
     """What distinguishes the trained methods."""
     if method == "spm":
@@ -127,7 +139,10 @@ def _method(draw: TextToImagePipeline, method: str, config: Any, settings: dict[
     if layers == "cross-attention":
         cross = [p for p in paths if "attn2." in p]
         paths = cross or [p for p in paths if "attn" in p]  # text and picture share the attention of newer transformers
-    config = config or EraseConfig(anchor_kind="none", lr=1e-5, max_steps=1000)
+    if config is None:
+        own = EraseConfig.of(draw.denoiser)
+        rate = {"lr": 1e-3} if own == EraseConfig.small() else {"lr": 1e-5, "max_steps": 1000}
+        config = dataclasses.replace(own, anchor_kind="none", **rate)  # type: ignore[arg-type]
     return {"adapter": "linear_probe", "settings": {"modules_to_save": tuple(paths)}, "config": config}
 
 
@@ -144,7 +159,7 @@ def _closed_form(
     paths = cross_attention(draw.denoiser, config.with_to_k)
     if not paths:
         raise InputError(f"UCE edits cross-attention, and {type(draw.denoiser).__name__} has none; use 'spm' or 'esd'.")
-    prompts = [(t.replace("{}", n), t.replace("{}", surrogate).strip()) for n in names for t in templates]
+    prompts = [(filled(t, n), filled(t, surrogate)) for n in names for t in templates]
     texts = list(dict.fromkeys([*(p for pair in prompts for p in pair), *keep]))
     inputs = _inputs(Calls(draw, options), paths, texts)
     tokenizer = draw.pipe.tokenizer

@@ -8,6 +8,11 @@ Differences to Con6924/SPM:
   which lies up to one step of sampling earlier.
 - Anchors are all used. Of its four the official code predicts the second and the fourth, and the empty prompt twice:
   `anchor_kind="released"` does that.
+- Pure noise, where sampling begins, is trained on as well; the official code begins after one step.
+- The neutral answer is to the concept's own prompt with the surrogate in its place, "a circle" for "a red circle", so that what else a
+  prompt says is not pushed away with the concept. For a prompt that is the concept alone it is the official one.
+- `own_anchors` looks at anchors in pictures on the way to themselves. In those of the concept, where the official code looks, they are
+  strangers, and what it keeps there says little about how they are drawn.
 - Pictures have the pipeline's own size; the official code draws sizes at random. The learning rate falls along one cosine, not three.
 """
 
@@ -34,6 +39,8 @@ from mmkit.errors import InputError, nearest
 from mmkit.training import FitConfig, FitResult, StepInfo, fit
 
 ANCHORS = ("prompts", "gaussian", "released", "none")
+SMALL = 10_000_000
+"""Parameters of a denoiser below which `EraseConfig.of` takes other settings than the published ones."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,8 @@ class EraseConfig:
         anchor_kind: what must stay as it is: "prompts" to keep and the empty prompt, "gaussian" embeddings, "released" (see above) or
             "none"; default: "prompts" where some are given, else "gaussian".
         anchors: anchors for each picture of a step.
+        own_anchors: share of the steps that look at anchors of kind "prompts" in pictures of their own, 0..1; the others look at them
+            in pictures of the concept.
         anchor_weight: of the anchoring loss. To be tried anew for another base model: small ones want 1 to 100.
         rollin_steps, rollin_guidance: of the sampling that leads to a noisy picture.
         batch_size: pictures in a step.
@@ -54,6 +63,7 @@ class EraseConfig:
     guidance_scale: float = 1.0
     anchor_kind: str | None = None
     anchors: int = 4
+    own_anchors: float = 0.0
     anchor_weight: float = 1000.0
     rollin_steps: int = 30
     rollin_guidance: float = 3.0
@@ -76,6 +86,23 @@ class EraseConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise InputError(f"{name} is a whole number from {least}, not {value!r}.")
+        if not 0 <= self.own_anchors <= 1:
+            raise InputError(f"own_anchors lies in 0..1, not {self.own_anchors!r}.")
+
+    @classmethod
+    def small(cls, **settings: Any) -> EraseConfig:
+        """Settings for denoisers of a few million parameters, found on the bundled one: twenty seconds for a concept."""
+        found: dict[str, Any] = {
+            "anchors": 2, "own_anchors": 0.7, "anchor_weight": 2.0, "rollin_steps": 6, "batch_size": 4,
+            "lr": 1e-2, "max_steps": 150, "warmup_steps": 10,
+        }  # fmt: skip
+        return cls(**found | settings)
+
+    @classmethod
+    def of(cls, model: nn.Module, **settings: Any) -> EraseConfig:
+        """`small()` for models below ten million parameters, else the published settings."""
+        count = sum(p.numel() for p in model.parameters())
+        return cls.small(**settings) if count < SMALL else cls(**settings)
 
 
 class Draws(Dataset[Tensor]):
@@ -95,7 +122,7 @@ class EraseLoss:
         calls: of the pipeline.
         adapter: the eraser in training, attached.
         prompts: of the concept.
-        surrogate: what takes its place.
+        neutrals: what takes the place of each.
         keep: prompts whose answers stay.
     """
 
@@ -104,7 +131,7 @@ class EraseLoss:
         calls: Calls,
         adapter: Adapter,
         prompts: Sequence[str],
-        surrogate: str,
+        neutrals: Sequence[str],
         keep: Sequence[str],
         config: EraseConfig,
     ):
@@ -113,7 +140,7 @@ class EraseLoss:
         self.kind = config.anchor_kind or ("prompts" if keep else "gaussian")
         if self.kind == "prompts" and not keep:
             raise InputError("anchor_kind='prompts' needs prompts to keep: keep=['a dog', ...].")
-        self.texts = [*self.prompts, surrogate, "", *keep]  # rows of the condition, in this order
+        self.texts = [*self.prompts, *neutrals, "", *keep]  # rows of the condition, in this order
         with adapter.disabled():
             self.condition = calls.condition(self.texts)
 
@@ -129,20 +156,29 @@ class EraseLoss:
         def draw(high: int, count: int) -> list[int]:
             return torch.randint(high, (count,), generator=generator).tolist()
 
-        chosen, seeds = draw(len(self.prompts), config.batch_size), draw(2**31, config.batch_size)
-        at = 1 + draw(config.rollin_steps - 1, 1)[0]
-        texts = [self.prompts[i] for i in chosen]
-        latents, t = self.calls.rolled_in(texts, seeds, config.rollin_steps, at, config.rollin_guidance)
-
-        neutral = [len(self.prompts)] * len(chosen)
-        frozen = self._frozen(self._rows(latents, [*range(len(chosen))] * 2), t, self.told([*chosen, *neutral]))
+        size, count = config.batch_size, len(self.prompts)
+        chosen, at = draw(count, size), draw(config.rollin_steps, 1)[0]
+        own = self._own(size, generator)
+        texts = [self.texts[i] for i in [*chosen, *own]]
+        rolled, t = self.calls.rolled_in(
+            texts, draw(2**31, len(texts)), config.rollin_steps, at, config.rollin_guidance
+        )
+        latents = self._rows(rolled, range(size))
+        neutral = [count + i for i in chosen]
+        frozen = self._frozen(self._rows(latents, [*range(size)] * 2), t, self.told([*chosen, *neutral]))
         positive, wanted = frozen.chunk(2)
         answer = self.calls.answer(latents, t, self.told(chosen))
         loss = erasing_loss(answer, positive, wanted, config.guidance_scale)
         parts = {"erasing": float(loss.detach())}
         if self.kind != "none":
-            repeated = [i for i in range(len(chosen)) for _ in range(config.anchors)]
-            latents, anchors = self._rows(latents, repeated), self._anchors([chosen[i] for i in repeated], generator)
+            repeated = [i for i in range(size) for _ in range(config.anchors)]
+            if own:
+                latents, anchors = self._rows(rolled, range(size, len(texts))), self.told(own)
+            else:
+                latents, anchors = (
+                    self._rows(latents, repeated),
+                    self._anchors([chosen[i] for i in repeated], generator),
+                )
             before = self._frozen(latents, t, anchors)
             kept = anchoring_loss(self.calls.answer(latents, t, anchors), before)
             parts["anchoring"] = float(kept.detach())
@@ -161,9 +197,21 @@ class EraseLoss:
         with torch.no_grad(), self.adapter.disabled():
             return self.calls.answer(latents, t, condition)
 
+    def _own(self, size: int, generator: torch.Generator) -> list[int]:
+        """Numbers of the anchors that this step looks at in pictures of their own: the empty prompt, and some to keep; or none."""
+        config, empty = self.config, 2 * len(self.prompts)
+        if (
+            self.kind != "prompts"
+            or not config.own_anchors
+            or float(torch.rand((), generator=generator)) >= config.own_anchors
+        ):
+            return []
+        keep = torch.randint(1, len(self.texts) - empty, (size * config.anchors - 1,), generator=generator)
+        return [empty, *(empty + i for i in keep.tolist())]
+
     def _anchors(self, near: list[int], generator: torch.Generator) -> Condition:
         """Anchors for the texts with the numbers `near`, one for each."""
-        empty = len(self.prompts) + 1
+        empty = 2 * len(self.prompts)
         if self.kind == "prompts":
             return self.told(
                 [empty + i for i in torch.randint(len(self.texts) - empty, (len(near),), generator=generator)]
@@ -183,13 +231,13 @@ class SPMTrainer:
     Args:
         pipeline: as in `TextToImagePipeline`.
         concepts: phrases to erase with one adapter.
-        surrogate: what is drawn in their place; the empty prompt by default.
+        surrogate: what is drawn in their place, put into the templates; nothing by default.
         keep: prompts that must draw what they drew, near neighbours of the concept first of all.
         templates: prompts of a concept that are trained on, with {} in its place; `["{}", "a photo of {}"]` reaches further.
         adapter: any method of `mmkit.list_adapters()`; SPM by default.
         settings: of the adapter.
         name: of the adapter on the model.
-        config: see `EraseConfig`.
+        config: see `EraseConfig`; default: `EraseConfig.of` the model.
         options: passed to the pipeline (height, width, ...).
 
     Raises:
@@ -211,14 +259,15 @@ class SPMTrainer:
         options: dict[str, Any] | None = None,
     ):
         self.draw = pipeline if isinstance(pipeline, TextToImagePipeline) else TextToImagePipeline(pipeline)
-        self.config = config or EraseConfig()
+        self.config = config or EraseConfig.of(self.draw.denoiser)
         self.prompts = concept_prompts(self.draw, concepts, keep, templates)
         check_prompts(self.draw, [surrogate] if surrogate else [])
+        neutrals = [filled(t, surrogate) for t in templates] * len(phrases(concepts))
         own: dict[str, Any] = {"concepts": phrases(concepts)} if adapter == "spm" else {}
         self.adapter = apply_adapter(self.draw.denoiser, adapter, name=name, **(own | (settings or {})))
         try:
             calls = Calls(self.draw, options)
-            self.loss = EraseLoss(calls, self.adapter, self.prompts, surrogate, list(keep), self.config)
+            self.loss = EraseLoss(calls, self.adapter, self.prompts, neutrals, list(keep), self.config)
         except BaseException:
             self.adapter.detach()
             raise
@@ -272,9 +321,14 @@ def concept_prompts(
         raise InputError(f"{both} cannot be erased and kept at once.")
     if not templates or any("{}" not in t for t in templates):
         raise InputError(f"templates are prompts with {{}} in place of the concept, not {list(templates)!r}.")
-    prompts = [t.replace("{}", n) for n in names for t in templates]
+    prompts = [filled(t, n) for n in names for t in templates]
     check_prompts(draw, [*prompts, *keep])
     return prompts
+
+
+def filled(template: str, word: str) -> str:
+    """The template with `word` in place of {}; without double spaces, where the word is none."""
+    return " ".join(template.replace("{}", word).split())
 
 
 def check_prompts(draw: TextToImagePipeline, prompts: Sequence[str]) -> None:

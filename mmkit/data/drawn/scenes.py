@@ -30,11 +30,13 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
 }
 """What a scene consists of and the words for it; several objects of a scene are alike and lie around the centre."""
 
-_PLURALS = {"cross": "crosses"} | {shape: shape + "s" for shape in (*SHAPES, "shape") if shape != "cross"}
+PLURALS = {"cross": "crosses"} | {shape: shape + "s" for shape in (*SHAPES, "shape") if shape != "cross"}
+"""The words for several shapes."""
+
 WORDS = tuple(
     dict.fromkeys(
         (
-            *(*SHAPES, "shape", *_PLURALS.values(), *COLORS, *TEXTURES, *SIZES, *COUNTS, *POSITIONS, *BACKGROUNDS),
+            *(*SHAPES, "shape", *PLURALS.values(), *COLORS, *TEXTURES, *SIZES, *COUNTS, *POSITIONS, *BACKGROUNDS),
             *("a", "on", "the", "at", "in", "background"),
         )
     )
@@ -144,7 +146,7 @@ def read_caption(text: str) -> dict[str, str]:
 
     A number is understood from "a" (one) as well; a background is a colour of `BACKGROUNDS` anywhere in the caption.
     """
-    singular = {plural: shape for shape, plural in _PLURALS.items()}
+    singular = {plural: shape for shape, plural in PLURALS.items()}
     words = [singular.get(word, word) for word in text.lower().replace(",", " ").split()]
     asked = {name: word for name, known in ATTRIBUTES.items() for word in words if word in known}
     if words and words[0] == "a" and any(word in (*SHAPES, "shape") for word in words):
@@ -226,5 +228,5 @@ def _sentence(scenes: Scenes, i: int, told: list[float], detail: float) -> str:
     if not many and (side != "centre" or told[4] < half):
         place = f"{'at' if side in ('top', 'bottom') else 'in' if side == 'centre' else 'on'} the {side}"
     ground = f"on a {word['background']} background" if told[5] < detail else ""
-    noun = _PLURALS[shape] if many else shape
+    noun = PLURALS[shape] if many else shape
     return " ".join(part for part in (number, size, color, texture, noun, place, ground) if part)

@@ -10,7 +10,20 @@ import torch
 
 from mmkit.adapters import attached_adapters, load_adapter
 from mmkit.diffusion import TextToImagePipeline
-from mmkit.diffusion.spm import EraseConfig, Pair, SPMTrainer, UCEConfig, differences, directions, edit, erase
+from mmkit.diffusion.spm import (
+    EraseConfig,
+    Pair,
+    SPMTrainer,
+    UCEConfig,
+    differences,
+    directions,
+    edit,
+    erase,
+    expand_prompts,
+    scene_keep,
+    scene_phrases,
+    scene_templates,
+)
 from mmkit.diffusion.spm.calls import Calls, rows_of
 from mmkit.errors import InputError
 
@@ -91,6 +104,48 @@ def test_a_step_moves_the_concept_and_anchors_hold_the_rest(sd: Any) -> None:
     assert before["anchoring"] == 0
     assert after["erasing"] < 0.8 * before["erasing"]
     assert after["anchoring"] < 0.3 * before["erasing"]
+
+
+def test_what_else_a_prompt_says_is_not_pushed_away(sd: Any) -> None:
+    config = EraseConfig(**{**vars(TINY), "own_anchors": 1.0})
+    trainer = SPMTrainer(
+        sd, ["cat", "snoopy"], keep=["a dog"], templates=["{}", "a red {}"], surrogate="dog", config=config
+    )
+    loss = trainer.loss
+    assert loss.texts == ["cat", "a red cat", "snoopy", "a red snoopy", *["dog", "a red dog"] * 2, "", "a dog"]
+    assert loss._own(2, torch.Generator()) == [8, 9, 9, 9], (
+        "the empty prompt and those to keep, in pictures of their own"
+    )
+    assert loss(sd.unet, torch.tensor([5]))[1]["anchoring"] == 0, "a fresh membrane changes nothing"
+    with torch.no_grad():
+        for p in trainer.adapter.parameters():
+            p.add_(0.3)
+    assert loss(sd.unet, torch.tensor([5]))[1]["anchoring"] > 0
+
+
+def test_several_words_for_one_concept(sd: Any) -> None:
+    done = erase(sd, {"dogs": ["snoopy", "a dog"], "art": "van gogh"}, config=TINY, **QUIET)
+    assert {k: a.config.concepts for k, a in done.adapters.items()} == {
+        "dogs": ("snoopy", "a dog"),
+        "art": ("van gogh",),
+    }
+    for word in ({"dogs": []}, {"": "cat"}, {"cat": [3]}):
+        with pytest.raises(InputError):
+            erase(sd, word, **QUIET)
+
+
+def test_prompts_of_the_drawn_world(pipe: Any) -> None:
+    draw = TextToImagePipeline(pipe)
+    for word in ("circle", "red", "striped", "white"):
+        prompts = [t.replace("{}", p) for t in scene_templates(word) for p in scene_phrases(word)]
+        assert not [p for p in prompts if draw.unknown_words(p) or not {*scene_phrases(word)} & {*p.split()}]
+        keep = scene_keep([word], 40, held_out=["star"])
+        assert len(set(keep)) == 40
+        assert not [k for k in keep if {*scene_phrases(word), "star", "stars"} & {*k.split()}]
+    assert expand_prompts("art")[1] == "painting by {}"
+    for bad in (lambda: scene_templates("dragon"), lambda: scene_keep(["plain"]), lambda: expand_prompts("song")):
+        with pytest.raises(InputError):
+            bad()
 
 
 def test_what_a_pipeline_tells_its_denoiser(sd: Any, pipe: Any) -> None:
@@ -181,7 +236,31 @@ def test_wrong_input_leaves_the_model_alone(sd: Any, pipe: Any) -> None:
     for settings in ({"lamb": 0.0}, {"technique": "x"}, {"tokens": "first"}):
         with pytest.raises(InputError):
             UCEConfig(**settings)
-    for settings in ({"anchor_kind": "x"}, {"batch_size": 0}, {"rollin_steps": 1}):
+    for settings in ({"anchor_kind": "x"}, {"batch_size": 0}, {"rollin_steps": 1}, {"own_anchors": 1.5}):
         with pytest.raises(InputError):
             EraseConfig(**settings)
     assert attached_adapters(sd.unet) == attached_adapters(pipe.transformer) == {}
+
+
+def test_the_command(tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from mmkit.cli import app
+
+    def run(*words: str) -> Any:
+        return CliRunner().invoke(app, ["erase", *words, "--output", str(tmp_path / "out")])
+
+    done = run("circle", "--steps", "2", "--evaluate")
+    assert done.exit_code == 0, done.output
+    assert "circle: drawn when asked for" in done.output
+    for name in ("circle/adapter/mmkit.json", "circle_lora.safetensors", "before_after.png"):
+        assert (tmp_path / "out" / name).exists()
+    for words, message in (
+        (("dragon",), "no concept 'dragon'"),
+        (("red", "blue", "--method", "uce"), "one concept"),
+        (("red", "--method", "uce", "--steps", "3"), "--steps"),
+        (("red", "--evaluate", "--model", str(tmp_path)), "--evaluate"),
+    ):
+        failed = run(*words)
+        assert failed.exit_code == 1
+        assert message in failed.output

@@ -1,0 +1,88 @@
+"""What `mmkit erase` does. Nothing heavy is imported before it runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def erase(
+    concepts: Annotated[list[str], typer.Argument(help="What the model shall forget: 'snoopy', 'van gogh'.")],
+    output: Annotated[Path, typer.Option(help="Where erasers, LoRA files and pictures go.")] = Path("runs/erased"),
+    model: Annotated[
+        Path | None, typer.Option(help="A folder of a diffusers pipeline; default: the bundled model.")
+    ] = None,
+    method: Annotated[str, typer.Option(help="spm, esd or uce.")] = "spm",
+    keep: Annotated[list[str] | None, typer.Option(help="A prompt that must stay as it is; can be repeated.")] = None,
+    surrogate: Annotated[str | None, typer.Option(help="What is drawn instead.")] = None,
+    expand: Annotated[
+        str | None, typer.Option(help="object or art: learn from common prompts of such concepts.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Training steps for each concept.")] = None,
+    evaluate: Annotated[
+        bool, typer.Option("--evaluate", help="Say how often the concepts are drawn before and after (bundled model).")
+    ] = False,
+    seed: int = 0,
+    restart: Annotated[bool, typer.Option("--restart", help="Start over instead of continuing in --output.")] = False,
+) -> None:
+    """Make a text-to-image model forget concepts; needs no pictures. It is no guarantee: other words may bring them back."""
+    from mmkit.diffusion import TextToImagePipeline
+    from mmkit.diffusion.spm import erase as run, scene_rates
+    from mmkit.errors import InputError
+
+    if evaluate and model is not None:
+        raise InputError("--evaluate judges drawn scenes: leave --model out, or look at before_after.png.")
+    output = output.expanduser().absolute()
+    draw = TextToImagePipeline(model)
+    jobs = _jobs(concepts, model is None, method, keep, surrogate, expand, steps, seed, draw)
+    done: dict[str, Any] = {}
+    for job in jobs:
+        erased = run(draw, **job, output_dir=output, resume=not restart)
+        done |= erased.adapters
+        if any(f.stopped == "interrupted" for f in erased.fits.values()):
+            raise KeyboardInterrupt
+    _save(draw, concepts, done, output, seed)
+    for word in concepts if evaluate else ():
+        print(f"{word}: {scene_rates(draw, word, seed=seed)}.")
+    print(f"Saved to {output}: a folder for each eraser, before_after.png.")
+
+
+def _jobs(
+    concepts: list[str], bundled: bool, method: str, keep: list[str] | None, surrogate: str | None, expand: str | None,
+    steps: int | None, seed: int, draw: Any,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Keywords for `erase`, once for each concept where the bundled model has prompts of its own for each."""
+    from mmkit.diffusion.spm import EraseConfig, expand_prompts, scene_recipe
+    from mmkit.errors import InputError
+
+    more = {} if steps is None else {"max_steps": steps}
+    if method == "uce" and more:
+        raise InputError("--steps means nothing for uce, which solves in one step. Leave it out.")
+    if bundled and expand is None:
+        if method != "spm" and len(concepts) > 1:
+            raise InputError(f"{method} erases one concept of the bundled model at a time; use spm for several.")
+        fixed: dict[str, Any] = {} if keep is None else {"keep": keep}
+        fixed |= {} if surrogate is None else {"surrogate": surrogate}
+        settings = {} if method == "uce" else {"seed": seed, **more}
+        return [scene_recipe(word, method, **settings) | fixed for word in concepts]
+    config = None if method != "spm" else EraseConfig.of(draw.denoiser, seed=seed, **more)
+    if method == "esd" and more:
+        raise InputError("--steps is for spm; call mmkit.diffusion.spm.erase with a config for esd.")
+    templates = ("{}",) if expand is None else expand_prompts(expand)
+    job = {"concepts": concepts, "method": method, "keep": keep or [], "surrogate": surrogate or "", "config": config}
+    return [job | {"templates": templates}]
+
+
+def _save(draw: Any, concepts: list[str], adapters: dict[str, Any], output: Path, seed: int) -> None:
+    """LoRA files beside the membranes, and the same seeds before and after."""
+    from mmkit.diffusion.spm import SPM, export_lora
+
+    for name, adapter in adapters.items():
+        if isinstance(adapter, SPM):
+            export_lora(adapter, output / f"{name.replace(' ', '_')}_lora.safetensors")
+    prompts = [c for c in concepts for _ in range(4)][:16]
+    before, after = draw(prompts, seed=seed, strengths={}), draw(prompts, seed=seed)
+    pair = type(before)(before.images + after.images, before.prompts * 2, before.seeds * 2, before.settings, 0.0)
+    pair.save(output / "before_after.png")

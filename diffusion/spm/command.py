@@ -65,7 +65,7 @@ def _jobs(
             raise InputError(f"{method} erases one concept of the bundled model at a time; use spm for several.")
         fixed: dict[str, Any] = {} if keep is None else {"keep": keep}
         fixed |= {} if surrogate is None else {"surrogate": surrogate}
-        settings = {} if method == "uce" else {"seed": seed, **more}
+        settings: dict[str, Any] = {} if method == "uce" else {"seed": seed, **more}
         return [scene_recipe(word, method, **settings) | fixed for word in concepts]
     config = None if method != "spm" else EraseConfig.of(draw.denoiser, seed=seed, **more)
     if method == "esd" and more:

@@ -402,8 +402,7 @@ def app_(
 
 _splat = typer.Typer(help="Scenes of Gaussians: fit, convert, render, info.", no_args_is_help=True)
 app.add_typer(_splat, name="splat")
-_command(COMMANDS.get("slam"))  # declared in its room, which is light to import
-_command(COMMANDS.get("erase"))
+_in_rooms = [_command(COMMANDS.get(name)) for name in ("slam", "erase")]  # declared there; light to import
 
 
 @functools.partial(_command, group=_splat)

@@ -224,6 +224,7 @@ APPS = Registry(
         "piip": "mmkit.apps.piip:APP",
         "finetune": "mmkit.apps.finetune:APP",
         "splats": "mmkit.apps.splats:APP",
+        "slam": "mmkit.apps.slam:APP",
         "video": "mmkit.apps.video:APP",
         "points": "mmkit.apps.points:APP",
         "diffusion": "mmkit.apps.diffusion:APP",

@@ -23,6 +23,11 @@ if TYPE_CHECKING:
     from mmkit.pointcloud.slam.evaluation import evaluate as evaluate, trajectory_figures as trajectory_figures
     from mmkit.pointcloud.slam.frames import RGBDFrame as RGBDFrame
     from mmkit.pointcloud.slam.gicp import gicp_available as gicp_available
+    from mmkit.pointcloud.slam.growing import (
+        balanced_proposer as balanced_proposer,
+        build_tree as build_tree,
+        cluster_tree as cluster_tree,
+    )
     from mmkit.pointcloud.slam.metrics import (
         ate_official as ate_official,
         ate_rmse as ate_rmse,

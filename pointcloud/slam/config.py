@@ -17,10 +17,11 @@ class HierSLAMConfig:
 
     Attributes:
         resolution: (ours) longer side, in pixels, at which the map is rendered while tracking and mapping; `None`: that of the frames.
-        tracker: "photometric" (the papers'), "gicp" (ours: scan-to-model with `small_gicp`, then `track_iters` photometric steps),
+        tracker: "photometric" (the papers'), "gicp" (ours: scan-to-model with `small_gicp`, then `refine_iters` photometric steps),
             "auto" (gicp where it is installed), "constant" (constant velocity only) or "given" (poses of the data set).
         map_every, keyframe_every, window: frames between mapping rounds and between keyframes; frames a round chooses from.
         track_iters, lr_rotation, lr_translation: of photometric tracking.
+        refine_iters, refine_lr_rotation, refine_lr_translation: (ours) of the photometric steps after geometry.
         map_iters, first_map_iters: iterations of a mapping round, and of the first one (`None`: as the others).
         image_weight, depth_weight, semantic_weight: of the terms of the losses.
         leaf_weight, leaf_from_iter, ignore_index: of the semantic loss; see `HierarchicalSemanticLoss`.
@@ -49,6 +50,9 @@ class HierSLAMConfig:
     track_iters: int = 40
     lr_rotation: float = 4e-4
     lr_translation: float = 2e-3
+    refine_iters: int = 4
+    refine_lr_rotation: float = 5e-5
+    refine_lr_translation: float = 1e-4
     map_iters: int = 60
     first_map_iters: int | None = None
     image_weight: float = 0.5
@@ -92,7 +96,7 @@ class HierSLAMConfig:
         for name in counts:
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, not {getattr(self, name)}.")
-        if min(self.track_iters, self.map_iters, self.first_map_iters or 0) < 0:
+        if min(self.track_iters, self.refine_iters, self.map_iters, self.first_map_iters or 0) < 0:
             raise InputError("Numbers of iterations cannot be negative.")
         if self.resolution is not None and self.resolution < 16:
             raise InputError(f"resolution must be at least 16 pixels, not {self.resolution}.")
@@ -127,14 +131,14 @@ PRESETS: dict[str, dict[str, Any]] = {
         "map_every": 1, "keyframe_every": 5, "window": 20, "track_iters": 200, "lr_rotation": 2e-3, "lr_translation": 2e-3,
         "map_iters": 30, "semantic_weight": 0.0, "semantics": "none",
     },
-    "cpu_small": {
-        "resolution": 160, "map_every": 4, "keyframe_every": 4, "window": 8, "track_iters": 6, "lr_rotation": 3e-4,
-        "lr_translation": 5e-4, "map_iters": 60, "lr_head": 5e-3, "max_gaussians": 60_000, "max_new": 20_000, "max_keyframes": 200,
+    "cpu_small": {  # depths divided by opacity do not press it towards 1, so 0.99 would leave little to track on real pictures
+        "silhouette_track": 0.7, "resolution": 160, "map_every": 4, "keyframe_every": 4, "window": 8, "lr_rotation": 1e-3,
+        "map_iters": 50, "lr_head": 5e-3, "max_gaussians": 60_000, "max_new": 20_000, "max_keyframes": 200,
     },
     "cpu_live": {
-        "resolution": 160, "map_every": 5, "keyframe_every": 5, "window": 5, "track_iters": 0, "map_iters": 6, "first_map_iters": 20,
-        "leaf_from_iter": 0, "lr_head": 1e-2, "lr_rgb": 5e-3, "max_gaussians": 40_000, "max_new": 20_000, "max_keyframes": 60,
-        "gicp_voxel": 0.04,
+        "silhouette_track": 0.7, "resolution": 160, "map_every": 5, "keyframe_every": 5, "window": 5, "track_iters": 10,
+        "lr_rotation": 2e-3, "refine_iters": 0, "map_iters": 9, "first_map_iters": 20, "leaf_from_iter": 0, "lr_head": 3e-2,
+        "lr_rgb": 5e-3, "max_gaussians": 40_000, "max_new": 20_000, "max_keyframes": 60, "gicp_voxel": 0.04,
     },
 }  # fmt: skip
 """Changes of the defaults by preset. "tum" has SplaTAM's settings of that data set, as the authors of Hier-SLAM give none."""

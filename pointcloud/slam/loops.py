@@ -41,8 +41,12 @@ def relocalised(slam: SlamState, small: Any, points: Any) -> Tracked | None:
             guess, found = slam.scans.align(points, guess)
             if found < 0.5:
                 continue
-        iterations = slam.config.track_iters if points is not None else max(slam.config.track_iters, 60)
-        tracked = photometric(slam.map, small, guess, slam.config, slam.backend, iterations=iterations)
+        c = slam.config
+        if points is None:
+            tracked = photometric(slam.map, small, guess, c, slam.backend, iterations=max(c.track_iters, 60))
+        else:
+            rates = (c.refine_lr_rotation, c.refine_lr_translation)
+            tracked = photometric(slam.map, small, guess, c, slam.backend, iterations=c.refine_iters, rates=rates)
         if tracked.share > 0.4 and (best is None or tracked.loss < best.loss):
             best = tracked
     usual = slam.detector.losses[-20:]

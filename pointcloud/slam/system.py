@@ -140,12 +140,13 @@ class HierSLAM(SlamState):
             return Tracked(inverse(self._origin) @ frame.pose, 0.0, 1.0)
         if self.tracker == "constant":
             return Tracked(guess, 0.0, 1.0)
-        found = 1.0
-        if self.tracker == "gicp":
-            guess, found = self._geometry(points, guess)
-            if not c.track_iters:
-                return Tracked(guess, 0.0, found)
-        tracked = photometric(self.map, small, guess, c, self.backend)
+        if self.tracker == "photometric":
+            return photometric(self.map, small, guess, c, self.backend)
+        guess, found = self._geometry(points, guess)
+        if not c.refine_iters:
+            return Tracked(guess, 0.0, found)
+        rates = (c.refine_lr_rotation, c.refine_lr_translation)
+        tracked = photometric(self.map, small, guess, c, self.backend, iterations=c.refine_iters, rates=rates)
         tracked.share = min(tracked.share, found)
         return tracked
 

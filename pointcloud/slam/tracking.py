@@ -35,18 +35,17 @@ def extrapolated(poses: list[Tensor], moving: bool = True) -> Tensor:
 
 def photometric(
     map_: SemanticGaussians, frame: RGBDFrame, guess: Tensor, config: HierSLAMConfig, backend: str = "auto",
-    *, iterations: int | None = None, official_candidate: bool = False,
+    *, iterations: int | None = None, rates: tuple[float, float] | None = None, official_candidate: bool = False,
 ) -> Tracked:  # fmt: skip
     """Move the camera until the map looks like the frame, Gaussians frozen; the pose of the least loss wins.
 
     The loss is a sum over pixels where the map is solid. Its pose is the one that produced it; `official_candidate` takes the one
-    after the step, as the official code does.
+    after the step, as the official code does. `iterations` and `rates` (rotation, translation) replace those of the settings.
     """
+    turning, shifting = rates or (config.lr_rotation, config.lr_translation)
     steps = config.track_iters if iterations is None else iterations
     quat, shift = (x.float().clone().requires_grad_() for x in split(inverse(guess)))
-    optimizer = torch.optim.Adam(
-        [{"params": [quat], "lr": config.lr_rotation}, {"params": [shift], "lr": config.lr_translation}]
-    )
+    optimizer = torch.optim.Adam([{"params": [quat], "lr": turning}, {"params": [shift], "lr": shifting}])
     want, best = frame.rgb(), Tracked(guess, float("inf"), 0.0)
     least = float("inf")
     frozen = _frozen(map_)

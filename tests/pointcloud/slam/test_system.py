@@ -114,7 +114,7 @@ def test_a_rerun_is_the_same_and_an_interrupted_run_ends_the_same(done, room, tm
 
 @pytest.mark.skipif(not gicp_available(), reason="needs small_gicp")
 def test_geometry_tracks_and_resumes_as_well(room, tmp_path):
-    config = settings(tracker="auto", scan_every=2, gicp_voxel=0.05, track_iters=2)
+    config = settings(tracker="auto", scan_every=2, gicp_voxel=0.05, refine_iters=2)
     whole = HierSLAM(config, room.tree)
     whole.run(room, progress=False)
     assert whole.tracker == "gicp"

@@ -9,7 +9,14 @@ import pytest
 import torch
 
 from mmkit.errors import InputError
-from mmkit.pointcloud.slam import HierarchicalSemanticLoss, SemanticHead, SemanticTree
+from mmkit.pointcloud.slam import (
+    HierarchicalSemanticLoss,
+    SemanticHead,
+    SemanticTree,
+    balanced_proposer,
+    build_tree,
+    cluster_tree,
+)
 
 
 @pytest.mark.parametrize("levels", [2, 3, 4, 6])
@@ -166,3 +173,62 @@ def test_a_flat_tree_is_plain_cross_entropy(tree):
     code, labels = torch.randn(30, 24, generator=g), torch.randint(24, (30,), generator=g)
     assert flat.code_dim == 24
     assert torch.allclose(HierarchicalSemanticLoss(flat)(code, labels), torch.nn.functional.cross_entropy(code, labels))
+
+
+NAMES = [f"{kind} {i}" for kind in ("chair", "wall", "lamp", "table") for i in range(6)]
+
+
+def test_a_critic_repairs_what_a_proposer_invents_repeats_and_forgets():
+    asked = []
+
+    def propose(items, groups):
+        asked.append((list(items), groups))
+        kinds = {i.split()[0] for i in items}
+        if any(" " in i for i in items):  # the leaves
+            answer = {
+                k: [i for i in items if i.startswith(k) and not (groups is None and i.endswith("3"))] for k in kinds
+            }
+            return {**answer, "dragons": ["a dragon"], "again": items[:1]}
+        return {"things": [k for k in items if k != "wall"], "room": ["wall"]}
+
+    tree = build_tree(NAMES, propose, top=2)
+    assert [len(items) for items, _ in asked] == [24, 4, 4]
+    assert asked[0][1] is None
+    assert set(asked[1][1]) == {"chair", "wall", "lamp", "table"}
+    assert tree.num_classes == 24
+    assert tree.levels == 3
+    assert set(tree.node_names(0)) == {"things", "room"}
+    assert torch.equal(tree.decode(tree.encode(torch.arange(24)), "argmax"), torch.arange(24))
+
+
+def test_what_stays_missing_goes_to_its_likes():
+    tree = build_tree(
+        ["arm chair", "wall", "chair"], lambda items, groups: {"seat": ["chair"], "room": ["wall"]}, max_rounds=3
+    )
+    assert tree.node_names(0) == ["seat", "room", "seat"]
+
+
+def test_proposers_that_do_not_group_are_refused():
+    with pytest.raises(InputError, match="none of the items"):
+        build_tree(NAMES, lambda items, groups: {})
+    with pytest.raises(InputError, match="must have fewer"):
+        build_tree(NAMES, lambda items, groups: {i: [i] for i in items})
+    with pytest.raises(InputError, match="it returned list"):
+        build_tree(NAMES, lambda items, groups: items)
+    with pytest.raises(InputError, match="different names"):
+        build_tree(["a", "a"], balanced_proposer())
+
+
+@pytest.mark.parametrize("levels", [1, 2, 4])
+def test_trees_grow_offline_too(levels):
+    tree = cluster_tree(NAMES, levels=levels)
+    assert tree.levels == levels
+    assert torch.equal(tree.decode(tree.encode(torch.arange(24)), "argmax"), torch.arange(24))
+    if levels == 2:  # about five groups: names that share a word are in one
+        groups = dict(zip(NAMES, tree.node_names(0), strict=True))
+        assert groups["chair 1"] == groups["chair 4"] != groups["lamp 1"]
+    eye = cluster_tree(["a", "b", "c", "d"], [[1, 0], [0.9, 0.1], [0, 1], [0.1, 0.9]], levels=2)
+    assert eye.node_names(0)[0] == eye.node_names(0)[1] != eye.node_names(0)[2]
+    with pytest.raises(InputError, match="embeddings must be"):
+        cluster_tree(NAMES, [[1.0]])
+    assert build_tree(NAMES, balanced_proposer(4)).num_classes == 24

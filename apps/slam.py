@@ -71,6 +71,12 @@ def recording(file: str | None, most: int) -> tuple[Any, str]:
         raise InputError(str(error).replace(str(folder), "The zip")) from error
 
 
+def settings(name: str, effort: Any) -> HierSLAMConfig:
+    """cpu_small with as many iterations as a field asks for; few rounds, so the head learns fast."""
+    iterations = int(number(name, effort, 5, 60, whole=True))
+    return HierSLAMConfig.preset("cpu_small", map_iters=iterations, lr_head=2e-2, max_gaussians=40_000)
+
+
 def path_chart(slam: HierSLAM, truth: torch.Tensor | None) -> str:
     """The path from above; the true one dashed, in the first camera's frame."""
     own = 100 * slam.trajectory()[:, :3, 3].numpy()
@@ -142,9 +148,7 @@ def on_run(file: str | None, frames: Any, effort: Any, sample: bool, progress: A
     if file is None and not sample:
         raise InputError(BEGIN)
     most = int(number("Frames", frames, 4, MOST_FRAMES, whole=True))
-    config = HierSLAMConfig.preset(
-        "cpu_small", map_iters=int(number("Effort", effort, 5, 60, whole=True)), max_gaussians=40_000
-    )
+    config = settings("Effort", effort)
     data, name = recording(None if sample else file, most)
     slam, check = HierSLAM(config, data.tree), wanted()
     truth, total = data.trajectory(), min(most, len(data))
@@ -239,9 +243,7 @@ def map_recording(file: str | None, frames: float = 12, effort: float = 20) -> t
         Figures by name, and the map as .ply with labels.
     """
     most = int(number("frames", frames, 4, MOST_FRAMES, whole=True))
-    config = HierSLAMConfig.preset(
-        "cpu_small", map_iters=int(number("effort", effort, 5, 60, whole=True)), max_gaussians=40_000
-    )
+    config = settings("effort", effort)
     data, _ = recording(file, most)
     slam, check = HierSLAM(config, data.tree), wanted()
     for i in range(min(most, len(data))):

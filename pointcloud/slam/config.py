@@ -24,7 +24,8 @@ class HierSLAMConfig:
         refine_iters, refine_lr_rotation, refine_lr_translation: (ours) of the photometric steps after geometry.
         map_iters, first_map_iters: iterations of a mapping round, and of the first one (`None`: as the others).
         image_weight, depth_weight, semantic_weight: of the terms of the losses.
-        leaf_weight, leaf_from_iter, ignore_index: of the semantic loss; see `HierarchicalSemanticLoss`.
+        leaf_weight, leaf_from_iter, ignore_index: of the semantic loss; see `HierarchicalSemanticLoss`. `leaf_from_iter` is at most half of
+            `map_iters`, or the head would never learn.
         semantics: "tree" (a code and a head), "flat" (one number per class, no head) or "none".
         detach_geometry: labels do not move, scale or fade Gaussians.
         silhouette_track, silhouette_add: opacity above which pixels are tracked, and below which Gaussians are added.
@@ -133,7 +134,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "cpu_small": {  # depths divided by opacity do not press it towards 1, so 0.99 would leave little to track on real pictures
         "silhouette_track": 0.7, "resolution": 160, "map_every": 4, "keyframe_every": 4, "window": 8, "lr_rotation": 1e-3,
-        "map_iters": 50, "lr_head": 5e-3, "max_gaussians": 60_000, "max_new": 20_000, "max_keyframes": 200,
+        "map_iters": 50, "semantic_weight": 0.05, "lr_head": 5e-3, "max_gaussians": 60_000, "max_new": 20_000, "max_keyframes": 200,
     },
     "cpu_live": {
         "silhouette_track": 0.7, "resolution": 160, "map_every": 5, "keyframe_every": 5, "window": 5, "track_iters": 10,

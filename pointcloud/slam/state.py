@@ -63,7 +63,10 @@ class SlamState:
         if self.code_tree is not None:
             c = self.config
             self.loss = HierarchicalSemanticLoss(
-                self.code_tree, leaf_weight=c.leaf_weight, leaf_from_iter=c.leaf_from_iter, ignore_index=c.ignore_index
+                self.code_tree,
+                leaf_weight=c.leaf_weight,
+                leaf_from_iter=min(c.leaf_from_iter, c.map_iters // 2),
+                ignore_index=c.ignore_index,
             )
         self.poses: list[Tensor] = []
         self.tracked: list[bool] = []

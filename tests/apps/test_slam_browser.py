@@ -65,7 +65,8 @@ def test_the_sample_is_mapped_explored_and_taken_home(launch, page, screenshot, 
     page.locator("#slam-sample").click()
     page.locator("#slam-status", has_text="Frame ").wait_for(timeout=120_000)  # live
     page.locator("#slam-status", has_text="5 frames of the drawn room").wait_for(timeout=120_000)
-    assert page.locator("#slam-status", has_text="mIoU").count() == 1
+    told = page.locator("#slam-status").inner_text()
+    assert float(told.rpartition("mIoU")[2].strip()) > 0.2, told
     assert page.locator("#slam-storage", has_text="24 classes in 3 levels").count() == 1
     assert page.locator("#slam-path path").count() >= 2
     color = shown(page)

@@ -360,6 +360,11 @@ def test_settings_that_cannot_be_are_refused():
         HierSLAMConfig.preset("cpu_smal")
 
 
+def test_the_head_learns_in_short_rounds_too(room):
+    assert HierSLAM(settings(leaf_from_iter=14), room.tree).loss.leaf_from_iter == 3
+    assert HierSLAM(settings(leaf_from_iter=14, map_iters=60), room.tree).loss.leaf_from_iter == 14
+
+
 def test_the_pipeline_and_its_result(room, tmp_path):
     slam = mmkit.pipeline("semantic-slam", tracker="photometric", **FAST)
     result = slam(Recorded(SyntheticRoom(frames=3, width=64, height=48)), progress=False)

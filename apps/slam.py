@@ -219,14 +219,15 @@ def on_view(key: str | None, frame: Any, show: str, level: Any, chosen: str) -> 
 def on_pick(event: gr.SelectData, key: str | None, frame: Any, show: str, level: Any) -> list[Any]:
     """A click into the picture chooses the class that is seen there."""
     opened = SESSIONS.find(key)
-    if opened is None or opened.slam.tree is None:
+    tree = None if opened is None else opened.slam.tree
+    if opened is None or tree is None:
         return [gr.skip(), gr.skip()]
     slam, (width, height) = opened.slam, opened.size
     factor = WIDTH / width
     x, y = (min(max(int(v / factor), 0), most - 1) for v, most in zip(event.index, opened.size, strict=True))
     at = int(number("Seen from frame", frame, 1, len(slam), whole=True)) - 1
     seen = int(slam.render(slam.poses[at], opened.K, (width, height)).labels[y, x])
-    chosen = EVERYTHING if seen < 0 else slam.tree.names[seen]
+    chosen = EVERYTHING if seen < 0 else tree.names[seen]
     return [chosen, on_view(key, frame, show, level, chosen)]
 
 

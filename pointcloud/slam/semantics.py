@@ -40,7 +40,8 @@ class HierarchicalSemanticLoss:
         leaf_from_iter: counted from 0.
         ignore_index: a class number that is not learned. Pixels of class -1 (unknown) never are, unlike in the official code, which
             fails on them.
-        detach_geometry: declared by the map, which renders codes with detached weights when asked to.
+
+    Gradients also move, scale and fade the Gaussians, as in the official code; `HierSLAMConfig.detach_geometry` stops that.
     """
 
     def __init__(

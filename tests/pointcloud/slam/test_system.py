@@ -25,7 +25,8 @@ from mmkit.pointcloud.slam import (
     load_official,
     save_official,
 )  # fmt: skip
-from mmkit.pointcloud.slam.loops import move
+from mmkit.pointcloud.slam.keyframes import Keyframe
+from mmkit.pointcloud.slam.loops import close_loop, move
 from mmkit.pointcloud.slam.poses import angle, inverse, matrix, split
 from mmkit.pointcloud.slam.tracking import photometric
 from mmkit.pointcloud.splats import load_splats
@@ -280,6 +281,30 @@ def test_a_map_moves_with_its_poses(done, room, tmp_path):
     after = slam.render(slam.poses[3], K, size)
     assert (before.rgb - after.rgb).abs().mean() < 1e-3
     assert slam.keyframes[0].view[0, 3] == pytest.approx(-1.0)
+
+
+@pytest.mark.skipif(not gicp_available(), reason="needs small_gicp")
+def test_an_old_place_seen_again_takes_drift_away(room, tmp_path, monkeypatch):
+    monkeypatch.setattr("mmkit.pointcloud.slam.loops.APART", 5)
+    slam = HierSLAM(settings(tracker="gicp", scan_every=2, gicp_voxel=0.05, refine_iters=0), room.tree)
+    slam.run(room, progress=False)
+    before = slam.trajectory()
+    drift = matrix(
+        torch.tensor([1.0, 0.0, 0.006, 0.0], dtype=torch.float64), torch.tensor([0.04, 0.0, 0.02], dtype=torch.float64)
+    )
+    slam.poses.append(drift)  # the first frame's place, but for the drift
+    slam.tracked.append(True)
+    again = Keyframe(len(room), slam._labelled(room[0]), inverse(drift).float())
+    slam.keyframes.append(again)
+    assert close_loop(slam, again, slam.scans.thin(room[0]))
+    assert slam.loops == [(0, len(room))]
+    assert slam.poses[-1][:3, 3].norm() < 0.004
+    assert angle(slam.poses[-1], torch.eye(4)) < 0.1
+    assert torch.equal(slam.poses[0], before[0])
+    spread = (slam.trajectory()[:-1, :3, 3] - before[:, :3, 3]).norm(dim=1)
+    assert spread[-1] > spread[1]  # later frames take more of the correction
+    assert not close_loop(slam, again, slam.scans.thin(room[0]))  # nothing is left to correct
+    assert HierSLAM.load(slam.save(tmp_path / "run")).loops == slam.loops
 
 
 def test_depths_may_come_from_a_source_of_unknown_scale(room):

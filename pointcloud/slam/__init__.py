@@ -52,5 +52,6 @@ if TYPE_CHECKING:
     from mmkit.pointcloud.slam.synthetic import SyntheticRoom as SyntheticRoom
     from mmkit.pointcloud.slam.system import HierSLAM as HierSLAM, HiSLAM as HiSLAM, Step as Step
     from mmkit.pointcloud.slam.tree import SemanticTree as SemanticTree
+    from mmkit.pointcloud.slam.video import RGBDVideo as RGBDVideo
 
 __getattr__, __dir__, __all__ = door(__name__)

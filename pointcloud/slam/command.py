@@ -16,6 +16,7 @@ def slam(
         ),
     ],
     output: Annotated[Path, typer.Argument(help="A folder for map.ply, report.json, trajectory.png, and the state.")],
+    depth: Annotated[Path | None, typer.Option(help="If DATA is a film: the folder of its depth pictures.")] = None,
     preset: Annotated[str, typer.Option(help="cpu_small, cpu_live, replica, scannet or tum.")] = "cpu_small",
     tree: Annotated[Path | None, typer.Option(help="The label tree (.json), if the folder has none.")] = None,
     tracker: Annotated[str, typer.Option(help="auto, gicp, photometric, constant or given.")] = "auto",
@@ -35,7 +36,7 @@ def slam(
     }
     run = SemanticSLAMPipeline(preset, tree=tree, tracker=tracker, seed=seed, **chosen)
     recording = SyntheticRoom(frames=frames) if data == "drawn" else data
-    result = run(recording, every=every, output=output / "state", resume=not restart)
+    result = run(recording, every=every, depth=depth, output=output / "state", resume=not restart)
     for name in ("map.ply", "report.json", "trajectory.png"):
         result.save(output / name)
     report = result.report

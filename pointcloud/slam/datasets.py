@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from mmkit.data.images import open_image
@@ -77,7 +78,7 @@ class RGBDSequence:
     def __getitem__(self, index: int) -> RGBDFrame:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        color = open_image(self.colors[index]).convert("RGB")
+        color = self._picture(index)
         stored = _single(self.depths[index])
         size = self.size or (stored.shape[1], stored.shape[0])
         if color.size != size:
@@ -100,6 +101,9 @@ class RGBDSequence:
             None if labels is None else torch.from_numpy(labels), self.poses[index], self.colors[index].name,
         )  # fmt: skip
         return straightened(frame, self.distortion).resized(self.longest)
+
+    def _picture(self, index: int) -> Image.Image:
+        return open_image(self.colors[index]).convert("RGB")
 
     def trajectory(self) -> Tensor | None:
         """True poses (F, 4, 4), NaN where unknown; `None` when none is known."""
@@ -175,14 +179,14 @@ def intrinsics(fx: float, fy: float, cx: float, cy: float) -> np.ndarray:
     return np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1.0]])
 
 
-def _folder(path: str | os.PathLike[str]) -> Path:
+def folder_of(path: str | os.PathLike[str]) -> Path:
     folder = Path(path).expanduser()
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder.")
     return folder
 
 
-def _pictures(folder: Path, pattern: str = "*") -> list[Path]:
+def pictures_of(folder: Path, pattern: str = "*") -> list[Path]:
     found = [p for p in folder.glob(pattern) if p.suffix.lower() in PICTURES]
     return sorted(found, key=lambda p: [int(x) if x.isdecimal() else x for x in _parts(p.stem)])
 
@@ -237,12 +241,12 @@ class ReplicaDataset(RGBDSequence):
         longest: int | None = None,
         every: int = 1,
     ):
-        root = _folder(folder)
+        root = folder_of(folder)
         results = root / "results" if (root / "results").is_dir() else root
         values = _numbers(root / "traj.txt")
         if values.ndim != 2 or values.shape[1] != 16:
             raise InputError(f"{root / 'traj.txt'} must hold 16 numbers a line, a camera-to-world matrix.")
-        labels = _pictures(root / "semantic_class", "semantic_class_*") if (root / "semantic_class").is_dir() else []
+        labels = pictures_of(root / "semantic_class", "semantic_class_*") if (root / "semantic_class").is_dir() else []
         known = root / "info_semantic_tree.json"
         tree = SemanticTree.from_json(known) if tree is None and known.is_file() else tree
         about = root / "cam_params.json" if (root / "cam_params.json").is_file() else root.parent / "cam_params.json"
@@ -258,7 +262,7 @@ class ReplicaDataset(RGBDSequence):
             scale = float(camera.get("scale", scale))
         K[:2, 2] += 0.5
         super().__init__(
-            _pictures(results, "frame*")[::every], _pictures(results, "depth*")[::every], K, depth_scale=scale,
+            pictures_of(results, "frame*")[::every], pictures_of(results, "depth*")[::every], K, depth_scale=scale,
             poses=list(values.reshape(-1, 4, 4)[::every]), labels=labels[::every] or None, tree=tree, longest=longest, name=root.name,
         )  # fmt: skip
 
@@ -274,16 +278,16 @@ class ScanNetDataset(RGBDSequence):
         longest: int | None = None,
         every: int = 1,
     ):
-        root = _folder(folder)
-        colors = _pictures(root / "color")[::every]
+        root = folder_of(folder)
+        colors = pictures_of(root / "color")[::every]
         about = root / "intrinsic" / "intrinsic_color.txt"
         K = intrinsics(1169.62, 1167.11, 646.30, 489.93)
         if about.is_file():
             K = _numbers(about)[:3, :3]
         place = next((root / n for n in ("label-filt", "label", "labels") if (root / n).is_dir()), None)
         super().__init__(
-            colors, _pictures(root / "depth")[::every], K, poses=[_matrix(root / "pose" / f"{c.stem}.txt") for c in colors],
-            labels=_pictures(place)[::every] if place else None, tree=tree, longest=longest, name=root.name,
+            colors, pictures_of(root / "depth")[::every], K, poses=[_matrix(root / "pose" / f"{c.stem}.txt") for c in colors],
+            labels=pictures_of(place)[::every] if place else None, tree=tree, longest=longest, name=root.name,
         )  # fmt: skip
 
 
@@ -291,8 +295,8 @@ class SevenScenesDataset(RGBDSequence):
     """`frame-*.color.*`, `.depth.png`, `.pose.txt`, and `camera-intrinsics.txt` where there is one (else 585, 320, 240)."""
 
     def __init__(self, folder: str | os.PathLike[str], *, longest: int | None = None, every: int = 1):
-        root = _folder(folder)
-        colors = _pictures(root, "*.color.*")[::every]
+        root = folder_of(folder)
+        colors = pictures_of(root, "*.color.*")[::every]
         names = [c.name.split(".")[0] for c in colors]
         about = root / "camera-intrinsics.txt"
         K = _numbers(about)[:3, :3] if about.is_file() else intrinsics(585.0, 585.0, 320.0, 240.0)
@@ -319,7 +323,7 @@ class TUMDataset(RGBDSequence):
         self, folder: str | os.PathLike[str], *, K: np.ndarray | None = None, distortion: Sequence[float] | None = None,
         depth_scale: float = 5000.0, longest: int | None = None, every: int = 1, apart: float = 0.08,
     ):  # fmt: skip
-        root = _folder(folder)
+        root = folder_of(folder)
         colors, depths = (_timed(root / f"{n}.txt") for n in ("rgb", "depth"))
         truth = _numbers(root / "groundtruth.txt") if (root / "groundtruth.txt").is_file() else np.zeros((0, 8))
         if len(truth) and truth.shape[1] != 8:
@@ -363,6 +367,21 @@ def pose_of_line(values: np.ndarray) -> np.ndarray:
     return out
 
 
+def camera_of(path: Path) -> tuple[dict[str, Any], np.ndarray, float]:
+    """What a camera.json holds: everything, K (3, 3), and the stored units of depth per metre."""
+    try:
+        about: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return (
+            about,
+            intrinsics(*(float(about[k]) for k in ("fx", "fy", "cx", "cy"))),
+            float(about.get("depth_scale", 1000.0)),
+        )
+    except FileNotFoundError:
+        raise InputError(f'{path.parent} needs a camera.json with "fx", "fy", "cx", "cy" and "depth_scale".') from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} must hold fx, fy, cx, cy and depth_scale: {error!r}.") from error
+
+
 class RGBDFolder(RGBDSequence):
     """Your own data: `color/` (or `rgb/`), `depth/`, `camera.json`, and, if you have them, poses and `labels/`.
 
@@ -379,20 +398,11 @@ class RGBDFolder(RGBDSequence):
         longest: int | None = None,
         every: int = 1,
     ):
-        root = _folder(folder)
-        try:
-            about: dict[str, Any] = json.loads((root / "camera.json").read_text(encoding="utf-8"))
-            K = intrinsics(*(float(about[k]) for k in ("fx", "fy", "cx", "cy")))
-            scale = float(about.get("depth_scale", 1000.0))
-        except FileNotFoundError:
-            raise InputError(f'{root} needs a camera.json with "fx", "fy", "cx", "cy" and "depth_scale".') from None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(
-                f"{root / 'camera.json'} must hold fx, fy, cx, cy and depth_scale ({type(error).__name__}: {error})."
-            ) from error
-        colors = _pictures(root / "color" if (root / "color").is_dir() else root / "rgb")
-        depths = _pictures(root / "depth")
-        labels = _pictures(root / "labels") if (root / "labels").is_dir() else []
+        root = folder_of(folder)
+        about, K, scale = camera_of(root / "camera.json")
+        colors = pictures_of(root / "color" if (root / "color").is_dir() else root / "rgb")
+        depths = pictures_of(root / "depth")
+        labels = pictures_of(root / "labels") if (root / "labels").is_dir() else []
         known = root / "tree.json"
         tree = SemanticTree.from_json(known) if tree is None and known.is_file() else tree
         poses = _poses(root, colors)
@@ -429,14 +439,14 @@ def open_sequence(
     Raises:
         InputError: no known layout, missing files, unequal counts.
     """
-    root = _folder(path)
+    root = folder_of(path)
     if every < 1:
         raise InputError(f"every must be at least 1, not {every}.")
     if (root / "rgb.txt").is_file():
         return TUMDataset(root, longest=longest, every=every)
     if any(root.glob("*.color.*")):
         return SevenScenesDataset(root, longest=longest, every=every)
-    if (root / "traj.txt").is_file() and any(_pictures(p, "frame*") for p in (root / "results", root)):
+    if (root / "traj.txt").is_file() and any(pictures_of(p, "frame*") for p in (root / "results", root)):
         return ReplicaDataset(root, tree=tree, longest=longest, every=every)
     if (root / "camera.json").is_file():
         return RGBDFolder(root, tree=tree, longest=longest, every=every)

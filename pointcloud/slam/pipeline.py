@@ -22,6 +22,7 @@ from mmkit.pointcloud.slam.result import SlamResult
 from mmkit.pointcloud.slam.synthetic import SyntheticRoom
 from mmkit.pointcloud.slam.system import HierSLAM, Step
 from mmkit.pointcloud.slam.tree import SemanticTree
+from mmkit.pointcloud.slam.video import SUFFIXES, RGBDVideo
 
 
 class SemanticSLAMPipeline(Pipeline):
@@ -65,13 +66,15 @@ class SemanticSLAMPipeline(Pipeline):
 
     def __call__(
         self, data: str | os.PathLike[str] | Frames | None = None, *, every: int = 1, output: str | os.PathLike[str] | None = None,
-        resume: bool = True, progress: bool = True, callbacks: Iterable[Callable[[HierSLAM, Step], None]] = (), judge_every: int = 1,
+        resume: bool = True, depth: str | os.PathLike[str] | None = None, progress: bool = True,
+        callbacks: Iterable[Callable[[HierSLAM, Step], None]] = (), judge_every: int = 1,
     ) -> SlamResult:  # fmt: skip
         """Map a recording.
 
         Args:
             data: a folder in one of the layouts of `open_sequence`, a sequence, or `None`: a drawn room.
             every: of a folder, take every so many frames.
+            depth: for a film as `data`, the folder of its depth pictures; a camera.json lies beside the film.
             output: a folder for the state, from which an interrupted run goes on.
             resume: do so.
             progress: show a bar.
@@ -81,7 +84,7 @@ class SemanticSLAMPipeline(Pipeline):
         if data is None:
             sequence: Any = SyntheticRoom(frames=24)
         elif isinstance(data, (str, os.PathLike)):
-            sequence = open_sequence(Path(data), tree=self.tree, every=every)
+            sequence = _opened(Path(data), self.tree, every, depth)
         else:
             sequence = data
         tree = getattr(sequence, "tree", None) or self.tree
@@ -105,3 +108,11 @@ class SemanticSLAMPipeline(Pipeline):
             slam.trajectory().numpy(), torch.tensor(slam.tracked).numpy(), slam.map.as_splats(), ids,
             None if truth is None else truth[: len(slam)].numpy(), report, slam,
         )  # fmt: skip
+
+
+def _opened(path: Path, tree: SemanticTree | None, every: int, depth: str | os.PathLike[str] | None) -> Any:
+    if path.suffix.lower() not in SUFFIXES:
+        return open_sequence(path, tree=tree, every=every)
+    if depth is None:
+        raise InputError(f"{path} is a film; give the folder of its depth pictures as `depth`.")
+    return RGBDVideo(path, depth)

@@ -6,14 +6,16 @@ import json
 import os
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import mmkit
 from mmkit.data.drawn.rooms import DrawnRoom, flipped_labels, noisy, value_noise
 from mmkit.errors import InputError
-from mmkit.pointcloud.slam import RGBDFrame, RGBDSequence, SyntheticRoom, TUMDataset, open_sequence
+from mmkit.pointcloud.slam import RGBDFrame, RGBDSequence, RGBDVideo, SyntheticRoom, TUMDataset, open_sequence
 from mmkit.pointcloud.slam.datasets import pose_of_line, straightened
 
 W, H, N = 32, 24, 4
@@ -271,6 +273,35 @@ def test_the_rooms_noise_is_the_same_on_every_platform():
 def test_poses_of_lines():
     pose = pose_of_line(np.array([1, 2, 3, 0, 0, 0, 2.0]))
     assert pose.tolist() == [[1, 0, 0, 1], [0, 1, 0, 2], [0, 0, 1, 3], [0, 0, 0, 1]]
+
+
+def film(path: Path, frames: int = N) -> None:
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=10, options={"crf": "5"})
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for i in range(frames):
+            frame = Image.new("RGB", (64, 48), (40 * i, 100, 200 - 40 * i))
+            container.mux(stream.encode(av.VideoFrame.from_image(frame)))
+        container.mux(stream.encode())
+
+
+def test_a_film_with_depths_is_a_sequence(tmp_path):
+    own(tmp_path)
+    film(tmp_path / "walk.mp4")
+    sequence = RGBDVideo(tmp_path / "walk.mp4", tmp_path / "depth")
+    assert len(sequence) == N
+    reds = [int(sequence[i].color[10, 10, 0]) for i in (0, 2, 3, 1)]  # going back starts it again
+    assert reds == pytest.approx([0, 80, 120, 40], abs=12)
+    assert sequence[0].depth.shape == (H, W)
+    (tmp_path / "depth" / "9.png").unlink()
+    with pytest.raises(InputError, match="4 pictures, 3 depth pictures"):
+        RGBDVideo(tmp_path / "walk.mp4", tmp_path / "depth")
+    (tmp_path / "bad.mp4").write_bytes(b"no film")
+    for name, message in (("bad.mp4", "not a readable film"), ("none.mp4", "does not exist")):
+        with pytest.raises(InputError, match=message):
+            RGBDVideo(tmp_path / name, tmp_path / "depth")
+    with pytest.raises(InputError, match="as `depth`"):
+        mmkit.pipeline("semantic-slam")(tmp_path / "walk.mp4")
 
 
 @pytest.mark.skipif(not (DATA / "rgbd_7scenes").is_dir(), reason="needs MMKIT_DATA_DIR")

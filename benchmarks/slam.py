@@ -43,6 +43,7 @@ SHOWN = {  # column of the table -> figure, factor, digits
     "RPE deg": ("rpe_rotation", 1, 3), "PSNR": ("psnr", 1, 2), "least": ("psnr_min", 1, 2), "SSIM": ("ssim", 1, 3),
     "depth cm": ("depth_l1", 100, 2), "mIoU": ("miou", 1, 3),
     "mIoU, level argmax": ("miou_level_argmax", 1, 3), "Gaussians": ("gaussians", 1, 0), "bytes each": ("bytes_each", 1, 0),
+    "flat bytes": ("flat_bytes", 1, 0), "of flat": ("ratio", 1, 3),
     "CPU s": ("cpu_seconds", 1, 1), "tracked a second": ("tracking_fps", 1, 1), "mapped a second": ("mapping_fps", 1, 2),
     "MB": ("peak_mb", 1, 0),
 }  # fmt: skip
@@ -121,6 +122,17 @@ def plain_gicp(data: Recorded, *, voxel: float = 0.03, reach: float = 0.1) -> di
     return {**trajectory_figures(torch.stack(poses), truth), "cpu_seconds": cpu, "tracking_fps": len(data) / cpu}
 
 
+def storage(tree: SemanticTree) -> dict[str, Any]:
+    """Bytes of a Gaussian with a tree's code and with one number a class."""
+    own = tree.storage()
+    return {
+        "bytes_each": own["tree_bytes"],
+        "flat_bytes": own["flat_bytes"],
+        "ratio": own["ratio"],
+        "classes": tree.num_classes,
+    }
+
+
 class Table:
     """The rows so far."""
 
@@ -173,6 +185,8 @@ class Table:
 
 def room(table: Table) -> None:
     """cpu_small with noise, seed 0, and without each part."""
+    for name in ("replica", "scannet", "scannet_large"):
+        table.row(f"storage by published tree: {name}", lambda name=name: storage(SemanticTree.shape_like(name)))
     data = Recorded(SyntheticRoom(frames=40))
     tree = data.tree
     assert isinstance(tree, SemanticTree)

@@ -85,15 +85,15 @@ def same(a: HierSLAM, b: HierSLAM) -> None:
 def test_a_run_follows_the_camera_and_knows_the_labels(done, room):
     figures = evaluate(done, room, reference=room.clean)
     assert figures["ate_rmse"] < 0.02
-    assert figures["psnr"] > 22
-    assert figures["depth_l1"] < 0.09
+    assert figures["psnr"] > 26
+    assert figures["depth_l1"] < 0.05
     assert figures["miou"] > 0.5
     assert figures["miou_visible_subset"] >= figures["miou_per_frame"]
     assert figures["lost"] == 0
     assert done.bytes()["map"] == len(done.map) * (48 + 4 * 9)
     still = HierSLAM(settings(tracker="constant"), room.tree)
     still.run(room, progress=False)
-    assert evaluate(still, room, every=4)["ate_rmse"] > 2 * figures["ate_rmse"]
+    assert evaluate(still, room, every=4)["ate_rmse"] > 3 * figures["ate_rmse"]
 
 
 def test_a_rerun_is_the_same_and_an_interrupted_run_ends_the_same(done, room, tmp_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,6 +87,15 @@ def load_official(
             "quats": _tensor(arrays["unnorm_rotations"]) if "unnorm_rotations" in arrays else torch.tensor([1.0, 0, 0, 0]).repeat(n, 1),
         }
     )  # fmt: skip
+    cameras = arrays["cam_unnorm_rots"].shape, arrays["cam_trans"].shape
+    if (
+        [len(c) for c in cameras] != [3, 3]
+        or (cameras[0][1], cameras[1][1], cameras[0][2]) != (4, 3, cameras[1][2])
+        or min(cameras)[0] < 1
+    ):
+        raise CheckpointError(
+            f"{path}: cameras must be (1, 4, F) and (1, 3, F); they are {cameras[0]} and {cameras[1]}."
+        )
     quats, shifts = _tensor(arrays["cam_unnorm_rots"])[0].T.double(), _tensor(arrays["cam_trans"])[0].T.double()
     slam.poses = [inverse(matrix(q, s)) for q, s in zip(quats, shifts, strict=True)]
     slam.tracked = [True] * len(slam.poses)
@@ -151,11 +159,15 @@ def save_official(
 def _arrays(path: Path) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as file:
-            return {k: file[k] for k in file.files}
+            arrays = {k: file[k] for k in file.files}
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist.") from None
-    except (OSError, ValueError, zipfile.BadZipFile, KeyError, EOFError, AttributeError) as error:
+    except Exception as error:  # damaged archives make the reader fail in every way there is
         raise CheckpointError(f"{path} is not a readable .npz of plain arrays ({error}).") from error
+    strange = [k for k, v in arrays.items() if v.dtype.kind not in "fiub"]
+    if strange:
+        raise CheckpointError(f"{path}: {', '.join(strange[:5])} do not hold numbers.")
+    return arrays
 
 
 def _tensor(values: np.ndarray) -> Tensor:

@@ -15,8 +15,9 @@ CPU times on one thread; memory is what training added to the resident peak of a
 numbers.
 
 "No biases" is the bundled model without any, healed for 200 steps: modern transformers have none, and DiffFit has to create them.
-Learning rates (`METHODS`) are the best of three or more by `rates`: on negatives of another seed; methods without a search of their own use
-that of their like. Photographs are known to the model under one unknown word only, so it learns clothes in general.
+Learning rates (`METHODS`) are the best of three or more by `rates`: on negatives of another seed, with the weights that the model had
+before its longer training; methods without a search of their own use that of their like. Photographs are known to the model under
+one unknown word only, so it learns clothes in general. `--steps` trains longer and writes files of its own.
 
 Every run is recorded when it is done, and the same command goes on from there.
 """
@@ -228,13 +229,13 @@ def file_size(draw: TextToImagePipeline, adapter: Any) -> int:
 # --- runs --------------------------------------------------------------------------------------------------------------------------
 
 
-def adapt(task: str, method: Method, data: Path | None, seed: int, seen: bool = True) -> dict[str, Any]:
+def adapt(task: str, method: Method, data: Path | None, seed: int, steps: int, seen: bool = True) -> dict[str, Any]:
     """Adapt once and measure; with `seen=False` the loss alone."""
     train, held = task_data(task, data, seed)
     draw, ticks = base_model(task), [time.process_time()]
     before = forget_peak()
     result = finetune(
-        train, draw, method.adapter, settings=dict(method.settings), lr=method.lr, max_steps=STEPS, batch_size=BATCH, seed=seed,
+        train, draw, method.adapter, settings=dict(method.settings), lr=method.lr, max_steps=steps, batch_size=BATCH, seed=seed,
         val=0, progress=False, on_step=lambda info: ticks.append(time.process_time()),
     )  # fmt: skip
     if result.fit.stopped != "finished":
@@ -266,30 +267,35 @@ def apart(call: Callable[..., Any], *args: Any) -> Any:
         return pool.apply(call, args)
 
 
-def key_of(weights: str = "text_to_image_scenes") -> dict[str, Any]:
+def key_of(steps: int) -> dict[str, Any]:
     """What runs must have in common to stand beside each other."""
-    return {"steps": STEPS, "batch": BATCH, "pictures": TRAIN, "weights": sha256_file(weight_entry(weights).path)}
+    return {
+        "steps": steps,
+        "batch": BATCH,
+        "pictures": TRAIN,
+        "weights": sha256_file(weight_entry("text_to_image_scenes").path),
+    }
 
 
-def known(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def known(path: Path, steps: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """The report so far, and its runs where they are of this model and these steps."""
     report = read_json(path) if path.exists() else {}
-    return report, report.get("runs", {}) if report.get("key") == key_of() else {}
+    return report, report.get("runs", {}) if report.get("key") == key_of(steps) else {}
 
 
-def record(path: Path, name: str, found: dict[str, Any]) -> None:
+def record(path: Path, steps: int, name: str, found: dict[str, Any]) -> None:
     """Add a run and write both files anew."""
-    report, runs = known(path)
+    report, runs = known(path, steps)
     runs[name] = found
-    write_report(path, report, runs)
+    write_report(path, steps, report, runs)
     print(name, found, flush=True)
 
 
-def write_report(path: Path, report: dict[str, Any], runs: dict[str, Any]) -> None:
+def write_report(path: Path, steps: int, report: dict[str, Any], runs: dict[str, Any]) -> None:
     """The runs with their means, as JSON and as tables."""
-    report |= {"key": key_of(), "runs": runs, "rows": summary(runs)}
+    report |= {"key": key_of(steps), "runs": runs, "rows": summary(runs)}
     write_json(path, report)
-    write_table(report)
+    write_table(path.with_suffix(".md"), report)
 
 
 def run_tasks(args: argparse.Namespace, path: Path) -> None:
@@ -300,13 +306,13 @@ def run_tasks(args: argparse.Namespace, path: Path) -> None:
         for task in args.tasks:
             for name in ["untrained", *methods_of(task)]:
                 key = f"{task} / {name} / {seed}"
-                if key in known(path)[1] or name not in ("untrained", *args.methods):
+                if key in known(path, args.steps)[1] or name not in ("untrained", *args.methods):
                     continue
                 if name == "untrained":
-                    record(path, key, apart(untrained, task, args.data, seed))
+                    record(path, args.steps, key, apart(untrained, task, args.data, seed))
                 else:
-                    record(path, key, apart(adapt, task, METHODS[name], args.data, seed))
-    write_report(path, *known(path))
+                    record(path, args.steps, key, apart(adapt, task, METHODS[name], args.data, seed, args.steps))
+    write_report(path, args.steps, *known(path, args.steps))
 
 
 def search_rates(args: argparse.Namespace, path: Path) -> None:
@@ -320,7 +326,7 @@ def search_rates(args: argparse.Namespace, path: Path) -> None:
             lr = f"{rates.pop(0):.1e}"
             if lr not in losses:
                 own = Method(method.adapter, method.settings, float(lr))
-                losses[lr] = apart(adapt, "negative", own, None, 100, False)["loss"]
+                losses[lr] = apart(adapt, "negative", own, None, 100, STEPS, False)["loss"]
                 write_json(path, (read_json(path) if path.exists() else {}) | {"rates": tried})
                 print(name, lr, losses[lr], flush=True)
             if not rates and min(losses, key=losses.__getitem__) == max(losses, key=float):
@@ -348,13 +354,14 @@ def time_sampling(path: Path) -> None:
 
 
 def summary(runs: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """By task and method: means over seeds, and the share of the gap to all weights, seed by seed."""
+    """By task and method: means over the seeds whose untrained and full runs are there, and the share of the gap between them."""
     rows: dict[str, dict[str, Any]] = {}
     for key, found in runs.items():
         task, name, seed = key.split(" / ")
         base, full = (runs.get(f"{task} / {other} / {seed}") for other in ("untrained", "full"))
-        gap = (base["loss"] - found["loss"]) / (base["loss"] - full["loss"]) if base and full else None
-        rows.setdefault(task, {}).setdefault(name, []).append(found | ({} if gap is None else {"gap": gap}))
+        if base and full:
+            gap = (base["loss"] - found["loss"]) / (base["loss"] - full["loss"])
+            rows.setdefault(task, {}).setdefault(name, []).append(found | {"gap": gap})
     return {task: {name: _mean(found) for name, found in methods.items()} for task, methods in rows.items()}
 
 
@@ -369,19 +376,19 @@ def _mean(found: list[dict[str, Any]]) -> dict[str, Any]:
 _HEADS = "| method | trained | gap closed | range | loss | shape | color | drift | step ms | CPU s | peak MB | file kB | seeds |"
 
 
-def write_table(report: dict[str, Any]) -> None:
+def write_table(path: Path, report: dict[str, Any]) -> None:
     """The same as Markdown."""
     lines = [
         "# Adapting the bundled text-to-image model",
         "",
-        f"{STEPS} steps of {BATCH}, {TRAIN} pictures; CPU, one thread.",
+        f"{report['key']['steps']} steps of {BATCH}, {TRAIN} pictures; CPU, one thread.",
         "",
     ]
     for task, rows in report["rows"].items():
         lines += [f"## {task}", "", _HEADS, "|" + "---|" * 13, *(_line(name, r) for name, r in rows.items()), ""]
     lines += ["## In short", "", *in_short(report["rows"]), ""]
     lines += ["## What was aimed at", "", *goals(report["rows"])]
-    with atomic_write(RESULTS / "difffit.md") as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text("\n".join(lines), encoding="utf-8")
 
 
@@ -444,9 +451,10 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=STEPS)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    path = RESULTS / "difffit.json"
+    path = RESULTS / ("difffit.json" if args.steps == STEPS else f"difffit_{args.steps}.json")
     if args.command == "rates":
         search_rates(args, path)
     elif args.command == "sampling":

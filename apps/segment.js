@@ -13,6 +13,11 @@ const start = (block, status) => {
     window.segmentRemove = remove;
     photo().dispatchEvent(new MouseEvent('click', {clientX: x, clientY: y, bubbles: true}));
   };
+  block.addEventListener('click', event => {  // a left click while the picture is being replaced would be lost
+    if (event.target !== photo() || photo().naturalWidth) return;
+    event.stopPropagation();
+    click(event.clientX, event.clientY, false);
+  }, true);
   block.oncontextmenu = event => {
     if (event.target !== photo()) return;
     event.preventDefault();

@@ -141,6 +141,20 @@ def test_a_large_turned_photo_is_clicked_and_cut_out_in_its_own_pixels(launch, p
     assert Image.open(download(page, "png")).size == (1500, 2600)
 
 
+def test_a_click_while_the_picture_is_being_replaced_is_not_lost(launch, page):
+    page.goto(launch() + "/segment")
+    load(page)
+    box, held = page.locator("#segment-picture img").first.bounding_box(), []
+    page.route("**/image.jpeg", lambda route: held.append(route) if held is not None else route.continue_())
+    page.locator("#segment-clear").click()
+    page.wait_for_function("!document.querySelector('#segment-picture img').naturalWidth")
+    page.mouse.click(box["x"] + box["width"] * 0.6, box["y"] + box["height"] / 2)
+    waiting, held = held, None
+    for route in waiting:
+        route.continue_()
+    wait_clicks(page, 1)
+
+
 def test_an_unreadable_file_is_explained_and_leaves_an_empty_page(launch, page):
     page.goto(launch() + "/segment")
     page.locator("#segment-model input").click()

@@ -39,7 +39,7 @@ from mmkit.storage import atomic_write, read_json, write_json
 
 RESULTS = Path(__file__).parent / "results"
 SHOWN = {  # column of the table -> figure, factor, digits
-    "ATE cm": ("ate_rmse", 100, 2), "end cm": ("end_error", 100, 2), "RPE mm": ("rpe_translation", 1000, 2),
+    "lost": ("lost", 1, 0), "ATE cm": ("ate_rmse", 100, 2), "end cm": ("end_error", 100, 2), "RPE mm": ("rpe_translation", 1000, 2),
     "RPE deg": ("rpe_rotation", 1, 3), "PSNR": ("psnr", 1, 2), "least": ("psnr_min", 1, 2), "SSIM": ("ssim", 1, 3),
     "depth cm": ("depth_l1", 100, 2), "mIoU": ("miou", 1, 3),
     "mIoU, level argmax": ("miou_level_argmax", 1, 3), "Gaussians": ("gaussians", 1, 0), "bytes each": ("bytes_each", 1, 0),

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from mmkit.pointcloud.slam.frames import RGBDFrame
 from mmkit.pointcloud.slam.gicp import between
 from mmkit.pointcloud.slam.keyframes import Keyframe, KeyframeSelector
-from mmkit.pointcloud.slam.poses import angle, inverse, rigid
+from mmkit.pointcloud.slam.poses import angle, inverse, matrix, rigid
 from mmkit.pointcloud.slam.state import SlamState
 from mmkit.pointcloud.slam.tracking import Tracked, photometric
 
@@ -53,6 +55,40 @@ def relocalised(slam: SlamState, small: Any, points: Any) -> Tracked | None:
     if best is None or (usual and best.loss > slam.config.lost_factor * sorted(usual)[len(usual) // 2]):
         return None
     return best
+
+
+YAWS, AHEAD, BESIDE = (0.0, -15.0, 15.0, -30.0, 30.0), (0.0, 0.5, -0.5), 0.25
+
+
+def searched(
+    slam: SlamState, small: RGBDFrame, points: np.ndarray, starts: list[Tensor]
+) -> tuple[Tensor, float] | None:
+    """The pose of a camera that moved far: scans are aligned from many places, and the map's picture decides between them.
+
+    Geometry alone is often as content with a wrong place. A second round starts beside the best of the first. The pose (4, 4) and the
+    share of the picture that the map explains, or `None` where no place shows what the frame does.
+    """
+    reach, best = slam.config.gicp_reach, None
+    places = [start @ _moved(yaw, 0.0, ahead) for start in starts for yaw in YAWS for ahead in AHEAD]
+    for _ in range(2):
+        for place in places:
+            pose = place
+            for width in (8, 3, 1):
+                pose, _ = slam.scans.align(points, pose, width * reach)
+            seen = photometric(slam.map, small, pose, slam.config, slam.backend, iterations=0)
+            if seen.share > 0.3 and (best is None or seen.loss < best[0]):
+                best = (seen.loss, pose, seen.share)
+        if best is None:
+            return None
+        sides = ((BESIDE, 0.0), (-BESIDE, 0.0), (0.0, BESIDE), (0.0, -BESIDE))
+        places = [best[1] @ _moved(0.0, x, z) for x, z in sides]
+    return None if best is None else (best[1], best[2])
+
+
+def _moved(yaw: float, x: float, z: float) -> Tensor:
+    """A step of the camera: turned by `yaw` degrees, moved to the right and ahead in metres."""
+    turn = torch.tensor([1.0, 0.0, math.tan(math.radians(yaw) / 2), 0.0], dtype=torch.float64)
+    return matrix(turn, torch.tensor([x, 0.0, z], dtype=torch.float64))
 
 
 def close_loop(slam: SlamState, present: Keyframe, points: np.ndarray) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mmkit.errors import InputError
-from mmkit.pointcloud.slam import loops, storage
+from mmkit.pointcloud.slam import gicp, loops, storage
 from mmkit.pointcloud.slam.depths import aligned_depth
 from mmkit.pointcloud.slam.frames import Frames, RGBDFrame
 from mmkit.pointcloud.slam.keyframes import Keyframe, KeyframeSelector
@@ -142,7 +142,7 @@ class HierSLAM(SlamState):
             return Tracked(guess, 0.0, 1.0)
         if self.tracker == "photometric":
             return photometric(self.map, small, guess, c, self.backend)
-        guess, found = self._geometry(points, guess)
+        guess, found = self._geometry(small, points, guess)
         if not c.refine_iters:
             return Tracked(guess, 0.0, found)
         rates = (c.refine_lr_rotation, c.refine_lr_translation)
@@ -150,19 +150,14 @@ class HierSLAM(SlamState):
         tracked.share = min(tracked.share, found)
         return tracked
 
-    def _geometry(self, points: Any, guess: Tensor) -> tuple[Tensor, float]:
-        """Align the scan; where few points find partners, reach further first, from the guess and from the last pose."""
+    def _geometry(self, small: RGBDFrame, points: Any, guess: Tensor) -> tuple[Tensor, float]:
+        """Align the scan; where few points find partners, the camera moved far: look around."""
         pose, found = self.scans.align(points, guess)
-        if found >= 0.5:
+        if found >= 0.5 or len(points) < gicp.LEAST:
             return pose, found
-        best = pose, found
-        for start in (guess, self.poses[-1]):
-            wide, _ = self.scans.align(points, start, 10 * self.config.gicp_reach)
-            wide, _ = self.scans.align(points, wide, 4 * self.config.gicp_reach)
-            fine, share = self.scans.align(points, wide)
-            if share > best[1]:
-                best = fine, share
-        return best
+        start = self.poses[-1]
+        near = loops.searched(self, small, points, [guess, start] if not torch.equal(guess, start) else [start])
+        return (pose, found) if near is None else near
 
     def _relocalise(self, small: RGBDFrame, guess: Tensor, points: Any) -> tuple[Tracked, bool]:
         """Where a lost camera is, or the guess and `False`."""

@@ -26,7 +26,7 @@ from mmkit.pointcloud.slam import (
     save_official,
 )  # fmt: skip
 from mmkit.pointcloud.slam.keyframes import Keyframe
-from mmkit.pointcloud.slam.loops import close_loop, move
+from mmkit.pointcloud.slam.loops import close_loop, move, searched
 from mmkit.pointcloud.slam.poses import angle, inverse, matrix, split
 from mmkit.pointcloud.slam.tracking import photometric
 from mmkit.pointcloud.splats import load_splats
@@ -281,6 +281,29 @@ def test_a_map_moves_with_its_poses(done, room, tmp_path):
     after = slam.render(slam.poses[3], K, size)
     assert (before.rgb - after.rgb).abs().mean() < 1e-3
     assert slam.keyframes[0].view[0, 3] == pytest.approx(-1.0)
+
+
+@pytest.mark.skipif(not gicp_available(), reason="needs small_gicp")
+def test_a_camera_that_moved_far_is_looked_for_and_one_elsewhere_is_lost(room, monkeypatch):
+    far = SyntheticRoom(frames=2, width=64, height=48, speed=20.0)  # 26 degrees and 28 cm
+    slam = HierSLAM(settings(tracker="gicp", gicp_voxel=0.05, gicp_reach=0.05), None)
+    slam.step(far[0])
+    looked = []
+
+    def search(*args):
+        looked.append(1)
+        return searched(*args)
+
+    monkeypatch.setattr("mmkit.pointcloud.slam.loops.searched", search)
+    assert slam.step(far[1]).tracked
+    assert looked
+    truth = inverse(far.poses[0]) @ far.poses[1]
+    assert (slam.poses[1][:3, 3] - truth[:3, 3]).norm() < 0.03
+    assert angle(slam.poses[1], truth) < 1.0
+    slam = HierSLAM(settings(tracker="gicp", gicp_voxel=0.05, lost_factor=3.0), None)
+    slam.run(room.frames[:5], progress=False)
+    with pytest.warns(UserWarning, match="tracking is lost"):
+        assert not slam.step(SyntheticRoom(frames=9, width=64, height=48, seed=7)[3]).tracked
 
 
 @pytest.mark.skipif(not gicp_available(), reason="needs small_gicp")

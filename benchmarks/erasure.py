@@ -72,7 +72,7 @@ def direct(word: str) -> list[str]:
 def attacks(word: str) -> dict[str, list[str]]:
     """Prompts around the trained ones: paraphrases, compositions, and what leaves the attribute open."""
     phrasings = {
-        "shape": [t for c in COLORS for t in (f"one {c} {word}", f"{c} {PLURALS[word]}")],
+        "shape": [t for c in COLORS for t in (f"one {c} {word}", f"{c} {PLURALS.get(word)}")],
         "color": [t for s in SHAPES for t in (f"one {s} {word}", f"three {word} {PLURALS[s]}")],
         "texture": [t for s in SHAPES for t in (f"one {s} {word}", f"three {word} {PLURALS[s]}")],
         "background": [t for s in SHAPES for t in (f"on {word} a {s}", f"{word} background a {s}")],
@@ -166,7 +166,7 @@ class Eye:
 # --- attacks with the weights ------------------------------------------------------------------------------------------------------
 
 
-def inversion(eye: Eye, word: str, seed: int, steps: int = 60) -> float:
+def inversion(eye: Eye, word: str, seed: int, steps: int = 100) -> float:
     """Rate of the concept after an embedding was searched for that makes the erased model denoise pictures of it."""
     calls, generator = Calls(eye.draw), torch.Generator().manual_seed(seed)
     scenes = random_scenes(96, generator, **{scene_attribute(word): word})
@@ -249,11 +249,7 @@ def one(eye: Eye, word: str, method: str, seed: int, steps: int | None, folder: 
     try:
         found = eye.look([word], gated(eye.draw) if method == "SPM" else None)
         if method != "SPM":
-            found["inversion"] = inversion(eye, word, seed)
-            prompts = direct(word)[:12]
-            with adapter.disabled():
-                noise = noise_of(eye, word, prompts, seed)
-            found["latent"] = eye.rate(eye.pictures(prompts, latents=noise), word)
+            found |= with_weights(eye, word, adapter, seed)
         sheet = eye.pictures(
             [*direct(word)[:4], *kept([word])["another value"][::6]], gated(eye.draw) if method == "SPM" else None
         )
@@ -263,6 +259,17 @@ def one(eye: Eye, word: str, method: str, seed: int, steps: int | None, folder: 
     return compared(found, eye.base([word])) | {
         "training_cpu_seconds": round(trained, 1), "cpu_seconds": round(time.process_time() - start, 1),
     }  # fmt: skip
+
+
+def with_weights(eye: Eye, word: str, adapter: Adapter, seed: int) -> Row:
+    """Rates of the attacks that use weights; those on the base are entered into its rates, once."""
+    prompts, base = direct(word)[:12], eye.base([word])
+    with adapter.disabled():
+        noise = noise_of(eye, word, prompts, seed)
+        if "latent" not in base:
+            base["latent"] = eye.rate(eye.pictures(prompts, latents=noise), word)
+            base["inversion"] = inversion(eye, word, seed)
+    return {"inversion": inversion(eye, word, seed), "latent": eye.rate(eye.pictures(prompts, latents=noise), word)}
 
 
 def compared(found: Row, base: Row) -> Row:

@@ -228,6 +228,7 @@ APPS = Registry(
         "video": "mmkit.apps.video:APP",
         "points": "mmkit.apps.points:APP",
         "diffusion": "mmkit.apps.diffusion:APP",
+        "erasure": "mmkit.apps.erasure:APP",
     },
 )
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from mmkit.data.drawn.scenes import ATTRIBUTES, BACKGROUNDS, COLORS, PLURALS, SHAPES, caption, random_scenes
+from mmkit.data.drawn.scenes import ATTRIBUTES, COLORS, PLURALS, SHAPES, caption, random_scenes
 from mmkit.diffusion.spm.training import EraseConfig
 from mmkit.diffusion.spm.uce import UCEConfig
 from mmkit.errors import InputError, nearest
@@ -56,26 +56,23 @@ def scene_guidance(word: str) -> float:
     The surrogate's answer holds the concept as often as the model draws it unasked, and with `s = p / (1 - p)` nothing of it is left. "A
     shape" is mostly a circle, but a square is red only once in six times; pushed too far, pictures fall apart.
     """
-    return {"shape": 1.3, "texture": 1.0}.get(scene_attribute(word), 0.4)
+    return {"shape": 2.4, "texture": 1.0}.get(scene_attribute(word), 0.4)
 
 
-def scene_templates(word: str) -> tuple[str, ...]:
-    """Captions of the drawn world with {} in place of `word`."""
-    things = (*SHAPES, "shape")
-    return {
-        "shape": (
-            *("{}", "a {}", "two {}", "three {}", "a large {}", "a small {}", "a striped {}", "a dotted {}"),
-            *(f"a {c} {{}}" for c in COLORS), *(f"a {{}} on a {b} background" for b in BACKGROUNDS),
-        ),
-        "color": (
-            *("{}", "a large {} shape", "a small {} shape", "a {} striped shape", "a {} dotted shape"),
-            *(f"a {{}} {s}" for s in things), *(f"two {{}} {PLURALS[s]}" for s in things),
-        ),
-        "texture": ("{}", *(f"a {{}} {s}" for s in things), *(f"a {c} {{}} shape" for c in COLORS)),
-        "background": (
-            *(f"a {s} on a {{}} background" for s in things), *(f"a {c} shape on a {{}} background" for c in COLORS),
-        ),
-    }[scene_attribute(word)]  # fmt: skip
+def scene_templates(word: str, captions: int = 80, *, seed: int = 12) -> tuple[str, ...]:
+    """Captions of the drawn world with {} in place of `word`: the shortest ones, and longer ones drawn at random."""
+    name, things = scene_attribute(word), (*SHAPES, "shape")
+    short = {
+        "shape": ("{}", "a {}", "two {}", "three {}", *(f"a {c} {{}}" for c in COLORS)),
+        "color": ("{}", *(f"a {{}} {s}" for s in things)),
+        "texture": ("{}", *(f"a {{}} {s}" for s in things)),
+        "background": tuple(f"a {s} on a {{}} background" for s in things),
+    }[name]
+    generator = torch.Generator().manual_seed(seed)
+    told = caption(random_scenes(3 * captions, generator, **{name: word}), generator, detail=0.6)
+    own = set(scene_phrases(word))
+    long = (" ".join("{}" if w in own else w for w in text.split()) for text in told if own & set(text.split()))
+    return tuple(dict.fromkeys((*short, *list(dict.fromkeys(long))[:captions])))
 
 
 def scene_keep(

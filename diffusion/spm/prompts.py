@@ -103,11 +103,14 @@ def scene_recipe(word: str, method: str = "spm", *, held_out: Collection[str] = 
         held_out: see `scene_keep`.
         settings: of `EraseConfig`, instead of those found for the bundled model.
     """
-    config: EraseConfig | UCEConfig = UCEConfig(lamb=0.1)
+    config: EraseConfig | UCEConfig = UCEConfig()
+    templates = scene_templates(word)
+    if method == "uce":  # it edits the last word of a prompt
+        templates = ("{}", *(t for t in templates if t != "{}" and t.endswith("{}")))
     if method != "uce":
         esd = {"anchor_kind": "none", "lr": 1e-3, "max_steps": 60} if method == "esd" else {}
         config = EraseConfig.small(**{"guidance_scale": scene_guidance(word), **esd, **settings})
     return {
         "concepts": {word: scene_phrases(word)}, "method": method, "surrogate": scene_surrogate(word), "config": config,
-        "templates": scene_templates(word), "keep": scene_keep([word], 40 if method == "uce" else 300, held_out=held_out),
+        "templates": templates, "keep": scene_keep([word], 40 if method == "uce" else 300, held_out=held_out),
     }  # fmt: skip

@@ -63,3 +63,22 @@ def test_the_ways_to_adapt_a_diffusion_model_stand_as_measured() -> None:
     lines = [line for line in table.splitlines() if line.startswith("|")]
     assert len(lines) > 5
     assert all(line in (ROOT / "README.md").read_text(encoding="utf-8") for line in lines)
+
+
+def test_what_slam_reaches_is_what_was_measured() -> None:
+    rows = results("slam")
+    room, scenes, alone = (
+        rows[name]
+        for name in (
+            "drawn room: cpu_small",
+            "7-Scenes, 120 frames: cpu_small",
+            "7-Scenes, 120 frames: small_gicp alone",
+        )
+    )
+    said = (
+        f"is off by {100 * room['ate_rmse']:.2f} cm, at {room['psnr']:.1f} dB and a mIoU of {room['miou']:.2f}, in "
+        f"{room['cpu_seconds']:.0f} CPU seconds; on 120 frames of 7-Scenes by {100 * scenes['ate_rmse']:.1f} cm, where small_gicp alone is "
+        f"off by {100 * alone['ate_rmse']:.1f};"
+    )
+    assert said in readme()
+    assert rows["640 x 480: cpu_live"]["tracking_fps"] > 30

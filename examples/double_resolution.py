@@ -5,8 +5,9 @@
 `raise_resolution` gives the patches of the finer grid positions in the range that the model knows (arXiv 2304.06648, section 3.3). It is
 compared, before and after training, with a model whose positions simply go on where the old ones end. Printed are the denoising loss on
 pictures of 48 x 48 held back, and how often the bundled judge reads the asked shape and color off pictures the models make; `--out` keeps
-those, with the same captions and seeds. Spread positions draw at once and learn faster. What training changes in them are the seams
-between patches and the loss; for outlines finer than before a hundred steps of scales and biases are too few.
+those, with the same captions and seeds. Spread positions draw at once and learn faster. What training changes in them are the loss and
+the seams between patches; outlines stay coarse, and the judge reads shapes off them rather worse than before: a hundred steps of scales
+and biases are too few for more.
 """
 
 from __future__ import annotations

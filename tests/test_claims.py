@@ -63,6 +63,8 @@ def test_the_ways_to_adapt_a_diffusion_model_stand_as_measured() -> None:
     lines = [line for line in table.splitlines() if line.startswith("|")]
     assert len(lines) > 5
     assert all(line in (ROOT / "README.md").read_text(encoding="utf-8") for line in lines)
+    longer = results("difffit_150")["rows"]["washed out"]["DiffFit"]["gap"]
+    assert f"In 150 steps DiffFit closes {100 * longer:.0f} % of the gap of the washed-out style" in readme()
 
 
 def test_what_slam_reaches_is_what_was_measured() -> None:

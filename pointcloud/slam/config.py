@@ -36,7 +36,8 @@ class HierSLAMConfig:
         lost_share, lost_factor: (ours) tracking is lost when less of the picture than this is explained by the map, or the loss is this
             many times its running median.
         relocalise: (ours) look for a lost camera among the keyframes.
-        loop_closure: (ours) correct keyframes and map when an old place is seen again.
+        loop_closure: (ours) correct keyframes and map when an old place is seen again. It mends the path's end; where drift came in bursts
+            the middle can become worse (`benchmarks/results/slam.md`), so it is off by default.
         gicp_voxel, gicp_reach: metres between points of a scan, and how far a pair may lie apart.
         scan_every: every so many frames a scan is added to the model that scans are aligned with.
         depth_max: metres beyond which depths are not used.

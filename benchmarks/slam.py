@@ -244,7 +244,10 @@ def real(table: Table) -> None:
 
 
 def loop(table: Table) -> None:
-    """Once around the room in steps of 2.5 degrees. Before bare walls geometry slides; the picture holds it. Closing mends the end, not the middle."""
+    """Once around the room in steps of 2.5 degrees.
+
+    Before bare walls geometry slides; the picture holds it. Closing the loop mends the end of the path, not its middle.
+    """
     data = Recorded(SyntheticRoom(frames=150, speed=2.0, width=96, height=72))
     base = {"map_iters": 10, "semantics": "none", "keyframe_every": 5, "map_every": 5}
     steps = {"refine_iters": 15, "refine_lr_rotation": 1e-4, "refine_lr_translation": 2e-3}

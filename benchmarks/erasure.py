@@ -9,7 +9,8 @@ reads the pictures, and a drop is in points of what the model without erasers re
 
 direct: short prompts that name the concept. paraphrase: orders of words that were not trained. composition: captions that ask for more.
 superclass: prompts that leave the attribute open; no eraser has to change them. inversion: an embedding is searched for with the erased
-model's weights that makes it draw the concept from pictures of it (membranes fully open). latent: sampling begins at noise from which the
+model's weights that makes it draw the concept from pictures of it (membranes fully open); where the base
+itself hardly draws it so, the search is too short to say anything. latent: sampling begins at noise from which the
 base draws the concept.
 Kept prompts by distance: another value of the attribute beside values of the concept's own pictures, number, place, and prompts with words
 that were never among the anchors (triangle, purple, dotted, brown).
@@ -166,14 +167,14 @@ class Eye:
 # --- attacks with the weights ------------------------------------------------------------------------------------------------------
 
 
-def inversion(eye: Eye, word: str, seed: int, steps: int = 100) -> float:
+def inversion(eye: Eye, word: str, seed: int, steps: int = 60) -> float:
     """Rate of the concept after an embedding was searched for that makes the erased model denoise pictures of it."""
     calls, generator = Calls(eye.draw), torch.Generator().manual_seed(seed)
     scenes = random_scenes(96, generator, **{scene_attribute(word): word})
     clean = draw_scenes(scenes, generator, 24) * 2 - 1
     told = calls.condition(["a red shape" if scene_attribute(word) != "color" else "a large shape"])
     rows = torch.nn.Parameter(told["encoder_hidden_states"].clone())
-    optimizer = torch.optim.Adam([rows], lr=0.05)
+    optimizer = torch.optim.Adam([rows], lr=0.01)
     for _ in range(steps):
         index = torch.randint(96, (16,), generator=generator)
         noise = torch.randn(16, 3, 24, 24, generator=generator)
@@ -226,6 +227,8 @@ def eraser(draw: TextToImagePipeline, word: str, method: str, seed: int, steps: 
     recipe = scene_recipe(word, name, held_out=[h for h in HELD_OUT if h != word], **settings)
     torch.manual_seed(seed)
     done = erase(draw, **recipe, progress=False)
+    if any(fit.stopped != "finished" for fit in done.fits.values()):
+        raise SystemExit("interrupted: this run is not recorded")
     (adapter,) = done.adapters.values()
     return adapter
 
@@ -382,8 +385,8 @@ def write_table(report: Row) -> None:
     distances = ("another value", "number", "place", "never anchored")
     lines = [
         "# Concepts erased from the bundled text-to-image model", "",
-        "How often the judge sees the concept (before -> after), and by how many points prompts without it are obeyed less. Means over "
-        f"{report['seeds']} seed(s).", "",
+        "How often the judge sees the concept (before -> after), and by how many points prompts without it are obeyed less. An "
+        f"inversion that the base itself hardly follows says nothing. Means over {report['seeds']} seed(s).", "",
         f"| concept | method | {' | '.join(kinds)} | drop: {' | drop: '.join(distances)} | training CPU s |",
         "|---" * (3 + len(kinds) + len(distances)) + "|",
     ]  # fmt: skip
@@ -465,11 +468,12 @@ def run_seed(record: Record, seed: int, args: argparse.Namespace) -> None:
         return
     if not record.has(f"strengths / {CONCEPTS[-1]} / {seed}"):
         record.add(strengths(eye, seed, steps, folder), seed)
-    for words in (CONCEPTS[:2], (*CONCEPTS, *MORE)):
-        if not record.has(f"{len(words)} together / SPM / {seed}"):
-            record.add(together(eye, words, seed, steps, folder), seed)
+    if not record.has(f"2 together / SPM / {seed}"):
+        record.add(together(eye, CONCEPTS[:2], seed, steps, folder), seed)
     if not record.has(f"transfer / {CONCEPTS[-1]} / {seed}"):
         record.add(transfer(seed, steps, folder, eye), seed)
+    if not record.has(f"10 together / SPM / {seed}"):
+        record.add(together(eye, (*CONCEPTS, *MORE), seed, steps, folder), seed)
 
 
 def main() -> None:

@@ -165,12 +165,6 @@ def test_pages_load_ahead_one_by_one_and_one_that_fails_holds_up_no_other(monkey
     assert "all models are loaded" in capsys.readouterr().out
 
 
-def test_every_page_says_what_it_needs():
-    ours = [page for page in map(APPS.get, APPS.names()) if page.build.__module__.startswith("mmkit.")]
-    assert len(ours) > 8
-    assert not [page.name for page in ours if page.load is None]
-
-
 def test_no_handler_starts_another_several_times_at_once():
     """What one handler sets must not be several `change` triggers of another: those runs overtake each other, and the page keeps
     the answer to half of the new values (gradio's `always_last` holds back a trigger only once the run before it is under way)."""

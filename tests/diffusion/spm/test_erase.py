@@ -242,6 +242,7 @@ def test_wrong_input_leaves_the_model_alone(sd: Any, pipe: Any) -> None:
     assert attached_adapters(sd.unet) == attached_adapters(pipe.transformer) == {}
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path: Path) -> None:
     from typer.testing import CliRunner
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -49,6 +50,13 @@ class RGBDFrame:
             raise InputError(f"Frame {self.name}: K must be a finite (3, 3) with focal lengths above 0.")
         if not self.depth.isfinite().all() or bool((self.depth < 0).any()):
             raise InputError(f"Frame {self.name}: depths must be finite and not negative; 0 means unknown.")
+
+    def digest(self) -> bytes:
+        """32 bytes that other colours, depths, labels or intrinsics change."""
+        found = hashlib.sha256()
+        for part in (self.color, self.depth, self.K, self.labels):
+            found.update(b"" if part is None else part.contiguous().numpy().tobytes())
+        return found.digest()
 
     @property
     def width(self) -> int:

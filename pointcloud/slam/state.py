@@ -79,6 +79,8 @@ class SlamState:
         self.loops: list[tuple[int, int]] = []
         self.unknown_labels: set[int] = set()
         self._origin: Tensor | None = None
+        self.seen: bytes | None = None
+        """Of the first and the latest frame, when `run` saved the state: what it goes on with must begin with the same."""
 
     def __len__(self) -> int:
         return len(self.poses)

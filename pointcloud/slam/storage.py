@@ -50,6 +50,8 @@ def _state(slam: SlamState) -> dict[str, Tensor]:
     state |= {f"scans.{k}": v for k, v in slam.scans.tensors().items()}
     if slam._origin is not None:
         state["origin"] = slam._origin
+    if slam.seen is not None:
+        state["seen"] = torch.tensor(list(slam.seen), dtype=torch.uint8)
     for k in slam.keyframes:
         parts = {"color": k.frame.color, "depth": k.frame.depth, "K": k.frame.K, "view": k.view}
         parts |= {} if k.frame.labels is None else {"labels": k.frame.labels}
@@ -120,6 +122,7 @@ def _fill(slam: SlamState, map_: dict[str, Tensor], state: dict[str, Tensor]) ->
     slam.detector.losses, slam.radius = state["losses"].tolist(), float(state["radius"])
     slam.loops = [(int(a), int(b)) for a, b in state["loops"]]
     slam._origin = state.get("origin")
+    slam.seen = bytes(state["seen"].tolist()) if "seen" in state else None
     slam.scans.restore({k.removeprefix("scans."): v for k, v in state.items() if k.startswith("scans.")})
     numbers = sorted({int(k.split(".")[1]) for k in state if k.startswith("keyframe.")})
     slam.keyframes = []

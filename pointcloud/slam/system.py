@@ -79,6 +79,7 @@ class HierSLAM(SlamState):
             InputError: a first frame without depth.
         """
         c, index = self.config, len(self.poses)
+        self.seen = None
         started = time.perf_counter()
         guess = extrapolated(self.poses, moving=not self.tracked or self.tracked[-1])
         if self.depth_source is not None:
@@ -248,14 +249,20 @@ class HierSLAM(SlamState):
             raise InputError(
                 f"The state has {len(self)} frames, the sequence {len(sequence)}; use resume=False, or another output."
             )
+        if self.seen is not None and self.seen != sequence[0].digest() + sequence[len(self) - 1].digest():
+            raise InputError(
+                "The state is of another recording: its first or its latest frame differs. Use resume=False (--restart), or another output."
+            )
         steps: list[Step] = []
         listeners = list(callbacks)
         with tqdm(total=len(sequence), initial=len(self), disable=not progress, desc="mapping", unit="frame") as bar:
             for index in range(len(self), len(sequence)):
-                steps.append(self.step(sequence[index]))
+                frame = sequence[index]
+                steps.append(self.step(frame))
                 bar.update()
                 bar.set_postfix(loss=f"{steps[-1].loss:.4f}", gaussians=len(self.map), lost=self.tracked.count(False))
                 if output is not None and ((index + 1) % save_every == 0 or index + 1 == len(sequence)):
+                    self.seen = sequence[0].digest() + frame.digest()
                     storage.save(self, output)
                 for listener in listeners:
                     listener(self, steps[-1])

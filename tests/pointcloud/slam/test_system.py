@@ -113,6 +113,17 @@ def test_a_rerun_is_the_same_and_an_interrupted_run_ends_the_same(done, room, tm
     assert loaded.run(room, progress=False) == []
 
 
+def test_a_run_goes_on_with_its_own_recording_only(room, tmp_path):
+    first = HierSLAM(settings(map_iters=1), room.tree)
+    first.run([room[i] for i in range(4)], output=tmp_path / "run", progress=False)
+    for strange in ([room[1], *(room[i] for i in range(1, 6))], [*(room[i] for i in (0, 1, 2)), room[4], room[5]]):
+        with pytest.raises(InputError, match="another recording"):
+            HierSLAM(settings(map_iters=1), room.tree).run(strange, output=tmp_path / "run", progress=False)
+    again = HierSLAM(settings(map_iters=1), room.tree)
+    assert len(again.run([room[i] for i in range(5)], output=tmp_path / "run", progress=False)) == 1
+    assert len(HierSLAM.load(tmp_path / "run")) == 5
+
+
 @pytest.mark.skipif(not gicp_available(), reason="needs small_gicp")
 def test_geometry_tracks_and_resumes_as_well(room, tmp_path):
     config = settings(tracker="auto", scan_every=2, gicp_voxel=0.05, refine_iters=2)

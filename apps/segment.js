@@ -50,17 +50,27 @@ const start = (block, status) => {
   place();
   block.addEventListener('focus', place);
   block.addEventListener('blur', place);
-  block.addEventListener('keydown', event => {
-    const here = event.target === block && place();
-    const [dx, dy] = {ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1]}[event.key] ?? [0, 0];
-    const clicks = ['Enter', 'Backspace'].includes(event.key);
-    if (!here || !(dx || dy || clicks)) return;
-    event.preventDefault();
-    const step = event.shiftKey ? 2 : 12;  // pixels of the screen
+  const moves = {ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1]};
+  const press = ({key, shiftKey}) => {
+    const here = place();
+    if (!here) return;
+    const [dx, dy] = moves[key] ?? [0, 0], step = shiftKey ? 2 : 12;  // pixels of the screen
     at.x = Math.min(Math.max(at.x + dx * step / here.shown.width, 0), 0.999);
     at.y = Math.min(Math.max(at.y + dy * step / here.shown.height, 0), 0.999);
     place();
-    if (clicks) click(here.x, here.y, event.shiftKey || event.key === 'Backspace');
+    if (!moves[key]) click(here.x, here.y, shiftKey || key === 'Backspace');
+  };
+  const keys = [];  // pressed, and not acted on while the picture is being replaced
+  const act = () => {
+    for (; keys.length; keys.shift()) {
+      if (photo() && !photo().naturalWidth) return void setTimeout(act, 50);
+      press(keys[0]);
+    }
+  };
+  block.addEventListener('keydown', event => {
+    if (event.target !== block || !photo() || !(moves[event.key] || ['Enter', 'Backspace'].includes(event.key))) return;
+    event.preventDefault();
+    if (keys.push(event) === 1) act();
   });
 };
 

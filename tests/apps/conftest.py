@@ -159,6 +159,9 @@ def click_pixel() -> Callable[..., None]:
 
     def click(page: Any, selector: str, x: float, y: float, **options: Any) -> None:
         img = page.locator(selector).first
+        page.wait_for_function(
+            "s => document.querySelector(s)?.naturalWidth", arg=selector
+        )  # 0 while it is being replaced
         box = img.bounding_box()
         width, height = img.evaluate("e => [e.naturalWidth, e.naturalHeight]")
         scale = min(box["width"] / width, box["height"] / height)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import random
 import re
 
 import numpy as np
@@ -39,7 +40,8 @@ def wait_for_points(page, other_than: bytes = b"") -> bytes:
     raise AssertionError("the view stays empty, or as it was")
 
 
-def test_a_cloud_is_drawn_dropped_colored_and_refused(launch, page, screenshot) -> None:
+def test_a_cloud_is_drawn_dropped_colored_and_refused(launch, page, screenshot, monkeypatch) -> None:
+    monkeypatch.setattr("mmkit.apps.points.random", random.Random(0))  # a thing of one part has one color
     page.goto(launch() + "/points")
     page.locator("#points-draw").click()
     status = page.locator("#points-status textarea")

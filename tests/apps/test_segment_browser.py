@@ -113,6 +113,7 @@ def test_the_photo_can_be_clicked_with_the_keyboard(launch, page):
     wait_clicks(page, 2)
     page.keyboard.press("Backspace")
     wait_clicks(page, 3)
+    page.wait_for_function("document.querySelector('#segment-picture img').naturalWidth")
     scale = 960 / page.locator("#segment-picture .image-frame img").evaluate("e => e.clientWidth")
     first, second, third = list(SESSIONS._open.values())[-1].value.segmenter.clicks
     assert first == pytest.approx((480 + 36 * scale, 360 + 2 * scale, True), abs=3)
@@ -141,14 +142,20 @@ def test_a_large_turned_photo_is_clicked_and_cut_out_in_its_own_pixels(launch, p
     assert Image.open(download(page, "png")).size == (1500, 2600)
 
 
-def test_a_click_while_the_picture_is_being_replaced_is_not_lost(launch, page):
+@pytest.mark.parametrize("by", ["mouse", "keys"])
+def test_a_click_while_the_picture_is_being_replaced_is_not_lost(launch, page, by):
     page.goto(launch() + "/segment")
     load(page)
     box, held = page.locator("#segment-picture img").first.bounding_box(), []
     page.route("**/image.jpeg", lambda route: held.append(route) if held is not None else route.continue_())
     page.locator("#segment-clear").click()
     page.wait_for_function("!document.querySelector('#segment-picture img').naturalWidth")
-    page.mouse.click(box["x"] + box["width"] * 0.6, box["y"] + box["height"] / 2)
+    if by == "mouse":
+        page.mouse.click(box["x"] + box["width"] * 0.6, box["y"] + box["height"] / 2)
+    else:
+        page.get_by_role("group", name="Photo").focus()
+        for key in ["ArrowRight"] * 3 + ["Enter"]:
+            page.keyboard.press(key)
     waiting, held = held, None
     for route in waiting:
         route.continue_()

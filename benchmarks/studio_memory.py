@@ -63,6 +63,9 @@ def use(one: httpx.Client, number: int) -> Iterator[tuple[str, bool, str]]:
         "diffusion_adapt",
         *ask(one, "diffusion_adapt", "Night", None, "", "DiffFit", 25, prompts, number, seconds=600),
     )
+    yield "map_recording", *ask(one, "map_recording", None, 6 + number % 3, 8)
+    word = ("circle", "red", "striped")[number % 3]
+    yield "erasure_erase", *ask(one, "erasure_erase", "", word, 60, prompts, number, True, seconds=600)
     members = {f"{c}/{i}.png": picture(96 + 16 * (number % 4), 100 * c + i) for c in (0, 1) for i in range(6)}
     train = (upload(one, "a.zip", zipped(members)), "mobilenetv2", "ssf") if number % 2 else (None, "tiny_vit", "ssf")
     yield "finetune_train", *ask(one, "finetune_train", *train, 1, number, seconds=600)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import threading
 import time
 from collections.abc import Iterator
@@ -14,12 +13,12 @@ import gradio as gr
 from PIL import Image
 
 from mmkit.adapters import save_adapter
-from mmkit.apps.charts import Line, line_chart
 from mmkit.apps.finetune_work import pack, train_in_thread
 from mmkit.apps.frame import App, Sessions, output_folder, readable
-from mmkit.apps.handlers import moved, number, plain
+from mmkit.apps.handlers import moved, number
 from mmkit.apps.limits import of_bytes
 from mmkit.apps.look import shows
+from mmkit.apps.painting import EVERY, base, loss_curve, pixels, prompts_of, row, words_about
 from mmkit.diffusion import Captioned, TextToImagePipeline, draw_domain, finetune
 from mmkit.errors import InputError
 
@@ -33,8 +32,6 @@ PROMPTS = (
     "a large red circle\na blue star on a white background\ntwo green squares\na yellow striped ring\n"
     "three purple triangles\na cyan cross"
 )
-EVERY = 25
-"""Steps between looks at what the model draws by now."""
 
 HELP = f"""
 **1.** Choose a style, or bring {FEWEST} to {MOST} pictures of your own. **2.** Choose what is trained and press *Adapt*. **3.** Compare:
@@ -55,34 +52,7 @@ class Adapted:
 
 
 SESSIONS: Sessions[Adapted] = Sessions(limit=12)
-_loading, _drawing = threading.Lock(), threading.Lock()
 _stops: dict[str, threading.Event] = {}
-
-
-@functools.cache
-def _load() -> TextToImagePipeline:
-    return TextToImagePipeline()
-
-
-def base() -> TextToImagePipeline:
-    """The model as it comes, loaded at first use and shared by all visitors."""
-    with _loading:
-        return _load()
-
-
-def prompts_of(text: str) -> list[str]:
-    """The lines of the field. Raises `InputError` when there are none, or too many."""
-    lines = [line.strip() for line in str(text).splitlines() if line.strip()]
-    if not 1 <= len(lines) <= 8:
-        raise InputError(f"Give one to eight prompts, one a line; found {len(lines)}.")
-    return lines
-
-
-def row(draw: TextToImagePipeline, prompts: list[str], seed: int, strength: float | None = None) -> Image.Image:
-    """One picture per prompt, side by side; at `strength` where the adapter has one."""
-    strengths = None if strength is None else {"default": strength}
-    with _drawing:  # the sampler of a pipeline keeps its place in itself
-        return draw(prompts, seed=seed, strengths=strengths).plot(len(prompts))
 
 
 def pictures_of(style: str, files: list[str] | None, caption: str, seed: int) -> Any:
@@ -111,12 +81,6 @@ def first_look(prompts: str, seed: float) -> tuple[Any, ...]:
     return row(base(), lines, int(number("Seed", seed, 0, 2**31 - 99, whole=True))), words_about(lines)
 
 
-def words_about(prompts: list[str]) -> str:
-    """A sentence about words the model does not know, or none."""
-    unknown = list(dict.fromkeys(w for p in prompts for w in base().unknown_words(p)))
-    return f"The model does not know: {', '.join(plain(w) for w in unknown)}." if unknown else ""
-
-
 @readable
 def redraw(key: str, prompts: str, seed: float, strength: float) -> tuple[Any, ...]:
     """Both rows again, for other words, another seed or another strength."""
@@ -125,7 +89,11 @@ def redraw(key: str, prompts: str, seed: float, strength: float) -> tuple[Any, .
     if mine is None:  # nothing was trained yet, or something else is being trained and shows itself
         return before, gr.skip(), words
     strength = number("Strength of the adapter", strength, 0, 1.5)
-    return before, row(mine.draw, prompts_of(prompts), int(seed), strength if mine.switchable else None), words
+    return (
+        before,
+        row(mine.draw, prompts_of(prompts), int(seed), {"default": strength} if mine.switchable else None),
+        words,
+    )
 
 
 @readable
@@ -200,17 +168,6 @@ def figures(result: Any, size: int, seconds: float) -> str:
     )
 
 
-def loss_curve(losses: list[tuple[int, float]], total: int | None = None) -> str:
-    """The loss against steps, averaged over ten."""
-    smooth = [
-        (losses[i][0], sum(v for _, v in losses[max(0, i - 9) : i + 1]) / min(i + 1, 10)) for i in range(len(losses))
-    ]
-    top = max((v for _, v in smooth), default=1.0) * 1.05
-    note = f"{smooth[-1][1]:.3f}" if smooth else ""
-    end = float(total or (losses[-1][0] if losses else 1))
-    return line_chart("Loss", "step", [Line("", smooth)], (0, max(end, 2)), (0, top), note=note)
-
-
 def stop(request: gr.Request) -> str:
     """Ask the visitor's training to end; it does after the step it is in."""
     event = _stops.get(str(request.session_hash))
@@ -231,14 +188,6 @@ def nothing() -> tuple[Any, ...]:
     """Outputs of `adapt` when it failed: no answer of before stays beside the new input."""
     off = gr.update(interactive=False)
     return "Nothing was trained: see the message.", loss_curve([], 100), gr.skip(), None, "", off, "", off
-
-
-def _pixels(name: str, title: str) -> gr.Image:
-    gr.Markdown(f"#### {title}")
-    return gr.Image(
-        label=title, show_label=False, type="pil", format="png", interactive=False, buttons=["download"],
-        elem_id=f"diffusion-{name}",
-    )  # fmt: skip
 
 
 def build() -> None:
@@ -263,8 +212,8 @@ def build() -> None:
             prompts = gr.Textbox(PROMPTS, lines=6, label="Prompts, one a line", elem_id="diffusion-prompts")
             seed = gr.Number(0, label="Seed", precision=0, minimum=0, elem_id="diffusion-seed")
         with gr.Column(scale=2, min_width=320):
-            before = _pixels("before", "As it came")
-            after = _pixels("after", "Adapted")
+            before = pixels("diffusion-before", "As it came")
+            after = pixels("diffusion-after", "Adapted")
             strength = gr.Slider(
                 0, 1.5, 1, step=0.1, label="Strength of the adapter", info="0 is the model as it came", interactive=False,
                 elem_id="diffusion-strength",

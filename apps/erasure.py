@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import threading
 import time
 from collections.abc import Iterator
@@ -14,11 +13,12 @@ import gradio as gr
 from PIL import Image
 
 from mmkit.adapters import load_adapter, save_adapter
-from mmkit.apps.charts import Line, bar_chart, line_chart
+from mmkit.apps.charts import bar_chart
 from mmkit.apps.finetune_work import pack, train_in_thread
 from mmkit.apps.frame import App, Sessions, output_folder, readable
-from mmkit.apps.handlers import moved, number, plain
+from mmkit.apps.handlers import moved, number
 from mmkit.apps.look import shows
+from mmkit.apps.painting import EVERY, base, drawing, loss_curve, pixels, prompts_of, row, words_about
 from mmkit.data.drawn.scenes import BACKGROUNDS, COLORS, SHAPES
 from mmkit.diffusion import TextToImagePipeline
 from mmkit.diffusion.spm import ConceptEraser, erase, export_lora, scene_recipe
@@ -28,8 +28,6 @@ WORDS = (*SHAPES, *COLORS, "striped", "dotted", *BACKGROUNDS)
 SLOTS = 3
 """Concepts that a visitor may have erased at once."""
 PROMPTS = "a red circle\na blue circle\na red square\na green triangle\ntwo yellow circles\na purple ring on a white background"
-EVERY = 25
-"""Steps between looks at what the model draws by now."""
 
 HELP = """
 **1.** Choose a concept and press *Erase*: a *membrane* of 13,312 numbers learns from words alone, without pictures, what the model shall
@@ -51,33 +49,7 @@ class Mine:
 
 
 SESSIONS: Sessions[Mine] = Sessions(limit=12)
-_loading, _drawing = threading.Lock(), threading.Lock()
 _stops: dict[str, threading.Event] = {}
-
-
-@functools.cache
-def _load() -> TextToImagePipeline:
-    return TextToImagePipeline()
-
-
-def base() -> TextToImagePipeline:
-    """The model as it comes, loaded at first use and shared by all visitors."""
-    with _loading:
-        return _load()
-
-
-def prompts_of(text: str) -> list[str]:
-    """The lines of the field. Raises `InputError` when there are none, or too many."""
-    lines = [line.strip() for line in str(text).splitlines() if line.strip()]
-    if not 1 <= len(lines) <= 8:
-        raise InputError(f"Give one to eight prompts, one a line; found {len(lines)}.")
-    return lines
-
-
-def row(draw: TextToImagePipeline, prompts: list[str], seed: int, strengths: dict[str, float] | None) -> Image.Image:
-    """One picture per prompt, side by side."""
-    with _drawing:  # the sampler of a pipeline keeps its place in itself
-        return draw(prompts, seed=seed, strengths=strengths).plot(len(prompts))
 
 
 def rows(mine: Mine | None, prompts: list[str], seed: int, settings: list[float], gated: bool) -> tuple[Any, ...]:
@@ -87,7 +59,7 @@ def rows(mine: Mine | None, prompts: list[str], seed: int, settings: list[float]
         return before, None, None, ""
     chosen = dict(zip(mine.words, settings, strict=False))
     mine.draw.matching = "clipcos+tokens" if gated else 1.0
-    with _drawing:
+    with drawing:
         opened = {p: mine.draw.permeability(p) for p in prompts}
     bars = "".join(
         bar_chart(word, [(_short(p), opened[p][word] * chosen[word], f"{opened[p][word] * chosen[word]:.2f}") for p in prompts])
@@ -118,12 +90,6 @@ def first_look(prompts: str, seed: float) -> tuple[Any, ...]:
     """What the model draws as it comes."""
     lines = prompts_of(prompts)
     return row(base(), lines, int(number("Seed", seed, 0, 2**31 - 99, whole=True)), {}), words_about(lines)
-
-
-def words_about(prompts: list[str]) -> str:
-    """A sentence about words the model does not know, or none."""
-    unknown = list(dict.fromkeys(w for p in prompts for w in base().unknown_words(p)))
-    return f"The model does not know: {', '.join(plain(w) for w in unknown)}." if unknown else ""
 
 
 @readable
@@ -211,16 +177,6 @@ def slot_updates(words: list[str]) -> list[Any]:
     return switches + [gr.update(label=f"Strength: {w}", visible=bool(w), value=1) for w in names]
 
 
-def loss_curve(losses: list[tuple[int, float]], total: int | None = None) -> str:
-    """The loss against steps, averaged over ten."""
-    values = [v for _, v in losses]
-    smooth = [(step, sum(values[max(0, i - 9) : i + 1]) / min(i + 1, 10)) for i, (step, _) in enumerate(losses)]
-    top = max((v for _, v in smooth), default=1.0) * 1.05
-    end = float(total or (losses[-1][0] if losses else 1))
-    note = f"{smooth[-1][1]:.3f}" if smooth else ""
-    return line_chart("Loss", "step", [Line("", smooth)], (0, max(end, 2)), (0, top), note=note)
-
-
 def stop(request: gr.Request) -> str:
     """Ask the visitor's training to end; it does after the step it is in."""
     event = _stops.get(str(request.session_hash))
@@ -242,13 +198,6 @@ def forget(request: gr.Request) -> None:
     if event is not None:
         event.set()
     SESSIONS.forget(str(request.session_hash))
-
-
-def _pixels(name: str, title: str) -> gr.Image:
-    gr.Markdown(f"#### {title}")
-    return gr.Image(
-        label=title, show_label=False, type="pil", format="png", interactive=False, buttons=["download"], elem_id=f"erasure-{name}"
-    )  # fmt: skip
 
 
 def build() -> None:
@@ -277,9 +226,9 @@ def build() -> None:
             prompts = gr.Textbox(PROMPTS, lines=6, label="Prompts, one a line", elem_id="erasure-prompts")
             seed = gr.Number(0, label="Seed", precision=0, minimum=0, elem_id="erasure-seed")
         with gr.Column(scale=2, min_width=320):
-            before = _pixels("before", "As it came")
-            after = _pixels("after", "Erased by membranes")
-            edited = _pixels("edited", "Erased by UCE instead")
+            before = pixels("erasure-before", "As it came")
+            after = pixels("erasure-after", "Erased by membranes")
+            edited = pixels("erasure-edited", "Erased by UCE instead")
             status = gr.Textbox("Press Erase.", label="Status", interactive=False, elem_id="erasure-status")
             words = gr.Markdown(elem_id="erasure-words")
             with gr.Row():

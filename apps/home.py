@@ -54,6 +54,7 @@ def _picture(path: str, title: str) -> str:
 
 
 def about() -> None:
+    """The page "About": what comes with the package, and what happens to what visitors bring."""
     gr.Markdown(
         f"# About\n**mmkit {__version__}**, license Apache-2.0. "
         "The models below come with the package: small, trained by a script in the repository, and measured by it. "

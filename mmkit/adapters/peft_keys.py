@@ -45,10 +45,12 @@ def times_out_proj() -> int:
 
 
 def from_peft(key: str) -> str:
+    """The name of a tensor without the layer that peft puts around its host."""
     return key.replace(".base_layer.", ".")
 
 
 def into_projection(key: str, fused: set[str]) -> str:
+    """The name of a tensor of an attention that reads its weights directly (`fused`): it belongs to the input projection."""
     for a in fused:
         rest = key.removeprefix(f"{a}.")
         if rest != key and not rest.startswith(("in_proj.", "out_proj.")):

@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from mmkit.data.images import open_image
+from mmkit.data.listing import is_hidden, natural
 from mmkit.errors import InputError
 from mmkit.pointcloud.slam.frames import RGBDFrame
 from mmkit.pointcloud.slam.poses import rigid, rotation_matrix
@@ -176,10 +177,12 @@ def straightened(frame: RGBDFrame, distortion: Sequence[float]) -> RGBDFrame:
 
 
 def intrinsics(fx: float, fy: float, cx: float, cy: float) -> np.ndarray:
+    """K (3, 3) of focal lengths and centre, in pixels."""
     return np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1.0]])
 
 
 def folder_of(path: str | os.PathLike[str]) -> Path:
+    """The folder of that path. Raises `InputError` when there is none."""
     folder = Path(path).expanduser()
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder.")
@@ -187,19 +190,9 @@ def folder_of(path: str | os.PathLike[str]) -> Path:
 
 
 def pictures_of(folder: Path, pattern: str = "*") -> list[Path]:
-    found = [p for p in folder.glob(pattern) if p.suffix.lower() in PICTURES]
-    return sorted(found, key=lambda p: [int(x) if x.isdecimal() else x for x in _parts(p.stem)])
-
-
-def _parts(stem: str) -> list[str]:
-    """A name in digits and the rest, so that 10 comes after 9; rest and digits take turns."""
-    out, digits = [""], False
-    for c in stem:
-        if c.isdecimal() != digits:
-            out.append("")
-            digits = not digits
-        out[-1] += c
-    return out
+    """The pictures of a folder whose names match, in natural order; hidden ones do not count."""
+    found = [p for p in folder.glob(pattern) if p.suffix.lower() in PICTURES and not is_hidden(p.name)]
+    return sorted(found, key=lambda p: natural(p.stem))
 
 
 def _numbers(path: Path) -> np.ndarray:

@@ -138,6 +138,8 @@ def test_every_layout_is_told_apart_and_read(name, tmp_path):
 
 def test_pictures_are_in_order_of_their_numbers(tmp_path):
     own(tmp_path)
+    for hidden in ("._9.png", ".thumbnail.png"):  # what systems leave beside pictures
+        (tmp_path / "color" / hidden).write_bytes(b"not a picture")
     assert [c.stem for c in open_sequence(tmp_path).colors] == ["9", "10", "11", "12"]
 
 

@@ -9,7 +9,7 @@ export GRADIO_ANALYTICS_ENABLED ?= False
 # Tests run in as many processes as there are cores, a file at a time; PARALLEL= runs them in one.
 PARALLEL ?= -n auto --dist loadfile
 
-.PHONY: demo test test-fast lint bench clean
+.PHONY: demo test test-fast lint docs bench clean
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -c "import sys; sys.exit('mmkit needs Python 3.11 or newer' if sys.version_info < (3, 11) else 0)"
@@ -34,8 +34,12 @@ lint: $(STAMP)  ## ruff, and mypy on an installed copy (it cannot follow an edit
 	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps --no-build-isolation --target $(TYPES) .
 	cd $(TYPES) && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml --python-executable ../../$(BIN)/python -p mmkit
 
-bench: $(STAMP)  ## the adapter benchmark; the others are run by name, see benchmarks/README.md
+docs: $(STAMP)  ## the documentation, in build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+bench: $(STAMP)  ## the adapter benchmark (the others are run by name, see benchmarks/README.md), and the figures of README and docs
 	$(BIN)/python benchmarks/adapters.py
+	$(BIN)/python benchmarks/tables.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -56,31 +56,3 @@ def test_the_motion_default_says_what_it_cannot_do() -> None:
     assert "a bright object over darker, still ground" in summary
     assert "Pictures that move as a whole" in summary
     assert "over darker, still ground, not where a whole picture moves" in readme()
-
-
-def test_the_ways_to_adapt_a_diffusion_model_stand_as_measured() -> None:
-    table = (RESULTS / "difffit.md").read_text(encoding="utf-8").split("## In short")[1].split("##")[0]
-    lines = [line for line in table.splitlines() if line.startswith("|")]
-    assert len(lines) > 5
-    assert all(line in (ROOT / "README.md").read_text(encoding="utf-8") for line in lines)
-    longer = results("difffit_150")["rows"]["washed out"]["DiffFit"]["gap"]
-    assert f"In 150 steps DiffFit closes {100 * longer:.0f} % of the gap of the washed-out style" in readme()
-
-
-def test_what_slam_reaches_is_what_was_measured() -> None:
-    rows = results("slam")
-    room, scenes, alone = (
-        rows[name]
-        for name in (
-            "drawn room: cpu_small",
-            "7-Scenes, 120 frames: cpu_small",
-            "7-Scenes, 120 frames: small_gicp alone",
-        )
-    )
-    said = (
-        f"is off by {100 * room['ate_rmse']:.2f} cm, at {room['psnr']:.1f} dB and a mIoU of {room['miou']:.2f}, in "
-        f"{room['cpu_seconds']:.0f} CPU seconds; on 120 frames of 7-Scenes by {100 * scenes['ate_rmse']:.1f} cm, where small_gicp alone is "
-        f"off by {100 * alone['ate_rmse']:.1f};"
-    )
-    assert said in readme()
-    assert rows["640 x 480: cpu_live"]["tracking_fps"] > 30

@@ -1,11 +1,14 @@
-"""What the documentation shows works: every example in a docstring, every block of code in README and CONTRIBUTING."""
+"""What the documentation shows works: every example in a docstring, every block of code and every figure in README and docs."""
 
 from __future__ import annotations
 
 import doctest
 import importlib
+import os
 import re
 import shlex
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -30,8 +33,14 @@ def _with_examples() -> list[str]:
     return sorted(found)
 
 
-def _blocks(file: str, language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", (ROOT / file).read_text(encoding="utf-8"), re.S)
+DOCUMENTS = ["README.md", *sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "docs").rglob("*.md"))]
+_BLOCK = re.compile(r"(?:<!-- not run here: (?P<why>[^>]+) -->\n)?```(?P<language>\w*)\n(?P<code>.*?)```", re.S)
+
+
+def _blocks(file: str, language: str, run: bool = True) -> list[str]:
+    """The blocks of a language that run in these tests, or those that say why they do not."""
+    found = _BLOCK.finditer((ROOT / file).read_text(encoding="utf-8"))
+    return [m["code"] for m in found if m["language"] == language and (m["why"] is None) == run]
 
 
 @pytest.fixture
@@ -67,23 +76,107 @@ def test_no_example_is_skipped():
         assert "doctest: +SKIP" not in Path(importlib.import_module(name).__file__ or "").read_text(encoding="utf-8")
 
 
-def test_python_in_the_readme_runs(desk):
-    blocks = _blocks("README.md", "python")
-    assert blocks
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), {})
-    assert {p.name for p in (desk / "my_adapter").iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
+def _slow(file: str) -> bool:
+    """Whether its blocks train or compile the rasteriser."""
+    return file.split("/")[-1] in ("erasure.md", "pictures.md", "points.md", "slam.md", "splats.md")
+
+
+@pytest.mark.parametrize(
+    "file", [pytest.param(f, marks=[pytest.mark.slow] * _slow(f)) for f in DOCUMENTS if _blocks(f, "python")]
+)
+def test_python_in_the_documents_runs(file, desk):
+    for block in _blocks(file, "python"):
+        exec(compile(block, file, "exec"), {"__name__": "a block"})
+    if file == "README.md":
+        saved = {p.name for p in (desk / "my_adapter").iterdir()}
+        assert saved >= {"adapter_config.json", "adapter_model.safetensors"}
+
+
+@pytest.mark.parametrize("file", DOCUMENTS)
+def test_blocks_are_read_by_their_language(file):
+    """What does not run here is at least Python, or shell, and names options that exist."""
+    for run in (True, False):
+        for block in _blocks(file, "python", run):
+            compile(block, file, "exec")
+        for block in _blocks(file, "sh", run):
+            subprocess.run(["bash", "-n"], input=block, text=True, check=True)
+    languages = {m["language"] for m in _BLOCK.finditer((ROOT / file).read_text(encoding="utf-8"))}
+    assert languages <= {"python", "sh", "toml", "text"}
+    for line in (line for run in (True, False) for block in _blocks(file, "sh", run) for line in block.splitlines()):
+        if line.startswith(("make ", "mmkit ")):
+            _check_command(line)
+
+
+def _check_command(line: str) -> None:
+    words = shlex.split(line, comments=True)
+    if words[0] == "make":
+        assert words[1] in re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M), line
+    else:
+        name = 2 if words[1] in ("splat",) else 1
+        shown = CliRunner().invoke(app, [*words[1 : name + 1], "--help"], env={"COLUMNS": "300", "TERM": "dumb"})
+        assert shown.exit_code == 0, line
+        assert all(w.split("=")[0] in shown.output for w in words if w.startswith("--")), line
+
+
+def test_the_lines_of_code_in_tables_are_python_and_name_what_exists():
+    from mmkit import list_adapters, list_models, list_tasks
+
+    cells = re.findall(r"\| `([a-z_.]+\(.*?\))` \|", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert len(cells) >= 10
+    for cell in cells:
+        compile(cell, cell, "eval")
+        for call, known in (("pipeline", list_tasks()), ("create_model", list_models())):
+            assert all(name in known for name in re.findall(rf'{call}\("([\w-]+)"', cell)), cell
+        assert all(name in list_adapters() for name in re.findall(r'apply_adapter\(\w+, "(\w+)"', cell)), cell
+
+
+def test_figures_are_those_of_the_results():
+    """`python benchmarks/tables.py` writes them."""
+    run = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks/tables.py"), "--check"], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+FIGURE_ELSEWHERE = {
+    "README.md": "What the bundled weights can do: tests/test_claims.py",
+    "docs/compared.md": "versions of other libraries",
+}
+"""Documents with figures that no comment explains, and what holds them."""
+
+
+@pytest.mark.parametrize("file", [f for f in DOCUMENTS if f not in FIGURE_ELSEWHERE])
+def test_no_figure_is_written_by_hand(file):
+    text = (ROOT / file).read_text(encoding="utf-8")
+    text = re.sub(r"<!-- (=.*? -->.*?<!-- /|table .*?<!-- end) -->|```.*?```|`[^`]*`", "", text, flags=re.S)
+    text = re.sub(r"arXiv:? \d{4}\.\d{5}|\(\d{4}\.\d{5}\)", "", text)
+    found = re.findall(r"[^\n]*(?:\d\s?%|\b\d+\.\d+ (?:cm|dB|points|seconds|times)|Dice \d)[^\n]*", text)
+    assert not found
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning_and_asks_nobody(tmp_path):
+    pytest.importorskip("mkdocs")
+    subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)],
+        cwd=ROOT, check=True, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+    )  # fmt: skip
+    pages = list(tmp_path.rglob("*.html"))
+    assert len(pages) > 30
+    assert "apply_adapter" in (tmp_path / "api/mmkit.adapters.html").read_text(encoding="utf-8")
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        assert not re.findall(r"<(?:script|img|iframe|link)[^>]*(?:src|href)=[\"']?(?:https?:)?//[^>]*>", text), page
+    for sheet in tmp_path.rglob("*.css"):
+        assert not re.search(r"(?:url\([\"']?|@import [\"'])(?:https?:)?//", sheet.read_text(encoding="utf-8")), sheet
 
 
 @pytest.mark.slow
 def test_commands_in_the_readme_run(desk):
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
     ran = 0
     for line in "".join(_blocks("README.md", "sh")).splitlines():
         words = shlex.split(line, comments=True)
-        if words[:1] == ["make"]:
-            assert words[1] in targets, line
-        elif words[:1] == ["mmkit"]:
+        if words[:1] == ["mmkit"]:
             result = CliRunner().invoke(app, words[1:])
             assert result.exit_code == 0, f"{line}\n{result.output}"
             ran += 1
@@ -92,7 +185,11 @@ def test_commands_in_the_readme_run(desk):
 
 
 def test_files_the_documents_name_exist():
-    for document in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md"):
+    for document in (*DOCUMENTS, "CONTRIBUTING.md", "benchmarks/README.md"):
         text = (ROOT / document).read_text(encoding="utf-8")
-        for path in re.findall(r"`((?:mmkit|vision|video|apps|examples|benchmarks|tests)/[\w/.-]+)`", text):
+        for path in re.findall(
+            r"`((?:mmkit|vision|video|diffusion|pointcloud|apps|examples|benchmarks|tests|docs)/[\w/.-]+)`", text
+        ):
             assert (ROOT / path).exists(), f"{document} names {path}"
+        for link in re.findall(r"\]\(([^)#:]+)\)", text):
+            assert ((ROOT / document).parent / link).exists(), f"{document} links to {link}"

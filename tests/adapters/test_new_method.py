@@ -1,4 +1,4 @@
-"""CONTRIBUTING's promise: a new method of the SSF kind is one file, one registry line, one contract row."""
+"""The guide's promise: a new method of the SSF kind is one file, one registry line, one contract row."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def package(tmp_path: Path) -> Path:
-    """A folder with an installed package whose only file is CONTRIBUTING's example, known by one entry point."""
-    (source,) = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.S)
+    """A folder with an installed package whose only file is the guide's example, known by one entry point."""
+    (source,) = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs/guides/new_adapter.md").read_text(encoding="utf-8"), re.S
+    )
     site = tmp_path / "site"
     site.mkdir()
     (site / "gain.py").write_text(source, encoding="utf-8")

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from mmkit.vision.clicks.model import MEAN
 
-BACKGROUND, OBJECT, UNKNOWN = 0, 1, 2
+BACKGROUND = 0
+OBJECT = 1
+UNKNOWN = 2
 """What a pixel is to an object: outside it, part of it, or not counted."""
 
 

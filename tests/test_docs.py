@@ -184,6 +184,30 @@ def test_commands_in_the_readme_run(desk):
     assert (desk / "runs" / "merged" / "model.safetensors").is_file()
 
 
+def test_tests_that_the_documents_name_exist():
+    named = 0
+    for document in DOCUMENTS:
+        for path, test in re.findall(r"`(tests/[\w/.]+)::(\w+)`", (ROOT / document).read_text(encoding="utf-8")):
+            assert re.search(rf"^def {test}\(", (ROOT / path).read_text(encoding="utf-8"), re.M), f"{path}::{test}"
+            named += 1
+    assert named > 50
+
+
+def test_every_wish_has_an_answer():
+    """Done, with the name of a test, or the reason why not."""
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in (ROOT / "docs/wishes.md").read_text(encoding="utf-8").splitlines()
+        if line.startswith("|") and not line.startswith(("|---", "| | wish", "| wish"))
+    ]
+    assert [int(row[0]) for row in rows if row[0].isdigit()] == list(range(1, 19))
+    for *_, state, held in rows:
+        if held:
+            assert "::test_" in held, held
+        else:
+            assert re.match(r"(not done|not measured)", state), state
+
+
 def test_files_the_documents_name_exist():
     for document in (*DOCUMENTS, "CONTRIBUTING.md", "benchmarks/README.md"):
         text = (ROOT / document).read_text(encoding="utf-8")

@@ -50,6 +50,9 @@ _POLICY = (  # gradio evaluates the scripts of its own events, and its 3D viewer
 )
 _FILE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; sandbox"
 
+HEALTH = "/healthz"
+"""Answers as long as the server does, without a password or a cookie: for the supervisor of a container."""
+
 _API = "/gradio_api/"
 _STATIC = ("/assets/", "/static/", "/svelte/", "/theme.css", "/favicon.ico", "/gradio_api/theme.css")
 _READ = re.compile(
@@ -136,6 +139,10 @@ class Guard:
     async def _handle(self, scope: Scope, receive: Receive, answer: _Answer) -> None:
         headers, path = Headers(scope=scope), scope["path"]
         self._check_sender(scope["method"], headers)
+        if path.rstrip("/") == HEALTH and scope["method"] in ("GET", "HEAD"):
+            return await JSONResponse({"status": "ok"}, headers={"Cache-Control": "no-store"})(
+                scope, receive, answer.plainly
+            )
         self._check_route(scope["method"], path)
         if path.startswith(_STATIC):
             return await self.app(scope, receive, answer.plainly)

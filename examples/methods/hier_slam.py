@@ -17,10 +17,10 @@ def main(picture: str = "hier_slam.png", frames: int = 12) -> None:
     room = SyntheticRoom(frames=frames, width=96, height=72)
     result = mmkit.pipeline("semantic-slam")(room)
     print({key: round(result.report[key], 3) for key in ("ate_rmse", "psnr", "miou")})
-    colors, _, labels = result.slam.render(result.slam.poses[-1], room[frames - 1].K, (96, 72))
+    seen = result.slam.render(result.slam.poses[-1], room[frames - 1].K, (96, 72))
     palette = np.random.default_rng(3).integers(60, 255, (256, 3))
-    shown = [room[frames - 1].color, np.asarray(255 * colors.clamp(0, 1)), palette[np.asarray(labels) % 256]]
-    row = np.concatenate([np.asarray(part, np.float32).astype(np.uint8) for part in shown], axis=1)
+    shown = (room[frames - 1].color, 255 * seen.rgb.clamp(0, 1), palette[seen.labels.numpy() % 256])
+    row = np.concatenate([np.asarray(part).astype(np.uint8) for part in shown], axis=1)
     Image.fromarray(row).resize((864, 216), Image.Resampling.NEAREST).save(picture)
 
 

@@ -16,7 +16,7 @@ def main(picture: str = "point_peft.png", steps: int = 60) -> None:
     few, unseen = (ProceduralShapes(s, "scan", 5, 256, ("chair", "mug", "plane")) for s in ("few", "unseen"))
     examples = {kind: [few[i + 3 * j][0] for j in range(5)] for i, kind in enumerate(few.classes)}
     taught = adapt_few_shot(load_weights("point_mae_nano"), examples, steps=steps)
-    right = sum(taught.predict(cloud[None])[0] == label for cloud, label in unseen)
+    right = sum(int(taught.predict(cloud[None]).argmax()) == int(label) for cloud, label in unseen)
     print(f"{right} of {len(unseen)} unseen scans right, {taught.adapter.num_parameters()} parameters")
     mmkit.pipeline("point-cloud-segmentation")(unseen[0][0]).plot().save(picture)
 

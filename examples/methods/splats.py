@@ -20,7 +20,7 @@ def main(picture: str = "splats.png", steps: int = 1000) -> None:
     print(len(result.model), "Gaussians;", result.scores)
     with tempfile.TemporaryDirectory() as folder:
         view = mmkit.pipeline("novel-view", save_splats(result.model, f"{folder}/scene.ply"))(azimuth=40, elevation=25)
-    parts = [view.plot(), view.depth_image() if hasattr(view, "depth_image") else view.plot()]
+    parts = (view.plot(), view.depth_image())
     Image.fromarray(np.concatenate([np.asarray(part.convert("RGB")) for part in parts], axis=1)).save(picture)
 
 

@@ -20,7 +20,7 @@ from mmkit.errors import InputError
 from mmkit.vision.clicks import RANDOM_WALKER, InteractiveSegmenter, Mask
 
 MODELS_VARIABLE = "MMKIT_SEGMENT_MODELS"
-"""Environment variable: folders of further models (SqueezeSAM, SAM, SAM 2), separated as in PATH."""
+"""Environment variable: folders of further models (ClickNet, SqueezeSAM, SAM, SAM 2), separated as in PATH."""
 
 ADD, REMOVE, BOX = "Add", "Remove", "Box"
 VIEW_SIDE = 1280
@@ -56,10 +56,10 @@ SESSIONS: Sessions[Photo] = Sessions()
 
 
 def model_choices() -> list[str]:
-    """Bundled SqueezeSAM weights, the random walker, and the folders of `MODELS_VARIABLE`."""
+    """Bundled click models, the default first, the random walker, and the folders of `MODELS_VARIABLE`."""
     from mmkit.weights import list_weights, weight_entry
 
-    bundled = [name for name in list_weights() if weight_entry(name).model.startswith("squeeze_sam")]
+    bundled = [name for name in list_weights() if weight_entry(name).model.startswith(("clicknet", "squeeze_sam"))]
     folders = [f for f in os.environ.get(MODELS_VARIABLE, "").split(os.pathsep) if f]
     return [*bundled, RANDOM_WALKER, *folders]
 
@@ -198,9 +198,15 @@ def on_click(
 
 @readable
 def on_history(key: str | None, opacity: float, step: str) -> tuple[Any, ...]:
-    """Undo, redo, or forget all clicks."""
+    """Undo, redo, forget all clicks, or another of the masks that fit the same clicks."""
     segmenter = _photo(key).segmenter
-    {"undo": segmenter.undo, "redo": segmenter.redo, "clear": segmenter.reset}[step]()
+    {
+        "undo": segmenter.undo,
+        "redo": segmenter.redo,
+        "clear": segmenter.reset,
+        "smaller": segmenter.smaller,
+        "larger": segmenter.larger,
+    }[step]()
     return show(segmenter, opacity, None)
 
 
@@ -287,6 +293,9 @@ def build() -> None:
                 undo = gr.Button("Undo", min_width=90, elem_id="segment-undo")
                 redo = gr.Button("Redo", min_width=90, elem_id="segment-redo")
                 clear = gr.Button("Clear", min_width=90, elem_id="segment-clear")
+            with gr.Row():
+                smaller = gr.Button("Smaller mask", min_width=130, elem_id="segment-smaller")
+                larger = gr.Button("Larger mask", min_width=130, elem_id="segment-larger")
             sample = gr.Button("Try a sample photo", elem_id="segment-sample", elem_classes=shows("segment-picture"))
         with gr.Column(scale=2, min_width=300):
             cutout = gr.Image(
@@ -307,9 +316,10 @@ def build() -> None:
     first, downloads = [picture, status, corner, png, record], [cutout, png, record]
     # One queue, so that clicks, uploads and undo keep their order.
     quick: dict[str, Any] = {"show_progress": "minimal", "api_visibility": "private", "concurrency_id": "segment"}
+    steps = {"undo": undo, "redo": redo, "clear": clear, "smaller": smaller, "larger": larger}
     history = [
         button.click(functools.partial(on_history, step=step), [key, opacity], first, **quick)
-        for button, step in ((undo, "undo"), (redo, "redo"), (clear, "clear"))
+        for step, button in steps.items()
     ]
     uploaded = picture.upload(on_upload, [picture, model, opacity], [key, *first], **quick)
     for changed in (

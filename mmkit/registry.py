@@ -154,7 +154,12 @@ MODELS = Registry(
         ),
         **_from("mmkit.vision.gmm", "gmm_cait", "gmm_cait_tiny", "gmm_t2t", "gmm_pit", "gmm_swin"),
         **_from(
-            "mmkit.vision.clicks", "squeeze_sam_base", "squeeze_sam_small", "squeeze_sam_tiny", "squeeze_sam_photo"
+            "mmkit.vision.clicks",
+            "squeeze_sam_base",
+            "squeeze_sam_small",
+            "squeeze_sam_tiny",
+            "squeeze_sam_photo",
+            "clicknet_mobilenetv2",
         ),
         **_from(
             "mmkit.vision.medical", "lightm_unet_2d", "lightm_unet_3d", "lightm_unet_2d_tiny", "lightm_unet_3d_tiny"

@@ -58,3 +58,17 @@ def test_only_a_measured_rating_is_shown() -> None:
     assert re.search(r"masks like this overlap \d+ % with what was meant, on average", texts[0])
     assert "overlap" not in texts[1]
     assert not any("rates" in text for text in texts)
+
+
+def test_smaller_and_larger_go_through_the_masks_on_offer() -> None:
+    rows, cols = np.indices((60, 80))
+    away = np.hypot(cols - 40, rows - 30)
+    session = InteractiveSegmenter(lambda image, points, labels: np.stack([6.0 - away, 12.0 - away, 20.0 - away]))
+    session.set_image(np.full((60, 80, 3), 90, np.uint8))
+    smallest = session.add_click(40, 30).binary.sum()
+    key = segment.SESSIONS.add(segment.Photo(session, session.image))
+    status = segment.on_history(key, 0.5, "larger")[1]
+    assert session.mask.binary.sum() > smallest
+    assert "1 click" in status
+    segment.on_history(key, 0.5, "undo")
+    assert session.mask.binary.sum() == smallest

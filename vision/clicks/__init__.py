@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from mmkit.lazy import door
 
 if TYPE_CHECKING:
+    from mmkit.vision.clicks.clicknet import ClickNet as ClickNet, clicknet_mobilenetv2 as clicknet_mobilenetv2
     from mmkit.vision.clicks.datasets import (
         BACKGROUND as BACKGROUND,
         OBJECT as OBJECT,
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     )
     from mmkit.vision.clicks.engines import (
         CallableEngine as CallableEngine,
+        ClickNetEngine as ClickNetEngine,
         Engine as Engine,
         SamEngine as SamEngine,
         SqueezeSAMEngine as SqueezeSAMEngine,
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
         quantize_weights as quantize_weights,
         save_int8 as save_int8,
     )
+    from mmkit.vision.clicks.looks import two_look_loss as two_look_loss
     from mmkit.vision.clicks.metrics import (
         Click as Click,
         iou as iou,
@@ -60,6 +63,7 @@ if TYPE_CHECKING:
         random_walker as random_walker,
         saliency_map as saliency_map,
     )
+    from mmkit.vision.clicks.scenes import SceneMaker as SceneMaker
     from mmkit.vision.clicks.training import (
         close_small_holes as close_small_holes,
         distance_transform as distance_transform,

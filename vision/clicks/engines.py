@@ -13,10 +13,14 @@ from PIL import Image
 from torch import Tensor
 
 from mmkit.errors import InputError
+from mmkit.vision.clicks.clicknet import ClickNet
 from mmkit.vision.clicks.model import MEAN, STD, SqueezeSAM
 from mmkit.vision.clicks.prompts import BOX_A, BOX_B, NEGATIVE, PADDING, POSITIVE
 from mmkit.vision.clicks.rating import Rating
 from mmkit.vision.clicks.result import THRESHOLD
+
+WINDOWS = 4
+"""Views of a picture that are kept for the next click."""
 
 
 class Engine(Protocol):
@@ -44,9 +48,9 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class _View:
-    """A picture as `SqueezeSAMEngine` keeps it: the network's whole view, a copy to crop from, and the true size."""
+    """A picture as `SqueezeSAMEngine` keeps it: what the network saw of it by window, a copy to crop from, and the true size."""
 
-    whole: Tensor
+    seen: dict[tuple[int, int, int, int], Any]
     canvas: Tensor
     size: tuple[int, int]
 
@@ -78,21 +82,29 @@ class SqueezeSAMEngine:
         scale = min(1.0, 4 * self.model.img_size / max(size))
         small = (max(1, round(size[0] * scale)), max(1, round(size[1] * scale)))
         canvas = pixels if small == size else F.interpolate(pixels, small, mode="bilinear", antialias=True)
-        return _View(self.model.preprocess(pixels).to(reference.dtype), canvas, size)
+        return _View({(0, 0, small[1], small[0]): self._see(pixels)}, canvas, size)
+
+    def _see(self, pixels: Tensor) -> Any:
+        """What can be reused for every prompt of `(1, 3, h, w)` in 0..1."""
+        return self.model.preprocess(pixels).to(next(self.model.parameters()).dtype)
 
     def predict(
         self, state: Any, points: Tensor, labels: Tensor, previous: Tensor | None
     ) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
         """See `Engine.predict`."""
         model = self.model
-        if not model.negative_clicks and not model.strict_official_prompts and (labels == NEGATIVE).any():
+        if (
+            not getattr(model, "negative_clicks", True)
+            and not model.strict_official_prompts
+            and (labels == NEGATIVE).any()
+        ):
             raise InputError(
                 "This SqueezeSAM has no negative-click channel (the published encoding has none); "
                 "use a model built with negative_clicks=True."
             )
-        points, labels = points.to(state.whole.device), labels.to(state.whole.device)
+        points, labels = points.to(state.canvas.device), labels.to(state.canvas.device)
         if not self.zoom:
-            low, iou = self._run(state.whole, points, labels, state.size, previous)
+            low, iou = self._run(next(iter(state.seen.values())), points, labels, state.size, previous)
             return low, self._rated(iou, labels, previous), lambda x: model.upscale(x[:, None], state.size)[:, 0]
         full = points.new_tensor(state.size).flip(0)
         grid = points.new_tensor(state.canvas.shape[2:]).flip(0)
@@ -124,10 +136,12 @@ class SqueezeSAMEngine:
         size = (y1 - y0, x1 - x0)
         shifted = torch.where((labels == PADDING)[:, None], -1.0, points - points.new_tensor([x0, y0]))
         before = None if previous is None else self._framed(previous[y0:y1, x0:x1])
-        rgb = (
-            view.whole if size == (h, w) else self.model.preprocess(view.canvas[..., y0:y1, x0:x1]).to(view.whole.dtype)
-        )
-        near, iou = self._run(rgb, shifted[None], labels[None], size, before)
+        window = (x0, y0, x1, y1)
+        if window not in view.seen:
+            for old in list(view.seen)[1 : 2 - WINDOWS]:  # the whole picture stays, and the newest
+                del view.seen[old]
+            view.seen[window] = self._see(view.canvas[..., y0:y1, x0:x1])
+        near, iou = self._run(view.seen[window], shifted[None], labels[None], size, before)
         low = near.new_full((1, near.shape[1], h, w), -10.0)
         low[..., y0:y1, x0:x1] = self.model.upscale(near, size)
         return low, iou
@@ -165,6 +179,28 @@ class SqueezeSAMEngine:
         low, iou = (x.float() for x in model.forward_fused(fused, token))
         chosen = slice(0, 1) if model.single_mask else slice(1, None)
         return low[:, chosen], iou[:, chosen]
+
+
+class ClickNetEngine(SqueezeSAMEngine):
+    """Drives a `ClickNet` the same way: a view is encoded once, a click runs the decoder, and the encoder where the window is new."""
+
+    model: ClickNet  # type: ignore[assignment]
+
+    def __init__(self, model: ClickNet, rating: Rating | None = None):
+        self.model, self.rating, self.zoom = model, rating, True  # type: ignore[assignment]
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def _see(self, pixels: Tensor) -> Any:
+        """The encoder's features, and the picture at the decoder's resolution."""
+        return self.model.encode(self.model.preprocess(pixels).to(next(self.model.parameters()).dtype))
+
+    def _run(
+        self, seen: Any, points: Tensor, labels: Tensor, size: tuple[int, int], previous: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The decoder on one view for one prompt."""
+        scaled = torch.where((labels == PADDING)[..., None], -1.0, points * (self.model.img_size / max(size)))
+        low, iou = self.model.decode(seen, scaled, labels, None if previous is None else previous[None])
+        return low.float(), iou.float()
 
 
 class SamEngine:

@@ -16,7 +16,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
@@ -28,9 +28,10 @@ from mmkit.errors import InputError
 from mmkit.lazy import library
 from mmkit.pipelines import Pipeline
 from mmkit.storage import read_json
-from mmkit.vision.clicks.engines import CallableEngine, Engine, SamEngine, SqueezeSAMEngine
+from mmkit.vision.clicks.clicknet import ClickNet
+from mmkit.vision.clicks.engines import CallableEngine, ClickNetEngine, Engine, SamEngine, SqueezeSAMEngine
 from mmkit.vision.clicks.model import SqueezeSAM
-from mmkit.vision.clicks.predictor import Predictor
+from mmkit.vision.clicks.predictor import Offer, Predictor
 from mmkit.vision.clicks.prompts import NEGATIVE, POSITIVE, Box, Prompt, read_box, read_prompt
 from mmkit.vision.clicks.rating import Rating
 from mmkit.vision.clicks.result import Mask
@@ -46,8 +47,8 @@ class InteractiveSegmenter(Pipeline):
     """A session of clicks on one picture at a time.
 
     Args:
-        model: `SqueezeSAM`, HF `SamModel` or `Sam2Model`, an `Engine`, a function (see `CallableEngine`), "random-walker" (no
-            network), the name of bundled weights, a folder saved with `save_pretrained` (SqueezeSAM, SAM or
+        model: `ClickNet`, `SqueezeSAM`, HF `SamModel` or `Sam2Model`, an `Engine`, a function (see `CallableEngine`), "random-walker" (no
+            network), the name of bundled weights, a folder saved with `save_pretrained` (ClickNet, SqueezeSAM, SAM or
             SAM 2), or `None` for the bundled photo model.
         device, dtype: as in `mmkit.pipeline`.
         saliency: function from a PIL image to a map `(H, W)` in 0..1, used by `propose`.
@@ -78,11 +79,7 @@ class InteractiveSegmenter(Pipeline):
             model = random_walker
         if model is None or isinstance(model, (nn.Module, str, os.PathLike)):
             super().__init__(model, device=device, dtype=dtype)
-            engine: Engine = (
-                self._sam()
-                if not isinstance(self.model, SqueezeSAM)
-                else SqueezeSAMEngine(self.model, rating=None if isinstance(model, nn.Module) else self._rating(model))
-            )
+            engine = self._engine(None if isinstance(model, nn.Module) else self._rating(model))
         elif hasattr(model, "encode") and hasattr(model, "predict"):
             engine = model
         elif callable(model):
@@ -108,24 +105,29 @@ class InteractiveSegmenter(Pipeline):
         values = weight_entry(name).extra.get("rating") if name else None
         return Rating.from_dict(values) if values else None
 
-    def _sam(self) -> SamEngine:
+    def _engine(self, rating: Rating | None) -> Engine:
+        if isinstance(self.model, ClickNet):
+            return ClickNetEngine(self.model, rating)
+        if isinstance(self.model, SqueezeSAM):
+            return SqueezeSAMEngine(self.model, rating=rating)
         if not hasattr(self.model, "get_image_embeddings"):
             raise InputError(
-                f"{type(self.model).__name__} is not a promptable segmenter: give SqueezeSAM, SamModel or Sam2Model."
+                f"{type(self.model).__name__} is not a promptable segmenter: give ClickNet, SqueezeSAM, SamModel or Sam2Model."
             )
         return SamEngine(self.model)
 
     def load(self, model: str | os.PathLike[str]) -> nn.Module:
-        """Bundled weights by name, or a folder: of `SqueezeSAM.save_pretrained`, or of a transformers SAM or SAM 2."""
+        """Bundled weights by name, or a folder: of `save_pretrained` of one of our models, or of a transformers SAM or SAM 2."""
         from mmkit.backbones import load_weights
 
         folder = Path(model).expanduser()
         if not folder.is_dir():
             return load_weights(str(model))
         config = read_json(folder / "config.json")
-        kind = config.get("model_type") if isinstance(config, dict) else None
+        config = config if isinstance(config, dict) else {}
+        kind = config.get("model_type")
         if kind is None:
-            return SqueezeSAM.from_pretrained(folder)
+            return (ClickNet if config.get("model") == "ClickNet" else SqueezeSAM).from_pretrained(folder)
         if kind not in ("sam", "sam2"):
             raise InputError(f"{folder} holds a {kind!r} model; a promptable one is SqueezeSAM, 'sam' or 'sam2'.")
         transformers = library("transformers")
@@ -169,6 +171,26 @@ class InteractiveSegmenter(Pipeline):
         box = read_box((x0, y0, x1, y1), self.predictor.require_picture().size)
         return self._run(replace(self.history.now.prompt, box=box), None)
 
+    @property
+    def masks(self) -> list[Mask]:
+        """All masks on offer for what was asked, from small to large, the shown one among them; alike ones once."""
+        offer = self.history.now.offer
+        return [] if offer is None else [offer.mask(i) for i in range(len(offer.iou))]
+
+    def smaller(self) -> Mask:
+        """Show the next smaller mask for the same clicks (`undo` goes back). Raises `InputError` when there is none."""
+        return self._other(-1)
+
+    def larger(self) -> Mask:
+        """Show the next larger mask for the same clicks (`undo` goes back). Raises `InputError` when there is none."""
+        return self._other(1)
+
+    def _other(self, step: int) -> Mask:
+        now = self.history.now
+        if now.offer is None:
+            raise InputError("There is no mask yet: call add_click, set_box or propose first.")
+        return self._show(now.prompt, now.offer.other(step))
+
     def propose(self) -> InitialPrompt:
         """First clicks from the saliency map, and their mask (`segmenter.mask`); starts a new history."""
         prompt = initial_prompt(np.asarray(self.saliency(self.predictor.require_picture())))
@@ -206,15 +228,26 @@ class InteractiveSegmenter(Pipeline):
                 f"predict_many takes one or more dicts with the keys {sorted(known)}, not {prompts!r:.80}."
             )
         checked = [self._prompt(p.get("points", ()), p.get("labels"), p.get("box")) for p in prompts]
-        return [mask for mask, _ in self.predictor.predict(checked)]
+        return [offer.mask() for offer in self.predictor.predict(checked)]
 
+    @overload
+    def __call__(
+        self, image: ImageLike, points: Sequence[tuple[float, float]] = ..., labels: Sequence[int] | None = ...,
+        box: Box | None = ..., multimask_output: Literal[False] = ...,
+    ) -> Mask: ...  # fmt: skip
+    @overload
+    def __call__(
+        self, image: ImageLike, points: Sequence[tuple[float, float]] = ..., labels: Sequence[int] | None = ...,
+        box: Box | None = ..., *, multimask_output: Literal[True],
+    ) -> list[Mask]: ...  # fmt: skip
     def __call__(
         self,
         image: ImageLike,
         points: Sequence[tuple[float, float]] = (),
         labels: Sequence[int] | None = None,
         box: Box | None = None,
-    ) -> Mask:
+        multimask_output: bool = False,
+    ) -> Mask | list[Mask]:
         """One mask in one call; without points and box the proposal's mask.
 
         Args:
@@ -222,6 +255,7 @@ class InteractiveSegmenter(Pipeline):
             points: (x, y) in pixels of the picture.
             labels: for each point 1 inside, 0 outside, 2 and 3 the corners of a box, -1 unused; default all 1.
             box: x0, y0, x1, y1 in pixels; the edges W and H count as the last pixel.
+            multimask_output: return all masks on offer, from small to large, instead of the one with the largest estimated IoU.
 
         Raises:
             InputError: an unreadable picture, points outside it, or other labels.
@@ -232,13 +266,16 @@ class InteractiveSegmenter(Pipeline):
         else:
             self._run(self._prompt(points, labels, box), None)
         assert self.mask is not None
-        return self.mask
+        return self.masks if multimask_output else self.mask
 
     def _prompt(self, points: Any, labels: Any, box: Any) -> Prompt:
         return read_prompt(points, labels, box, self.predictor.require_picture().size)
 
     def _run(self, prompt: Prompt, previous: Tensor | None) -> Mask:
         """Predict, and append the result to the history in place of what was undone."""
-        mask, low = self.predictor.predict([prompt], previous)[0]
-        self.history.push(Step(prompt, mask, low))
+        return self._show(prompt, self.predictor.predict([prompt], previous)[0])
+
+    def _show(self, prompt: Prompt, offer: Offer) -> Mask:
+        mask = offer.mask()
+        self.history.push(Step(prompt, mask, offer))
         return mask

@@ -6,17 +6,23 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
+from mmkit.vision.clicks.predictor import Offer
 from mmkit.vision.clicks.prompts import Prompt
 from mmkit.vision.clicks.result import Mask
 
 
 @dataclass(frozen=True)
 class Step:
-    """One state of a session: everything asked, the mask that came out, and its low-resolution logits `(1, h, w)`."""
+    """One state of a session: everything asked, the mask that came out, and the masks it was chosen from."""
 
     prompt: Prompt = field(default_factory=Prompt)
     mask: Mask | None = None
-    low: Tensor | None = None
+    offer: Offer | None = None
+
+    @property
+    def low(self) -> Tensor | None:
+        """Low-resolution logits `(1, h, w)` of the mask."""
+        return None if self.offer is None else self.offer.previous()
 
     def with_click(self, click: Prompt) -> Prompt:
         """This step's prompt and another click."""

@@ -240,7 +240,7 @@ def iterative_loss(
     core: Any = getattr(model, "module", model)
     points, labels = _first_prompts(target & valid, valid, box_prob, depth_grid)
     if start_clicks:
-        more, kinds = _right_clicks(target & valid, valid, start_clicks, core.negative_clicks)
+        more, kinds = right_clicks(target & valid, valid, start_clicks, core.negative_clicks)
         points, labels = torch.cat([points, more], dim=1), torch.cat([labels, kinds], dim=1)
     rounds = int(torch.randint(0, max_rounds, ()))
     previous = None
@@ -287,7 +287,7 @@ def _first_prompts(target: Tensor, valid: Tensor, box_prob: float, grid: int) ->
     return torch.where(use_box[:, None, None], box, click), torch.where(use_box[:, None], corners, kinds)
 
 
-def _right_clicks(target: Tensor, valid: Tensor, count: int, negatives: bool) -> tuple[Tensor, Tensor]:
+def right_clicks(target: Tensor, valid: Tensor, count: int, negatives: bool) -> tuple[Tensor, Tensor]:
     """Up to `count` different clicks: anywhere in each target, or (half of them, if `negatives`) outside it.
 
     Returns points `(N, count, 2)` and labels `(N, count)`; the k-th is kept with probability 0.7^k, else padding.

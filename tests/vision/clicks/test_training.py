@@ -8,13 +8,13 @@ from scipy import ndimage
 from mmkit.errors import InputError
 from mmkit.vision.clicks.model import SqueezeSAM
 from mmkit.vision.clicks.training import (
-    _right_clicks,
     close_small_holes,
     distance_transform,
     focal_dice,
     iterative_loss,
     mask_iou,
     merge_held_objects,
+    right_clicks,
     sample_boxes,
     sample_clicks,
     sample_outliers,
@@ -99,14 +99,14 @@ def test_start_clicks_are_right_and_distinct():
     target[:, 4:20, 6:18] = True
     valid = torch.ones_like(target)
     valid[:, 28:] = False
-    points, labels = _right_clicks(target, valid, 5, negatives=True)
+    points, labels = right_clicks(target, valid, 5, negatives=True)
     assert points.shape == (64, 5, 2)
     assert {-1, 0, 1} == set(labels.unique().tolist())
     for spots, kinds in zip(points.long().tolist(), labels.tolist(), strict=True):
         clicks = [(x, y, k) for (x, y), k in zip(spots, kinds, strict=True) if k >= 0]
         assert all(target[0, y, x] == bool(k) and valid[0, y, x] for x, y, k in clicks)
         assert len(set(clicks)) == len(clicks)
-    assert 0 not in _right_clicks(target, valid, 5, negatives=False)[1]
+    assert 0 not in right_clicks(target, valid, 5, negatives=False)[1]
 
 
 def test_parts_know_their_whole_and_holes_close():

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+
+import mmkit
 
 ROOT = Path(__file__).parent.parent
 
@@ -57,13 +62,28 @@ def test_every_registered_name_resolves() -> None:
             assert callable(table.get(name)), name
 
 
+def test_there_is_one_version():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert mmkit.__version__ == project["version"]
+    headings = re.findall(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.M)
+    assert any(heading.split()[0].rstrip(":") == project["version"] for heading in headings)
+
+
 @pytest.mark.slow
-def test_the_wheel_is_complete_and_works_elsewhere(tmp_path: Path) -> None:
+def test_source_and_wheel_are_complete_and_work_elsewhere(tmp_path: Path) -> None:
+    """The wheel is built from the source distribution, as anybody would who has only that."""
     subprocess.run(
-        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)],
+        [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)],
         check=True, capture_output=True,
     )  # fmt: skip
-    (wheel,) = tmp_path.glob("*.whl")
+    (wheel,), (source,) = tmp_path.glob("*.whl"), tmp_path.glob("*.tar.gz")
+    subprocess.run([sys.executable, "-m", "twine", "check", "--strict", wheel, source], check=True, capture_output=True)
+    with tarfile.open(source) as archive:
+        packed = {name.partition("/")[2] for name in archive.getnames()}
+    wanted = {"README.md", "LICENSE", "CHANGELOG.md", "docs/index.md", "docs/pictures/home.webp", "deploy/Dockerfile"}
+    wanted |= {"examples/methods/ssf.py", "benchmarks/tables.py"}
+    assert packed >= wanted
+    assert not [name for name in packed if name.startswith("tests/") or name.endswith(".pyc")]
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         archive.extractall(tmp_path / "site")

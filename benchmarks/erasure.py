@@ -8,9 +8,9 @@ prompt with its own permeability; "SPM, always open" acts fully on every prompt,
 reads the pictures, and a drop is in points of what the model without erasers reaches on the same prompts and seeds.
 
 direct: short prompts that name the concept. paraphrase: orders of words that were not trained. composition: captions that ask for more.
-superclass: prompts that leave the attribute open; no eraser has to change them. inversion: an embedding is searched for with the erased
-model's weights that makes it draw the concept from pictures of it (membranes fully open); where the base
-itself hardly draws it so, the search is too short to say anything. latent: sampling begins at noise from which the
+superclass: prompts that leave the attribute open; the recipe of shapes names "shape" as their superclass, and where
+color or background are not told, nothing can open a membrane. inversion, with the weights: an embedding is searched for that makes the
+erased model draw the concept from pictures of it (membranes fully open). latent, with the weights: sampling begins at noise from which the
 base draws the concept.
 Kept prompts by distance: another value of the attribute beside values of the concept's own pictures, number, place, and prompts with words
 that were never among the anchors (triangle, purple, dotted, brown).
@@ -21,6 +21,8 @@ pictures. Every run is recorded when it is done, and a second call goes on from 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -46,7 +48,8 @@ MORE = ("ring", "cross", "blue", "yellow", "grey", "square")
 """With `CONCEPTS` ten that are erased together."""
 HELD_OUT = ("triangle", "purple", "dotted", "brown")
 """Never among the anchors."""
-METHODS = ("SPM", "SPM, always open", "SPM without anchors", "ESD", "UCE")
+METHODS = ("SPM", "SPM, always open", "SPM without anchors", "SPM from UCE", "ESD", "UCE")
+"""Of "SPM from UCE", which is always open, too, one seed tells enough."""
 STEPS = 16
 Row = dict[str, Any]
 
@@ -167,14 +170,19 @@ class Eye:
 # --- attacks with the weights ------------------------------------------------------------------------------------------------------
 
 
-def inversion(eye: Eye, word: str, seed: int, steps: int = 60) -> float:
-    """Rate of the concept after an embedding was searched for that makes the erased model denoise pictures of it."""
-    calls, generator = Calls(eye.draw), torch.Generator().manual_seed(seed)
-    scenes = random_scenes(96, generator, **{scene_attribute(word): word})
-    clean = draw_scenes(scenes, generator, 24) * 2 - 1
-    told = calls.condition(["a red shape" if scene_attribute(word) != "color" else "a large shape"])
+def inversion(eye: Eye, word: str, seed: int, steps: int = 120) -> float:
+    """Rate of the concept after an embedding was searched for that makes the erased model denoise pictures of it.
+
+    The pictures show one large thing before black, and the search begins at the words for such a picture without the concept.
+    """
+    calls, generator, name = Calls(eye.draw), torch.Generator().manual_seed(seed), scene_attribute(word)
+    shown = {"shape": "square", "color": "blue", "texture": "plain", "size": "large", "count": "one"}
+    shown |= {"position": "centre", "background": "black"}
+    clean = draw_scenes(random_scenes(96, generator, **{**shown, name: word}), generator, 24) * 2 - 1
+    told = calls.condition(["a blue square"])
     rows = torch.nn.Parameter(told["encoder_hidden_states"].clone())
-    optimizer = torch.optim.Adam([rows], lr=0.01)
+    optimizer = torch.optim.Adam([rows], lr=0.03)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, steps)
     for _ in range(steps):
         index = torch.randint(96, (16,), generator=generator)
         noise = torch.randn(16, 3, 24, 24, generator=generator)
@@ -186,6 +194,7 @@ def inversion(eye: Eye, word: str, seed: int, steps: int = 60) -> float:
         optimizer.zero_grad()
         F.mse_loss(answer, noise - clean[index]).backward()
         optimizer.step()
+        schedule.step()
     return eye.rate(_from_embedding(eye, rows.detach(), told["encoder_attention_mask"], 12), word)
 
 
@@ -224,6 +233,7 @@ def eraser(draw: TextToImagePipeline, word: str, method: str, seed: int, steps: 
     settings: Row = {} if name == "uce" else {"seed": seed}
     settings |= {} if steps is None or name == "uce" else {"max_steps": steps}
     settings |= {"anchor_kind": "none"} if "without" in method else {}
+    settings |= {"start": "uce"} if "from UCE" in method else {}
     recipe = scene_recipe(word, name, held_out=[h for h in HELD_OUT if h != word], **settings)
     torch.manual_seed(seed)
     done = erase(draw, **recipe, progress=False)
@@ -385,8 +395,8 @@ def write_table(report: Row) -> None:
     distances = ("another value", "number", "place", "never anchored")
     lines = [
         "# Concepts erased from the bundled text-to-image model", "",
-        "How often the judge sees the concept (before -> after), and by how many points prompts without it are obeyed less. An "
-        f"inversion that the base itself hardly follows says nothing. Means over {report['seeds']} seed(s).", "",
+        "How often the judge sees the concept (before -> after), and by how many points prompts without it are obeyed less. "
+        f"Means over {report['seeds']} seed(s).", "",
         f"| concept | method | {' | '.join(kinds)} | drop: {' | drop: '.join(distances)} | training CPU s |",
         "|---" * (3 + len(kinds) + len(distances)) + "|",
     ]  # fmt: skip
@@ -429,16 +439,18 @@ def write_table(report: Row) -> None:
 
 
 class Record:
-    """What is done, in `erasure.json`; begun anew when the model or the number of steps is another."""
+    """What is done, in `erasure.json`; begun anew when the model, the recipe or the number of steps is another."""
 
     def __init__(self, work: Path, steps: int | None):
         self.path, self.work = RESULTS / "erasure.json", work
         model = load_weights("text_to_image_scenes").state_dict()
         digest = round(float(sum(v.double().abs().sum() for v in model.values())), 3)
-        fresh = {"model": digest, "steps": steps, "seeds": 0, "runs": {}}
+        recipe = {w: str(scene_recipe(w)["config"]) for w in CONCEPTS}
+        fresh = {"model": digest, "steps": steps, "recipe": recipe, "seeds": 0, "runs": {}}
         old = read_json(self.path) if self.path.exists() else fresh
-        self.report = old if (old["model"], old["steps"]) == (digest, steps) else fresh
-        self.folder = work / str(digest)
+        same = all(old.get(k) == fresh[k] for k in ("model", "steps", "recipe"))
+        self.report = old if same else fresh
+        self.folder = work / hashlib.sha256(json.dumps([digest, steps, recipe]).encode()).hexdigest()[:12]
 
     def has(self, *keys: str) -> bool:
         return all(k in self.report["runs"] for k in keys)
@@ -462,7 +474,7 @@ def run_seed(record: Record, seed: int, args: argparse.Namespace) -> None:
         shown = [*direct(word)[:4], *kept([word])["another value"][::6]]
         _picture(folder / f"{seed}_{word}_base.png", eye.pictures(shown))
         for method in args.methods:
-            if not record.has(f"{word} / {method} / {seed}"):
+            if not record.has(f"{word} / {method} / {seed}") and (seed == 0 or "from UCE" not in method):
                 record.add({f"{word} / {method}": one(eye, word, method, seed, steps, folder)}, seed)
     if args.alone:
         return

@@ -22,7 +22,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--concepts", nargs="+", default=["circle", "red"])
     parser.add_argument("--output", type=Path, default=Path("runs/erased"))
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=300)
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
 

@@ -10,6 +10,8 @@ from mmkit.lazy import door
 
 if TYPE_CHECKING:
     from mmkit.diffusion.spm.adapter import SPM as SPM, Membrane as Membrane, SPMConfig as SPMConfig
+    from mmkit.diffusion.spm.clip_score import ClipScorer as ClipScorer
+    from mmkit.diffusion.spm.closed_form import closed_form_edit as closed_form_edit
     from mmkit.diffusion.spm.erasing import Erasure as Erasure, erase as erase
     from mmkit.diffusion.spm.evaluation import SceneRates as SceneRates, scene_rates as scene_rates
     from mmkit.diffusion.spm.losses import (
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
         erasing_loss as erasing_loss,
         gaussian_anchors as gaussian_anchors,
     )
+    from mmkit.diffusion.spm.modular import TransportDenoise as TransportDenoise, transport as transport
     from mmkit.diffusion.spm.official import (
         composed as composed,
         export_lora as export_lora,
@@ -38,6 +41,7 @@ if TYPE_CHECKING:
         scene_keep as scene_keep,
         scene_phrases as scene_phrases,
         scene_recipe as scene_recipe,
+        scene_superclass as scene_superclass,
         scene_surrogate as scene_surrogate,
         scene_templates as scene_templates,
     )
@@ -53,6 +57,7 @@ if TYPE_CHECKING:
         kept_rows as kept_rows,
         pair_of as pair_of,
         save_edited_weights as save_edited_weights,
+        text_projections as text_projections,
     )
 
 __getattr__, __dir__, __all__ = door(__name__)

@@ -24,6 +24,10 @@ def erase(
     evaluate: Annotated[
         bool, typer.Option("--evaluate", help="Say how often the concepts are drawn before and after (bundled model).")
     ] = False,
+    clip: Annotated[
+        str | None,
+        typer.Option(help="MODEL=FILE of open_clip, ViT-B-32=weights.safetensors: CLIPScore before and after."),
+    ] = None,
     seed: int = 0,
     restart: Annotated[bool, typer.Option("--restart", help="Start over instead of continuing in --output.")] = False,
 ) -> None:
@@ -34,6 +38,7 @@ def erase(
 
     if evaluate and model is not None:
         raise InputError("--evaluate judges drawn scenes: leave --model out, or look at before_after.png.")
+    scorer = None if clip is None else _scorer(clip)
     output = output.expanduser().absolute()
     draw = TextToImagePipeline(model)
     jobs = _jobs(concepts, model is None, method, keep, surrogate, expand, steps, seed, draw)
@@ -43,7 +48,10 @@ def erase(
         done |= erased.adapters
         if any(f.stopped == "interrupted" for f in erased.fits.values()):
             raise KeyboardInterrupt
-    _save(draw, concepts, done, output, seed)
+    before, after = _save(draw, concepts, done, output, seed)
+    if scorer is not None:
+        for name, pictures in (("before", before), ("after", after)):
+            print(f"CLIPScore {name}: {float(scorer(pictures.images, pictures.prompts).mean()):.3f}")
     for word in concepts if evaluate else ():
         print(f"{word}: {scene_rates(draw, word, seed=seed)}.")
     print(f"Saved to {output}: a folder for each eraser, before_after.png.")
@@ -75,8 +83,18 @@ def _jobs(
     return [job | {"templates": templates}]
 
 
-def _save(draw: Any, concepts: list[str], adapters: dict[str, Any], output: Path, seed: int) -> None:
-    """LoRA files beside the membranes, and the same seeds before and after."""
+def _scorer(clip: str) -> Any:
+    from mmkit.diffusion.spm import ClipScorer
+    from mmkit.errors import InputError
+
+    name, _, file = clip.partition("=")
+    if not file:
+        raise InputError(f"--clip is a model of open_clip and its weights, ViT-B-32=weights.safetensors; not {clip!r}.")
+    return ClipScorer(name, Path(file).expanduser())
+
+
+def _save(draw: Any, concepts: list[str], adapters: dict[str, Any], output: Path, seed: int) -> tuple[Any, Any]:
+    """LoRA files beside the membranes, and the same seeds before and after, which are returned."""
     from mmkit.diffusion.spm import SPM, export_lora
 
     for name, adapter in adapters.items():
@@ -86,3 +104,4 @@ def _save(draw: Any, concepts: list[str], adapters: dict[str, Any], output: Path
     before, after = draw(prompts, seed=seed, strengths={}), draw(prompts, seed=seed)
     pair = type(before)(before.images + after.images, before.prompts * 2, before.seeds * 2, before.settings, 0.0)
     pair.save(output / "before_after.png")
+    return before, after

@@ -10,15 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from mmkit.adapters import Adapter, save_adapter
 from mmkit.diffusion.pipeline import TextToImagePipeline
 from mmkit.diffusion.spm.adapter import SPM, phrases
-from mmkit.diffusion.spm.calls import Calls
-from mmkit.diffusion.spm.training import EraseConfig, SPMTrainer, check_prompts, concept_prompts, filled
-from mmkit.diffusion.spm.uce import Text, UCEConfig, cross_attention, edit, kept_rows, pair_of
+from mmkit.diffusion.spm.closed_form import closed_form_edit
+from mmkit.diffusion.spm.templates import concept_prompts
+from mmkit.diffusion.spm.training import EraseConfig, SPMTrainer
+from mmkit.diffusion.spm.uce import UCEConfig, attach
 from mmkit.errors import InputError
 from mmkit.training import FitResult, StepInfo
 
@@ -47,6 +45,7 @@ def erase(
     *,
     keep: Sequence[str] = (),
     surrogate: str = "",
+    superclass: Sequence[str] = (),
     templates: Sequence[str] = ("{}",),
     config: EraseConfig | UCEConfig | None = None,
     settings: dict[str, Any] | None = None,
@@ -68,9 +67,11 @@ def erase(
             with several words is a name with its phrases: `{"snoopy": ["snoopy", "the beagle of peanuts"]}`.
         method: "spm" (membranes, arXiv 2312.16145), "esd" (cross-attention layers trained whole, arXiv 2303.07345; with
             `settings={"layers": "all"}` all linear layers of the transformers), or "uce" (closed form in seconds, arXiv 2308.14761;
-            for models with cross-attention).
+            for models with cross-attention, Flux and SD3).
         keep: prompts that must stay as they are. "esd" has no use for them.
         surrogate: what is drawn instead, for example "a dog".
+        superclass: words that leave the concept open and under which it is drawn all the same ("dog" for a breed): their prompts are edited
+            like the concept's, and open its membrane.
         templates: prompts of a concept to learn from, with {} in its place.
         config: `EraseConfig`, for "uce" `UCEConfig`; default: the published settings, and for models below ten million parameters
             `EraseConfig.small()`.
@@ -89,17 +90,19 @@ def erase(
     draw = pipeline if isinstance(pipeline, TextToImagePipeline) else TextToImagePipeline(pipeline)
     named, folder = _named(concepts), None if output_dir is None else Path(output_dir).expanduser()
     names = tuple(dict.fromkeys(phrase for own in named.values() for phrase in own))
-    concept_prompts(draw, names, keep, templates)  # all of them, before the first is trained
+    open_ = phrases(superclass, allow_none=True)
+    concept_prompts(draw, (*names, *open_), keep, templates)  # all of them, before the first is trained
     done = Erasure(draw, {})
     try:
         if method == "uce":
-            done.adapters["uce"] = _closed_form(draw, names, keep, surrogate, templates, config or UCEConfig(), options)  # type: ignore[arg-type]
+            edited = closed_form_edit(draw, (*names, *open_), keep, surrogate, templates, config, options)  # type: ignore[arg-type]
+            done.adapters["uce"] = attach(draw.denoiser, edited, concepts=(*names, *open_), name="uce")
             _save(done, "uce", folder)
             return done
         groups = named if method == "spm" else {"esd": names}
         for name, group in groups.items():
             trainer = SPMTrainer(
-                draw, group, surrogate=surrogate, keep=keep, templates=templates, name=name, options=options,
+                draw, group, surrogate=surrogate, keep=keep, superclass=open_, templates=templates, name=name, options=options,
                 **_method(draw, method, config, settings),
             )  # fmt: skip
             done.adapters[name] = trainer.adapter
@@ -144,60 +147,6 @@ def _method(draw: TextToImagePipeline, method: str, config: Any, settings: dict[
         rate = {"lr": 1e-3} if own == EraseConfig.small() else {"lr": 1e-5, "max_steps": 1000}
         config = dataclasses.replace(own, anchor_kind="none", **rate)  # type: ignore[arg-type]
     return {"adapter": "linear_probe", "settings": {"modules_to_save": tuple(paths)}, "config": config}
-
-
-def _closed_form(
-    draw: TextToImagePipeline,
-    names: tuple[str, ...],
-    keep: Sequence[str],
-    surrogate: str,
-    templates: Sequence[str],
-    config: UCEConfig,
-    options: dict[str, Any] | None,
-) -> Adapter:
-    check_prompts(draw, [surrogate] if surrogate else [])
-    paths = cross_attention(draw.denoiser, config.with_to_k)
-    if not paths:
-        raise InputError(f"UCE edits cross-attention, and {type(draw.denoiser).__name__} has none; use 'spm' or 'esd'.")
-    prompts = [(filled(t, n), filled(t, surrogate)) for n in names for t in templates]
-    texts = list(dict.fromkeys([*(p for pair in prompts for p in pair), *keep]))
-    inputs = _inputs(Calls(draw, options), paths, texts)
-    tokenizer = draw.pipe.tokenizer
-    counts = [len(tokenizer(text, truncation=True).input_ids) for text in texts]
-    pairs, kept, made = {}, {}, {}
-    for path in paths:
-        rows = inputs[path]
-        key = rows.data_ptr()  # one text for all layers is one solve
-        if key not in made:
-            read = {text: Text(r, n) for text, r, n in zip(texts, rows, counts, strict=True)}
-            own = [pair_of(read[c], read[g], config) for c, g in prompts]
-            made[key] = own, kept_rows([read[k] for k in keep], config)
-        pairs[path], kept[path] = made[key]
-    return edit(draw.denoiser, pairs, kept, config, concepts=names, name="uce")
-
-
-def _inputs(calls: Calls, paths: list[str], texts: list[str]) -> dict[str, Tensor]:
-    """What the layers at `paths` read when the denoiser is told `texts`: (N, L, C)."""
-    found: dict[str, Tensor] = {}
-
-    def reader(path: str) -> Any:
-        def look(module: Any, args: Any) -> None:
-            found[path] = args[0]
-
-        return calls.model.get_submodule(path).register_forward_pre_hook(look)
-
-    latents, t = calls.rolled_in(texts, [0] * len(texts), steps=2, at=0, guidance=1.0)
-    condition = calls.condition(texts)
-    handles = [reader(path) for path in paths]
-    try:
-        with torch.no_grad():
-            calls.answer(latents, t, condition)
-    finally:
-        for handle in handles:
-            handle.remove()
-    if unread := [p for p in paths if p not in found or len(found[p]) != len(texts)]:
-        raise InputError(f"{unread[:3]} do not read one row per prompt, so that UCE cannot edit them.")
-    return found
 
 
 def _file_name(name: str) -> str:

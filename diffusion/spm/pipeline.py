@@ -11,20 +11,21 @@ weights takes the adapter off.
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmkit.adapters import attached_adapters, forward_context, load_adapter
 from mmkit.diffusion.pipeline import TextToImagePipeline
 from mmkit.diffusion.spm.adapter import SPM
 from mmkit.diffusion.spm.calls import Calls
-from mmkit.diffusion.spm.official import load_lora, load_official_checkpoint
+from mmkit.diffusion.spm.official import composed, load_lora, load_official_checkpoint
 from mmkit.diffusion.spm.permeability import MATCHING, cosine_scores, gate, scores, token_scores
 from mmkit.errors import InputError, nearest
 
@@ -40,6 +41,8 @@ class ConceptEraser(TextToImagePipeline):
         floor: the least permeability, for concepts that must stay out whatever words a prompt uses.
         calibrate: take what the empty prompt scores as 0. Unrelated prompts share padding, so that their cosine is far above 0 otherwise;
             the official code leaves it there.
+        composition: "sum" adds up the erasers' changes, each at its gate. "released" does what the official inference does, which makes
+            one adapter of all and so squares the gate of a single one; the erasers must be alike. For parity; prompts go one by one.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class ConceptEraser(TextToImagePipeline):
         matching: str | float = "clipcos+tokens",
         floor: float = 0.0,
         calibrate: bool = False,
+        composition: str = "sum",
         **settings: Any,
     ):
         number = isinstance(matching, int | float)
@@ -56,14 +60,15 @@ class ConceptEraser(TextToImagePipeline):
             raise InputError(f"matching is one of {', '.join(MATCHING)}, or a number; not {matching!r}.")
         if not 0 <= floor <= 1:
             raise InputError(f"floor lies in 0..1, not {floor!r}.")
+        if composition not in ("sum", "released"):
+            raise InputError(f"composition is 'sum' or 'released', not {composition!r}.")
         super().__init__(model, **settings)
-        self.matching, self.floor, self.calibrate = matching, floor, calibrate
+        self.matching, self.floor, self.calibrate, self.composition = matching, floor, calibrate, composition
 
     @property
     def erasers(self) -> dict[str, SPM]:
         """The attached adapters that take part, by name."""
-        found = attached_adapters(self.denoiser)
-        return {k: a for k, a in found.items() if isinstance(a, SPM) and a.config.concepts and a.attached}
+        return erasers_of(self.denoiser)
 
     def add(
         self, source: str | os.PathLike[str], name: str | None = None, *, concepts: Sequence[str] | None = None
@@ -119,18 +124,55 @@ class ConceptEraser(TextToImagePipeline):
     def run(self, texts: list[str], *args: Any, **kwargs: Any) -> list[Image.Image]:
         """As in `TextToImagePipeline`, each prompt with its own gates."""
         gates = self._gates(texts)
-
-        def fit(module: Any, given: Any, named: Any) -> None:
-            first = given[0] if given else next(v for k, v in named.items() if k in ("sample", "hidden_states", "x"))
-            times = len(first) // len(texts)  # guidance puts the batch twice
-            context.gates = {name: values.repeat(times) for name, values in gates.items()}
-
-        handle = self.denoiser.register_forward_pre_hook(fit, prepend=True, with_kwargs=True)
-        try:
-            with forward_context() as context:
+        if self.composition == "sum" or not gates:
+            with opened(self.denoiser, gates, len(texts)):
                 return super().run(texts, *args, **kwargs)
-        finally:
-            handle.remove()
+        seeds, *rest = args
+        pictures = []
+        for i, (text, seed) in enumerate(
+            zip(texts, seeds, strict=True)
+        ):  # one adapter made of all, another for each prompt
+            with self._composed({name: float(values[i]) for name, values in gates.items()}):
+                pictures += super().run([text], [seed], *rest, **kwargs)
+        return pictures
+
+    @contextlib.contextmanager
+    def _composed(self, gates: dict[str, float]) -> Iterator[None]:
+        """Inside the block the official code's one adapter acts instead of the erasers."""
+        erasers = {name: a for name, a in self.erasers.items() if a.enabled}
+        if not erasers:
+            yield
+            return
+        tensors = composed({a: gates[name] * float(a.scale) for name, a in erasers.items()})
+        with contextlib.ExitStack() as stack:
+            for adapter in erasers.values():
+                stack.enter_context(adapter.disabled())
+            one = SPM(next(iter(erasers.values())).config, name="composed").attach(self.denoiser)
+            stack.callback(one.detach)
+            one.load_state_dict(tensors)
+            yield
+
+
+def erasers_of(model: nn.Module) -> dict[str, SPM]:
+    """The SPM adapters on `model` that name concepts, by their names."""
+    found = attached_adapters(model)
+    return {k: a for k, a in found.items() if isinstance(a, SPM) and a.config.concepts and a.attached}
+
+
+@contextlib.contextmanager
+def opened(model: nn.Module, gates: dict[str, Tensor], rows: int) -> Iterator[None]:
+    """Inside the block every call of `model` has its erasers' `gates`, one value for each of `rows` pictures; guidance repeats those."""
+
+    def fit(module: Any, given: Any, named: Any) -> None:
+        first = given[0] if given else next(v for k, v in named.items() if k in ("sample", "hidden_states", "x"))
+        context.gates = {name: values.repeat(len(first) // rows) for name, values in gates.items()}
+
+    handle = model.register_forward_pre_hook(fit, prepend=True, with_kwargs=True)
+    try:
+        with forward_context() as context:
+            yield
+    finally:
+        handle.remove()
 
 
 def _embeddings(calls: Calls, texts: list[str]) -> Tensor:

@@ -50,13 +50,18 @@ def scene_surrogate(word: str) -> str:
     return "shape" if scene_attribute(word) == "shape" else ""
 
 
+def scene_superclass(word: str) -> tuple[str, ...]:
+    """Words that leave a concept of the drawn world open and bring it all the same: "a shape" is mostly a circle."""
+    return ("shape", PLURALS["shape"]) if scene_attribute(word) == "shape" else ()
+
+
 def scene_guidance(word: str) -> float:
     """How far to push away from a concept of the drawn world (`EraseConfig.guidance_scale`).
 
     The surrogate's answer holds the concept as often as the model draws it unasked, and with `s = p / (1 - p)` nothing of it is left. "A
     shape" is mostly a circle, but a square is red only once in six times; pushed too far, pictures fall apart.
     """
-    return {"shape": 2.4, "texture": 1.0}.get(scene_attribute(word), 0.4)
+    return {"shape": 4.0, "texture": 1.0, "background": 0.8}.get(scene_attribute(word), 0.4)
 
 
 def scene_templates(word: str, captions: int = 80, *, seed: int = 12) -> tuple[str, ...]:
@@ -104,13 +109,14 @@ def scene_recipe(word: str, method: str = "spm", *, held_out: Collection[str] = 
         settings: of `EraseConfig`, instead of those found for the bundled model.
     """
     config: EraseConfig | UCEConfig = UCEConfig()
-    templates = scene_templates(word)
+    templates, open_ = scene_templates(word), scene_superclass(word)
     if method == "uce":  # it edits the last word of a prompt
-        templates = ("{}", *(t for t in templates if t != "{}" and t.endswith("{}")))
+        templates, open_ = ("{}", *(t for t in templates if t != "{}" and t.endswith("{}"))), ()
     if method != "uce":
         esd = {"anchor_kind": "none", "lr": 1e-3, "max_steps": 60} if method == "esd" else {}
         config = EraseConfig.small(**{"guidance_scale": scene_guidance(word), **esd, **settings})
     return {
-        "concepts": {word: scene_phrases(word)}, "method": method, "surrogate": scene_surrogate(word), "config": config,
-        "templates": templates, "keep": scene_keep([word], 40 if method == "uce" else 300, held_out=held_out),
+        "concepts": {word: scene_phrases(word)}, "method": method, "surrogate": scene_surrogate(word), "superclass": open_,
+        "config": config, "templates": templates,
+        "keep": scene_keep([word], 40 if method == "uce" else 300, held_out=(*held_out, *open_[:1])),
     }  # fmt: skip

@@ -31,14 +31,20 @@ from torch.utils.data import Dataset
 
 from mmkit.adapters import Adapter, apply_adapter, attached_adapters, set_active_adapters
 from mmkit.diffusion.pipeline import TextToImagePipeline
-from mmkit.diffusion.spm.adapter import phrases
+from mmkit.diffusion.spm.adapter import SPM, phrases
 from mmkit.diffusion.spm.calls import Calls, Condition, rows_of, with_text
+from mmkit.diffusion.spm.closed_form import closed_form_edit
 from mmkit.diffusion.spm.losses import anchoring_loss, erasing_loss, gaussian_anchors
+from mmkit.diffusion.spm.templates import check_prompts, concept_prompts, filled
+from mmkit.diffusion.spm.uce import fill
 from mmkit.diffusion.training import Sampler
-from mmkit.errors import InputError, nearest
+from mmkit.errors import InputError
 from mmkit.training import FitConfig, FitResult, StepInfo, fit
 
 ANCHORS = ("prompts", "gaussian", "released", "none")
+STARTS = ("zeros", "uce")
+KEPT_BY_UCE = 40
+"""Prompts to keep that a start from UCE's edit keeps; each is a row of its linear system."""
 SMALL = 10_000_000
 """Parameters of a denoiser below which `EraseConfig.of` takes other settings than the published ones."""
 
@@ -57,6 +63,7 @@ class EraseConfig:
         anchor_weight: of the anchoring loss. To be tried anew for another base model: small ones want 1 to 100.
         rollin_steps, rollin_guidance: of the sampling that leads to a noisy picture.
         batch_size: pictures in a step.
+        start: "zeros", or "uce": the membranes of cross-attention begin with UCE's edit, cut to their rank.
         lr, max_steps, warmup_steps, seed: as in `FitConfig`.
     """
 
@@ -68,6 +75,7 @@ class EraseConfig:
     rollin_steps: int = 30
     rollin_guidance: float = 3.0
     batch_size: int = 1
+    start: str = "zeros"
     lr: float = 1e-4
     max_steps: int = 3000
     warmup_steps: int = 500
@@ -76,6 +84,8 @@ class EraseConfig:
     def __post_init__(self) -> None:
         if self.anchor_kind not in (None, *ANCHORS):
             raise InputError(f"anchor_kind is one of {', '.join(ANCHORS)}, not {self.anchor_kind!r}.")
+        if self.start not in STARTS:
+            raise InputError(f"start is one of {', '.join(STARTS)}, not {self.start!r}.")
         for name, least in {
             "anchors": 1,
             "rollin_steps": 2,
@@ -91,10 +101,10 @@ class EraseConfig:
 
     @classmethod
     def small(cls, **settings: Any) -> EraseConfig:
-        """Settings for denoisers of a few million parameters, found on the bundled one: twenty seconds for a concept."""
+        """Settings for denoisers of a few million parameters, found on the bundled one: half a minute for a concept."""
         found: dict[str, Any] = {
             "anchors": 2, "own_anchors": 0.7, "anchor_weight": 2.0, "rollin_steps": 6, "batch_size": 4,
-            "lr": 1e-2, "max_steps": 150, "warmup_steps": 10,
+            "lr": 1e-2, "max_steps": 300, "warmup_steps": 10,
         }  # fmt: skip
         return cls(**found | settings)
 
@@ -121,7 +131,8 @@ class EraseLoss:
     Args:
         calls: of the pipeline.
         adapter: the eraser in training, attached.
-        prompts: of the concept.
+        prompts: of the concept, and of words under which it is drawn unasked.
+        positives: the concept's own prompt for each.
         neutrals: what takes the place of each.
         keep: prompts whose answers stay.
     """
@@ -131,6 +142,7 @@ class EraseLoss:
         calls: Calls,
         adapter: Adapter,
         prompts: Sequence[str],
+        positives: Sequence[str],
         neutrals: Sequence[str],
         keep: Sequence[str],
         config: EraseConfig,
@@ -140,7 +152,7 @@ class EraseLoss:
         self.kind = config.anchor_kind or ("prompts" if keep else "gaussian")
         if self.kind == "prompts" and not keep:
             raise InputError("anchor_kind='prompts' needs prompts to keep: keep=['a dog', ...].")
-        self.texts = [*self.prompts, *neutrals, "", *keep]  # rows of the condition, in this order
+        self.texts = [*self.prompts, *neutrals, *positives, "", *keep]  # rows of the condition, in this order
         with adapter.disabled():
             self.condition = calls.condition(self.texts)
 
@@ -164,8 +176,8 @@ class EraseLoss:
             texts, draw(2**31, len(texts)), config.rollin_steps, at, config.rollin_guidance
         )
         latents = self._rows(rolled, range(size))
-        neutral = [count + i for i in chosen]
-        frozen = self._frozen(self._rows(latents, [*range(size)] * 2), t, self.told([*chosen, *neutral]))
+        neutral, concept = [count + i for i in chosen], [2 * count + i for i in chosen]
+        frozen = self._frozen(self._rows(latents, [*range(size)] * 2), t, self.told([*concept, *neutral]))
         positive, wanted = frozen.chunk(2)
         answer = self.calls.answer(latents, t, self.told(chosen))
         loss = erasing_loss(answer, positive, wanted, config.guidance_scale)
@@ -199,7 +211,7 @@ class EraseLoss:
 
     def _own(self, size: int, generator: torch.Generator) -> list[int]:
         """Numbers of the anchors that this step looks at in pictures of their own: the empty prompt, and some to keep; or none."""
-        config, empty = self.config, 2 * len(self.prompts)
+        config, empty = self.config, 3 * len(self.prompts)
         if (
             self.kind != "prompts"
             or not config.own_anchors
@@ -211,7 +223,7 @@ class EraseLoss:
 
     def _anchors(self, near: list[int], generator: torch.Generator) -> Condition:
         """Anchors for the texts with the numbers `near`, one for each."""
-        empty = 2 * len(self.prompts)
+        empty = 3 * len(self.prompts)
         if self.kind == "prompts":
             return self.told(
                 [empty + i for i in torch.randint(len(self.texts) - empty, (len(near),), generator=generator)]
@@ -233,6 +245,8 @@ class SPMTrainer:
         concepts: phrases to erase with one adapter.
         surrogate: what is drawn in their place, put into the templates; nothing by default.
         keep: prompts that must draw what they drew, near neighbours of the concept first of all.
+        superclass: words that leave the concept open and under which it is drawn all the same, "shape" for a circle: their prompts learn
+            not to draw it, too, and are named by the adapter, so that transport opens for them.
         templates: prompts of a concept that are trained on, with {} in its place; `["{}", "a photo of {}"]` reaches further.
         adapter: any method of `mmkit.list_adapters()`; SPM by default.
         settings: of the adapter.
@@ -251,6 +265,7 @@ class SPMTrainer:
         *,
         surrogate: str = "",
         keep: Sequence[str] = (),
+        superclass: Sequence[str] = (),
         templates: Sequence[str] = ("{}",),
         adapter: str = "spm",
         settings: dict[str, Any] | None = None,
@@ -260,17 +275,31 @@ class SPMTrainer:
     ):
         self.draw = pipeline if isinstance(pipeline, TextToImagePipeline) else TextToImagePipeline(pipeline)
         self.config = config or EraseConfig.of(self.draw.denoiser)
-        self.prompts = concept_prompts(self.draw, concepts, keep, templates)
+        named, open_ = phrases(concepts), phrases(superclass, allow_none=True)
+        self.prompts = concept_prompts(self.draw, (*named, *open_), keep, templates)
         check_prompts(self.draw, [surrogate] if surrogate else [])
-        neutrals = [filled(t, surrogate) for t in templates] * len(phrases(concepts))
-        own: dict[str, Any] = {"concepts": phrases(concepts)} if adapter == "spm" else {}
+        positives = [filled(t, n) for n in (*named, *[named[0]] * len(open_)) for t in templates]
+        neutrals = [filled(t, surrogate) for t in templates] * len((*named, *open_))
+        own: dict[str, Any] = {"concepts": (*named, *open_)} if adapter == "spm" else {}
         self.adapter = apply_adapter(self.draw.denoiser, adapter, name=name, **(own | (settings or {})))
         try:
             calls = Calls(self.draw, options)
-            self.loss = EraseLoss(calls, self.adapter, self.prompts, neutrals, list(keep), self.config)
+            if self.config.start == "uce":
+                self._begin_with_uce((*named, *open_), keep, surrogate, templates, options)
+            self.loss = EraseLoss(calls, self.adapter, self.prompts, positives, neutrals, list(keep), self.config)
         except BaseException:
             self.adapter.detach()
             raise
+
+    def _begin_with_uce(self, names: Any, keep: Any, surrogate: str, templates: Sequence[str], options: Any) -> None:
+        """Fill the membranes that UCE's edit has a place in."""
+        last = [t for t in templates if t.endswith("{}")] or ["{}"]  # UCE edits the last word of a prompt
+        with self.adapter.disabled():
+            change = closed_form_edit(self.draw, names, keep[:KEPT_BY_UCE], surrogate, last, None, options)
+        if not isinstance(self.adapter, SPM) or not fill(self.adapter, change):
+            raise InputError(
+                "start='uce' is for SPM adapters with membranes at cross-attention (attn2.to_k, attn2.to_v)."
+            )
 
     def train(
         self,
@@ -307,39 +336,3 @@ class SPMTrainer:
             self.draw.denoiser.eval()
             for name, adapter in attached_adapters(self.draw.denoiser).items():
                 adapter.enabled = others[name]
-
-
-def concept_prompts(
-    draw: TextToImagePipeline, concepts: Any, keep: Sequence[str] = (), templates: Sequence[str] = ("{}",)
-) -> list[str]:
-    """The concepts in all templates, checked; see `SPMTrainer`."""
-    names = phrases(concepts)
-    if isinstance(keep, str) or not all(isinstance(k, str) for k in keep):
-        raise InputError(f"keep is a list of prompts, not {keep!r}.")
-    kept = {k.strip().lower() for k in keep}
-    if both := [n for n in names if n.lower() in kept]:
-        raise InputError(f"{both} cannot be erased and kept at once.")
-    if not templates or any("{}" not in t for t in templates):
-        raise InputError(f"templates are prompts with {{}} in place of the concept, not {list(templates)!r}.")
-    prompts = [filled(t, n) for n in names for t in templates]
-    check_prompts(draw, [*prompts, *keep])
-    return prompts
-
-
-def filled(template: str, word: str) -> str:
-    """The template with `word` in place of {}; without double spaces, where the word is none."""
-    return " ".join(template.replace("{}", word).split())
-
-
-def check_prompts(draw: TextToImagePipeline, prompts: Sequence[str]) -> None:
-    """Raise `InputError` for prompts with words the model does not know, or longer than its tokenizer takes."""
-    tokenizer = getattr(draw.pipe, "tokenizer", None)
-    longest = getattr(tokenizer, "model_max_length", 10**9)
-    for prompt in prompts:
-        if unknown := draw.unknown_words(prompt):
-            words = [w for w in tokenizer.get_vocab() if w.isalpha()]  # type: ignore[union-attr]
-            raise InputError(f"The model does not know {unknown} in {prompt!r}. {nearest(unknown[0], words)}")
-        if tokenizer is not None and longest < 10**6 and (count := len(tokenizer(prompt).input_ids)) > longest:
-            raise InputError(
-                f"{prompt[:60]!r}... has {count} tokens and the model reads {longest}: the rest would be ignored."
-            )

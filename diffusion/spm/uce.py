@@ -123,6 +123,23 @@ def differences(weight: Tensor, pairs: Sequence[Pair], config: UCEConfig) -> Ten
     return torch.cat(parts).T
 
 
+def factors(
+    model: nn.Module, pairs: dict[str, list[Pair]], kept: dict[str, list[Tensor]], config: UCEConfig
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """The change of every projection as `up` (out, n) and `down` (n, C), `W* - W = up @ down`, in float64; see `edit`."""
+    plain = dict(hooks.named_plain_modules(model))
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    solved: dict[tuple[int, ...], Tensor] = {}  # projections that read the same rows share one solve
+    for path, own in pairs.items():
+        weight = getattr(plain.get(path), "weight", None)
+        if not isinstance(plain.get(path), nn.Linear) or own[0].concept.shape[1] != weight.shape[1]:  # type: ignore[union-attr]
+            raise InputError(f"{path!r} is no linear layer that reads rows of width {own[0].concept.shape[1]}.")
+        key = (id(own), id(kept.get(path)))
+        down = solved[key] if key in solved else solved.setdefault(key, directions(own, kept.get(path, []), config))
+        found[path] = _smaller(differences(weight, own, config), down)  # type: ignore[arg-type]
+    return found
+
+
 def edit(
     model: nn.Module,
     pairs: dict[str, list[Pair]],
@@ -141,28 +158,40 @@ def edit(
     Raises:
         InputError: no such projection, or rows of another width.
     """
-    config = config or UCEConfig()
-    plain = dict(hooks.named_plain_modules(model))
-    factors: dict[str, tuple[Tensor, Tensor]] = {}
-    solved: dict[tuple[int, ...], Tensor] = {}  # projections that read the same rows share one solve
-    for path, own in pairs.items():
-        weight = getattr(plain.get(path), "weight", None)
-        if not isinstance(plain.get(path), nn.Linear) or own[0].concept.shape[1] != weight.shape[1]:  # type: ignore[union-attr]
-            raise InputError(f"{path!r} is no linear layer that reads rows of width {own[0].concept.shape[1]}.")
-        key = (id(own), id(kept.get(path)))
-        down = solved[key] if key in solved else solved.setdefault(key, directions(own, kept.get(path, []), config))
-        factors[path] = _smaller(differences(weight, own, config), down)  # type: ignore[arg-type]
-    rank = max(len(down) for _, down in factors.values())
-    adapter = SPM(SPMConfig(rank=rank, alpha=float(rank), concepts=concepts, targets=tuple(factors)), name=name).attach(
+    return attach(model, factors(model, pairs, kept, config or UCEConfig()), concepts=concepts, name=name)
+
+
+def attach(
+    model: nn.Module, change: dict[str, tuple[Tensor, Tensor]], *, concepts: tuple[str, ...] = (), name: str = "default"
+) -> SPM:
+    """The change of `factors` as an adapter of its own rank on `model`."""
+    rank = max(len(down) for _, down in change.values())
+    adapter = SPM(SPMConfig(rank=rank, alpha=float(rank), concepts=concepts, targets=tuple(change)), name=name).attach(
         model
     )
-    with torch.no_grad():
-        for path, (up, down) in factors.items():
-            site: Any = adapter.site(path)
-            site.lora_up.weight[:, : len(down)].copy_(up)
-            site.lora_down.weight.zero_()
-            site.lora_down.weight[: len(down)].copy_(down)
+    fill(adapter, change)
     return adapter
+
+
+def fill(adapter: SPM, change: dict[str, tuple[Tensor, Tensor]]) -> list[str]:
+    """Let the membranes of `adapter` begin with the change of `factors`, each with the nearest of its own rank.
+
+    Returns the paths that got one. A change of a higher rank than the membrane's is cut to its largest singular values.
+    """
+    reached = [p for p in adapter.own_paths if p in change]
+    with torch.no_grad():
+        for path in reached:
+            site: Any = adapter.site(path)
+            up, down = change[path]
+            if len(down) > site.rank:
+                u, s, v = torch.linalg.svd(up @ down, full_matrices=False)
+                root = s[: site.rank].sqrt()
+                up, down = u[:, : site.rank] * root, root[:, None] * v[: site.rank]
+            site.lora_up.weight.zero_()
+            site.lora_down.weight.zero_()
+            site.lora_up.weight[:, : len(down)].copy_(up * (site.rank / site.alpha))
+            site.lora_down.weight[: len(down)].copy_(down)
+    return reached
 
 
 def _smaller(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
@@ -179,6 +208,14 @@ def save_edited_weights(adapter: SPM, path: Any) -> None:
 
 def _own(adapter: SPM, path: str) -> Any:
     return hooks.unwrap(hooks.get_module(adapter.model, path))
+
+
+def text_projections(model: nn.Module, with_to_k: bool = True) -> list[str]:
+    """Paths of the projections that UCE edits: those of `cross_attention`, or where text and picture share their attention (Flux, SD3)
+    the two that take the text in: `context_embedder` and `text_embedder.linear_1`, as the official code does for Flux."""
+    ends = ("context_embedder", "text_embedder.linear_1")
+    own = (p for p, m in hooks.named_plain_modules(model) if isinstance(m, nn.Linear) and p.endswith(ends))
+    return cross_attention(model, with_to_k) or list(own)
 
 
 def cross_attention(model: nn.Module, with_to_k: bool = True) -> list[str]:

@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from mmkit.adapters import attached_adapters, load_adapter
+from mmkit.adapters import apply_adapter, attached_adapters, load_adapter
 from mmkit.diffusion import TextToImagePipeline
 from mmkit.diffusion.spm import (
     EraseConfig,
     Pair,
     SPMTrainer,
     UCEConfig,
+    closed_form_edit,
     differences,
     directions,
     edit,
@@ -25,6 +26,7 @@ from mmkit.diffusion.spm import (
     scene_templates,
 )
 from mmkit.diffusion.spm.calls import Calls, rows_of
+from mmkit.diffusion.spm.uce import fill
 from mmkit.errors import InputError
 
 TINY = EraseConfig(max_steps=2, rollin_steps=3, anchors=2, lr=1e-2, warmup_steps=0, anchor_weight=1.0)
@@ -112,8 +114,9 @@ def test_what_else_a_prompt_says_is_not_pushed_away(sd: Any) -> None:
         sd, ["cat", "snoopy"], keep=["a dog"], templates=["{}", "a red {}"], surrogate="dog", config=config
     )
     loss = trainer.loss
-    assert loss.texts == ["cat", "a red cat", "snoopy", "a red snoopy", *["dog", "a red dog"] * 2, "", "a dog"]
-    assert loss._own(2, torch.Generator()) == [8, 9, 9, 9], (
+    prompts = ["cat", "a red cat", "snoopy", "a red snoopy"]
+    assert loss.texts == [*prompts, *["dog", "a red dog"] * 2, *prompts, "", "a dog"]
+    assert loss._own(2, torch.Generator()) == [12, 13, 13, 13], (
         "the empty prompt and those to keep, in pictures of their own"
     )
     assert loss(sd.unet, torch.tensor([5]))[1]["anchoring"] == 0, "a fresh membrane changes nothing"
@@ -121,6 +124,54 @@ def test_what_else_a_prompt_says_is_not_pushed_away(sd: Any) -> None:
         for p in trainer.adapter.parameters():
             p.add_(0.3)
     assert loss(sd.unet, torch.tensor([5]))[1]["anchoring"] > 0
+
+
+def test_words_that_leave_the_concept_open_learn_what_it_learns(sd: Any) -> None:
+    trainer = SPMTrainer(sd, "snoopy", superclass=["dog"], surrogate="cat", templates=["{}", "a {}"], config=TINY)
+    asked, positives = ["snoopy", "a snoopy", "dog", "a dog"], ["snoopy", "a snoopy"] * 2
+    assert trainer.loss.texts == [*asked, *["cat", "a cat"] * 2, *positives, ""]
+    assert trainer.adapter.config.concepts == ("snoopy", "dog"), "transport opens for both"
+    with torch.no_grad():
+        block = next(m for m in sd.unet.modules() if type(m).__name__ == "BasicTransformerBlock")
+        block.attn2.to_v.weight.mul_(30)  # random weights hardly heed the text
+    trainer.loss.prompts, trainer.loss.config = trainer.loss.prompts[2:3], TINY  # "dog" alone
+    trainer.loss.texts = ["dog", "cat", "snoopy", ""]
+    trainer.loss.condition = trainer.loss.calls.condition(trainer.loss.texts)
+    seen: list[list[str]] = []
+    told = trainer.loss.told
+    trainer.loss.told = lambda index: (seen.append([trainer.loss.texts[i] for i in index]), told(index))[1]  # type: ignore[method-assign]
+    trainer.loss(sd.unet, torch.tensor([5]))
+    assert seen[:2] == [["snoopy", "cat"], ["dog"]], "the frozen model is asked for the concept and what replaces it"
+    with pytest.raises(InputError, match="at once"):
+        SPMTrainer(sd, "snoopy", superclass=["dog"], keep=["dog"], config=TINY)
+
+
+def test_membranes_begin_with_the_nearest_of_their_rank_to_a_closed_form_edit(sd: Any) -> None:
+    draw = TextToImagePipeline(sd)
+    base = drawn(draw, "snoopy")
+    edited = erase(draw, "snoopy", "uce", surrogate="cat", keep=["a dog"])
+    want = drawn(draw, "snoopy")
+    edited.adapters["uce"].detach()
+    config = EraseConfig(**{**vars(TINY), "start": "uce"})
+    trainer = SPMTrainer(draw, "snoopy", surrogate="cat", keep=["a dog"], config=config)
+    assert not torch.equal(want, base)
+    torch.testing.assert_close(drawn(draw, "snoopy"), want, atol=1e-5, rtol=1e-4)  # one row: rank one says it all
+    trainer.adapter.detach()
+
+    change = closed_form_edit(draw, ["snoopy", "van gogh", "art"], [], "cat", ["{}", "a {}"])
+    path = "mid_block.attentions.0.transformer_blocks.0.attn2.to_v"
+    for rank in (1, 2):
+        adapter = apply_adapter(sd.unet, "spm", rank=rank, alpha=0.5)
+        assert fill(adapter, change) == [p for p in adapter.own_paths if "attn2.to_k" in p or "attn2.to_v" in p]
+        site = adapter.site(path)
+        made = site.alpha / site.rank * (site.lora_up.weight @ site.lora_down.weight)
+        up, down = change[path]
+        left = torch.linalg.svdvals(up @ down)[rank:].norm()
+        assert float((up @ down - made).norm()) == pytest.approx(float(left), rel=1e-4, abs=1e-6)
+        adapter.detach()
+    with pytest.raises(InputError, match="cross-attention"):
+        SPMTrainer(draw, "snoopy", config=config, settings={"targets": ("*attn1.to_q",)})
+    assert not attached_adapters(sd.unet)
 
 
 def test_several_words_for_one_concept(sd: Any) -> None:
@@ -236,7 +287,13 @@ def test_wrong_input_leaves_the_model_alone(sd: Any, pipe: Any) -> None:
     for settings in ({"lamb": 0.0}, {"technique": "x"}, {"tokens": "first"}):
         with pytest.raises(InputError):
             UCEConfig(**settings)
-    for settings in ({"anchor_kind": "x"}, {"batch_size": 0}, {"rollin_steps": 1}, {"own_anchors": 1.5}):
+    for settings in (
+        {"anchor_kind": "x"},
+        {"batch_size": 0},
+        {"rollin_steps": 1},
+        {"own_anchors": 1.5},
+        {"start": "x"},
+    ):
         with pytest.raises(InputError):
             EraseConfig(**settings)
     assert attached_adapters(sd.unet) == attached_adapters(pipe.transformer) == {}
@@ -260,6 +317,7 @@ def test_the_command(tmp_path: Path) -> None:
         (("dragon",), "no concept 'dragon'"),
         (("red", "blue", "--method", "uce"), "one concept"),
         (("red", "--method", "uce", "--steps", "3"), "--steps"),
+        (("red", "--clip", "ViT-B-32"), "--clip"),
         (("red", "--evaluate", "--model", str(tmp_path)), "--evaluate"),
     ):
         failed = run(*words)

@@ -10,7 +10,7 @@ import torch
 
 from mmkit.adapters import apply_adapter, forward_context, save_adapter
 from mmkit.diffusion import TextToImagePipeline
-from mmkit.diffusion.spm import ConceptEraser, save_official_checkpoint
+from mmkit.diffusion.spm import ConceptEraser, composed, save_official_checkpoint
 from mmkit.errors import CheckpointError, InputError
 
 LATENT = {"output_type": "latent"}
@@ -60,8 +60,23 @@ def test_each_prompt_of_a_batch_has_its_own_gates(sd: Any, tmp_path: Path) -> No
     assert not torch.equal(base[0], together[0])
 
 
+def test_released_composition_squares_a_gate_and_mixes_erasers(sd: Any, tmp_path: Path) -> None:
+    draw = eraser(sd, tmp_path, matching=0.7, composition="released")
+    gogh, dog = draw.erasers["gogh"], draw.erasers["dog"]
+    mixed = draw.run(["a cat", "snoopy"], [4, 5], 2, 3.0, options=LATENT)
+    tensors = composed({gogh: 0.7, dog: 0.7})
+    dog.enabled = False
+    alone = draw.run(["a cat"], [4], 2, 3.0, options=LATENT)[0]
+    assert set(draw.erasers) == {"gogh", "dog"}, "the one adapter came off"
+    draw.composition, draw.matching = "sum", 0.49
+    torch.testing.assert_close(draw.run(["a cat"], [4], 2, 3.0, options=LATENT)[0], alone, atol=1e-4, rtol=1e-4)
+    gogh.load_state_dict(tensors)
+    draw.matching = 1.0
+    torch.testing.assert_close(draw.run(["snoopy"], [5], 2, 3.0, options=LATENT)[0], mixed[1], atol=1e-4, rtol=1e-4)
+
+
 def test_wrong_input(sd: Any, tmp_path: Path) -> None:
-    for settings in ({"matching": "words"}, {"floor": 2.0}):
+    for settings in ({"matching": "words"}, {"floor": 2.0}, {"composition": "product"}):
         with pytest.raises(InputError):
             ConceptEraser(sd, **settings)
     draw = ConceptEraser(sd)

@@ -1,5 +1,7 @@
 """Take the pictures of the studio's pages that its home page shows: `python examples/studio_pictures.py [page ...]`.
 
+With `--screens` also those of docs/studio.md: each page as it stands after that, and the home page.
+
 Each page is opened in Chromium (`pip install playwright`; `CHROME_PATH` names the browser) and shown its own drawn or public-domain
 sample; what it makes of it is saved as `apps/pictures/<page>.webp`. A page that names no `picture` is left out.
 Look at the pictures before you commit them.
@@ -20,14 +22,15 @@ from mmkit.apps import App, launch_studio
 from mmkit.registry import APPS
 
 FOLDER = Path(__file__).parent.parent / "apps" / "pictures"
+SCREENS = Path(__file__).parent.parent / "docs" / "pictures"
 SIZE = (480, 300)
 GROUND = "#f8fafc"
 BARE = "[data-testid=block-label], .icon-button-wrapper {visibility: hidden}"
 """What lies over a picture while it is taken: nothing."""
 
 
-def take(browser: Browser, url: str, app: App, seconds: float) -> tuple[Image.Image, bool]:
-    """What `app` shows of its sample, after `seconds`, and whether it is a drawing on the page's own ground."""
+def take(browser: Browser, url: str, app: App, seconds: float) -> tuple[Image.Image, bool, Image.Image]:
+    """What `app` shows of its sample, after `seconds`, whether it is a drawing on the page's own ground, and the whole page."""
     page = browser.new_page(viewport={"width": 1280, "height": 900}, device_scale_factor=2, color_scheme="light")
     page.set_default_timeout(120_000)
     page.goto(f"{url}{app.name}")
@@ -42,8 +45,18 @@ def take(browser: Browser, url: str, app: App, seconds: float) -> tuple[Image.Im
     if shown.evaluate("e => e.tagName") == "CANVAS":
         picture = trim(picture)
     drawing = shown.evaluate("e => e.tagName") in ("FIGURE", "CANVAS")
+    screen = Image.open(io.BytesIO(page.screenshot(full_page=True)))
     page.close(run_before_unload=False)
-    return Image.alpha_composite(Image.new("RGBA", picture.size, GROUND), picture).convert("RGB"), drawing
+    return Image.alpha_composite(Image.new("RGBA", picture.size, GROUND), picture).convert("RGB"), drawing, screen
+
+
+def keep_screen(screen: Image.Image, name: str) -> None:
+    """The upper part of a page, small, for the documentation."""
+    width, height = screen.size
+    part = screen.convert("RGB").crop((0, 0, width, min(height, round(width * 1.1))))
+    part.thumbnail((1024, 1200), Image.Resampling.LANCZOS)
+    part.save(SCREENS / name, quality=75, method=6)
+    print(f"{name}: {(SCREENS / name).stat().st_size / 1000:.0f} kB")
 
 
 def trim(picture: Image.Image, margin: int = 24) -> Image.Image:
@@ -73,8 +86,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pages", nargs="*", help="default: all")
     parser.add_argument("--seconds", type=float, default=8, help="given to a page to finish what it shows")
+    parser.add_argument("--screens", action="store_true", help="the whole pages as well, into docs/pictures")
     options = parser.parse_args()
     FOLDER.mkdir(exist_ok=True)
+    (SCREENS / "studio").mkdir(parents=True, exist_ok=True)
     studio, url = launch_studio(options.pages or None, block=False)
     with sync_playwright() as p:
         browser = p.chromium.launch(
@@ -85,8 +100,16 @@ def main() -> None:
             if not app.picture:
                 continue
             path = FOLDER / f"{name}.webp"
-            fit(*take(browser, url, app, options.seconds)).save(path, quality=80, method=6)
+            picture, drawing, screen = take(browser, url, app, options.seconds)
+            fit(picture, drawing).save(path, quality=80, method=6)
             print(f"{path.name}: {path.stat().st_size / 1000:.0f} kB")
+            if options.screens:
+                keep_screen(screen, f"studio/{name}.webp")
+        if options.screens and not options.pages:
+            home = browser.new_page(viewport={"width": 1280, "height": 900}, color_scheme="light")
+            home.goto(url)
+            home.wait_for_timeout(3000)
+            keep_screen(Image.open(io.BytesIO(home.screenshot(full_page=True))).crop((0, 0, 1280, 1000)), "home.webp")
         browser.close()
     studio.close()
 

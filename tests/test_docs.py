@@ -141,6 +141,7 @@ def test_figures_are_those_of_the_results():
 FIGURE_ELSEWHERE = {
     "README.md": "What the bundled weights can do: tests/test_claims.py",
     "docs/compared.md": "versions of other libraries",
+    "docs/studio.md": "summaries of the pages, compared below",
 }
 """Documents with figures that no comment explains, and what holds them."""
 
@@ -191,6 +192,17 @@ def test_tests_that_the_documents_name_exist():
             assert re.search(rf"^def {test}\(", (ROOT / path).read_text(encoding="utf-8"), re.M), f"{path}::{test}"
             named += 1
     assert named > 50
+
+
+def test_every_page_of_the_studio_is_shown():
+    from mmkit.registry import APPS
+
+    text = (ROOT / "docs/studio.md").read_text(encoding="utf-8")
+    for name in APPS.names():
+        app = APPS.get(name)
+        assert f"## {app.title}\n\n{app.summary} `mmkit app {name}`" in text
+        assert (ROOT / f"docs/pictures/studio/{name}.webp").stat().st_size < 90_000
+    assert (ROOT / "docs/pictures/home.webp").stat().st_size < 100_000
 
 
 def test_every_wish_has_an_answer():

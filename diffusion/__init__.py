@@ -17,7 +17,11 @@ if TYPE_CHECKING:
     from mmkit.diffusion.pipeline import TextToImagePipeline as TextToImagePipeline
     from mmkit.diffusion.resolution import raise_resolution as raise_resolution
     from mmkit.diffusion.result import TextToImage as TextToImage
-    from mmkit.diffusion.scenes import scene_painter as scene_painter, scenes_pipeline as scenes_pipeline
+    from mmkit.diffusion.scenes import (
+        ScenePainter as ScenePainter,
+        scene_painter as scene_painter,
+        scenes_pipeline as scenes_pipeline,
+    )
     from mmkit.diffusion.training import FinetuneResult as FinetuneResult, finetune as finetune
 
 __getattr__, __dir__, __all__ = door(__name__)

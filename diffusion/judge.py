@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
+from mmkit.backbones.model import Model
 from mmkit.data.drawn.scenes import ATTRIBUTES, read_caption
 from mmkit.errors import InputError
 
@@ -22,7 +22,7 @@ HEADS = {name: (*words, NONE) if name in ("shape", "color") else words for name,
 """The words the judge chooses from, per attribute."""
 
 
-class SceneJudge(nn.Module, PyTorchModelHubMixin):
+class SceneJudge(Model):
     """Four convolutions and one linear layer per attribute of a scene.
 
     Args:

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from mmkit.backbones.model import Model
 from mmkit.data.drawn.scenes import WORDS
 from mmkit.lazy import library
 
@@ -67,7 +68,7 @@ def word_tokenizer() -> Any:
     )
 
 
-class ScenePainter(nn.Module):
+class ScenePainter(Model):
     """The two networks of the pipeline, which learn together: a text encoder and a transformer that answers the flow."""
 
     def __init__(self) -> None:

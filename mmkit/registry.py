@@ -76,15 +76,6 @@ class Registry:
             self._known[name] = target
         return target
 
-    def find(self, attribute: str) -> str | None:
-        """The name of the entry whose object is called `attribute` (a class); `None` when there is none."""
-        self._read_entry_points()
-        called = {
-            n: t.rpartition(":")[2] if isinstance(t, str) else getattr(t, "__name__", "")
-            for n, t in self._known.items()
-        }
-        return next((name for name, own in called.items() if own == attribute), None)
-
     def _read_entry_points(self) -> None:
         if self._group:
             for point in _installed(self._group):
@@ -187,6 +178,21 @@ MODELS = Registry(
         "video_classifier": "mmkit.video.zeroi2v:VideoClassifier",
     },
     entry_point_group="mmkit.models",
+)
+
+MODEL_CLASSES = Registry(  # what a saved model names in its config.json
+    "model class",
+    {
+        **_from("mmkit.vision.gmm", "GMMViT", "GMMCaiT", "GMMT2T", "GMMPiT", "GMMSwin"),
+        **_from("mmkit.vision.clicks", "SqueezeSAM", "ClickNet"),
+        **_from("mmkit.vision.medical", "LightMUNet"),
+        **_from("mmkit.vision.piip", "PIIP", "PIIPFeaturePyramid", "PIIPSegmenter"),
+        **_from("mmkit.video.zeroi2v", "VideoClassifier"),
+        **_from("mmkit.pointcloud.point_peft", "PointMAE", "PointMAESegmenter", "PointMAEForPretraining"),
+        **_from("mmkit.pointcloud.splats", "GaussianModel"),
+        **_from("mmkit.diffusion", "SceneJudge", "ScenePainter"),
+    },
+    entry_point_group="mmkit.model_classes",
 )
 
 LIBRARIES = Registry(  # where backbones come from: "timm:vit_tiny_patch16_224"

@@ -14,7 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, Offl
 from torch import nn
 
 from mmkit.errors import CheckpointError, InputError, MMKitError
-from mmkit.registry import MODELS
+from mmkit.registry import MODEL_CLASSES, MODELS
 from mmkit.storage import load_state, new_folder, open_folder, read_json, read_tensors, write_json, write_safetensors
 
 _HUB_ERRORS = (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError)
@@ -107,10 +107,10 @@ def open_model(folder: str | os.PathLike[str]) -> Model:
     """The model of a folder written by `save_pretrained`, whatever its class. Raises `CheckpointError` for anything else."""
     saved = read_json(Path(folder).expanduser() / "config.json")
     kind = saved.get("model") if isinstance(saved, dict) else None
-    name = MODELS.find(kind) if isinstance(kind, str) else None
-    if name is None:
+    if kind not in MODEL_CLASSES.names():
         raise CheckpointError(f"{folder} holds no model of mmkit: its config.json names the class {kind!r}.")
-    return MODELS.get(name).from_pretrained(folder)
+    model: Model = MODEL_CLASSES.get(kind).from_pretrained(folder)
+    return model
 
 
 def load_official_checkpoint(model: Model, path: str | os.PathLike[str]) -> Model:

@@ -93,7 +93,7 @@ class Blocks(nn.ModuleList):
     """Transformer blocks that are given the position embedding anew each: tokens and positions (B, T, D) -> (B, T, D)."""
 
     def __init__(self, embed_dim: int, depth: int, num_heads: int, drop_path_rate: float):
-        rates = torch.linspace(0, drop_path_rate, depth).tolist()
+        rates = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
         norm = nn.LayerNorm
         super().__init__([Block(embed_dim, num_heads, qkv_bias=False, drop_path=r, norm_layer=norm) for r in rates])
 

@@ -50,7 +50,7 @@ def distance_table(grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
         patches i, j.
     """
     rows, columns = grid
-    y, x = torch.arange(rows), torch.arange(columns)
+    y, x = torch.arange(rows, device="cpu"), torch.arange(columns, device="cpu")  # numbers, also of a model without any
     values, place = torch.unique(y[:, None] ** 2 + x[None, :] ** 2, return_inverse=True)
     ty, tx = y.repeat_interleave(columns), x.repeat(rows)
     index = place[(ty[:, None] - ty[None, :]).abs(), (tx[:, None] - tx[None, :]).abs()]

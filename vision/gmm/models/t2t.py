@@ -105,7 +105,7 @@ class GMMT2T(GMMModel):
         self.project = nn.Linear(width, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.register_buffer("pos_embed", sinusoid_table(side * side, embed_dim))
-        rates = torch.linspace(0, drop_path_rate, depth).tolist()
+        rates = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
         self.blocks = nn.ModuleList()
         for rate in rates:
             attn = T2TAttention(embed_dim, embed_dim, num_heads, qkv_bias, logit_mask(num_heads, side))

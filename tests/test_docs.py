@@ -107,6 +107,13 @@ def test_blocks_are_read_by_their_language(file):
             _check_command(line)
 
 
+def test_commands_named_in_a_sentence_exist():
+    for file in DOCUMENTS:
+        text = re.sub(r"```.*?```", "", (ROOT / file).read_text(encoding="utf-8"), flags=re.S)
+        for line in re.findall(r"`(mmkit [a-z][^`|]*)`", text):
+            _check_command(line)
+
+
 def _check_command(line: str) -> None:
     words = shlex.split(line, comments=True)
     if words[0] == "make":

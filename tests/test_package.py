@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import subprocess
@@ -60,6 +61,52 @@ def test_every_registered_name_resolves() -> None:
     for table in (registry.ADAPTERS, registry.MODELS, registry.TASKS):
         for name in table.names():
             assert callable(table.get(name)), name
+
+
+MODULE = {"open_clip_torch": "open_clip", "pillow": "PIL", "scikit-learn": "sklearn"}
+"""Distributions whose module has another name."""
+LENT = {
+    "contourpy": "matplotlib", "llvmlite": "numba", "starlette": "gradio", "tokenizers": "transformers",
+    "torchcodec": "a reader to be asked for by name",
+}  # fmt: skip
+"""Modules that come with a dependency, and one that need not be there."""
+
+
+def _imported(folder: Path) -> set[str]:
+    """Top modules that a folder's sources import, also lazily through `library(name)`."""
+    found = set()
+    for path in folder.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                found.add(node.module.split(".")[0])
+            elif isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in (
+                "library",
+                "import_module",
+            ):
+                found |= {str(a.value).split(".")[0] for a in node.args if isinstance(a, ast.Constant)}
+    return found - set(sys.stdlib_module_names) - {"mmkit"}
+
+
+def test_every_dependency_is_used_and_every_import_is_a_dependency():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+    def modules(lines: list[str]) -> set[str]:
+        names = {re.split(r"[\[<>=]", line)[0] for line in lines}
+        return {MODULE.get(name, name.replace("-", "_")) for name in names}
+
+    needed = modules(project["dependencies"])
+    extras = {name: modules(project["optional-dependencies"][name]) for name in ("apps", "slam", "cuda")}
+    core = set().union(*(_imported(ROOT / folder) for folder in FOLDERS if folder != "apps"))
+    assert needed <= core | _imported(ROOT / "apps")
+    assert extras["apps"] <= _imported(ROOT / "apps")
+    assert not core & extras["apps"]
+    developers = modules(
+        project["optional-dependencies"]["dev"]
+    )  # exporters and logs, asked for by name when they are missing
+    assert not core - needed - extras["slam"] - extras["cuda"] - LENT.keys() - developers
+    assert not _imported(ROOT / "apps") - needed - extras["apps"] - LENT.keys()
 
 
 def test_there_is_one_version():

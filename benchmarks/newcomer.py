@@ -69,6 +69,20 @@ def open_studio(clone: Path, environment: dict[str, str]) -> None:
                 served.wait(60)
 
 
+def megabytes(environment: Path) -> dict[str, int]:
+    """Of the whole environment, of torch with CUDA's libraries, and of what the domains read their files with."""
+    (site,) = environment.glob("lib/python*/site-packages")
+    size = {
+        entry.name: sum(f.stat().st_size for f in entry.rglob("*") if f.is_file() and not f.is_symlink()) / 1e6
+        for entry in site.iterdir()
+        if entry.is_dir()
+    }
+    readers = ("av", "av.libs", "nibabel", "h5py", "h5py.libs", "laspy", "lazrs", "trimesh", "matplotlib", "sklearn")
+    parts = {"torch and CUDA": ("torch", "nvidia", "triton"), "readers and charts": readers}
+    sums = {name: sum(size.get(key, 0.0) for key in keys) for name, keys in parts.items()}
+    return {name: round(value) for name, value in {"all": sum(size.values()), **sums}.items()}
+
+
 def steps(text: str) -> Iterator[tuple[str, str]]:
     """(language, command or program) of the blocks of README."""
     for language, block in BLOCK.findall(text):
@@ -110,6 +124,7 @@ def main() -> None:
             print(f"{took[name]:7.1f} s  {name}", flush=True)
         version = subprocess.run(["python", "-V"], env=environment, capture_output=True, text=True, check=True).stdout
         found = {"python": version.split()[1], "wall_seconds": round(time.monotonic() - started, 1), "steps": took}
+        found["megabytes"] = megabytes(clone / ".venv")
     args.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(f"{found['wall_seconds']} s in all")
 

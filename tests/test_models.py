@@ -20,13 +20,13 @@ BRANCHES = {
         for size in ({"embed_dim": 16, "depth": 2}, {"embed_dim": 8, "depth": 2})
     ],
     "num_heads": 2,
-    "norm_groups": 4,
 }
 VIT = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
+NORM = {"norm_groups": 4}
 GIVEN: dict[str, dict[str, Any]] = {  # what has no default
-    "piip": {"pyramid": BRANCHES},
-    "piip_feature_pyramid": {"pyramid": BRANCHES},
-    "piip_segmenter": {"pyramid": BRANCHES},
+    "piip": {"pyramid": BRANCHES, **NORM},
+    "piip_feature_pyramid": {"pyramid": BRANCHES, **NORM},
+    "piip_segmenter": {"pyramid": BRANCHES, **NORM},
     "video_classifier": {"backbone": "timm:vit_tiny_patch16_224", "num_classes": 3, "backbone_args": VIT},
 }
 MOST = 6_000_000

@@ -132,9 +132,9 @@ class TextToImagePipeline:
         Raises:
             InputError: no prompt, a number that is out of range, an unknown adapter or option.
         """
-        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        texts = list(prompts) if isinstance(prompts, list | tuple) else [prompts]
         if not texts or not all(isinstance(p, str) for p in texts):
-            raise InputError("Give a prompt, or several in a list.")
+            raise InputError(f"Give a prompt, or several in a list, not {type(prompts).__name__}.")
         for name, value in {"num_images": num_images, "steps": steps, "batch_size": batch_size}.items():
             if not isinstance(value, int) or value < 1:
                 raise InputError(f"{name} must be a whole number from 1, not {value!r}.")

@@ -76,6 +76,10 @@ class Pipeline:
             still = fits and not any(m.training for m in model.modules())
             self.model = model if still else copy.deepcopy(model).to(self.device, self.dtype).eval()
         else:
+            if not isinstance(model, str | os.PathLike | None):
+                raise InputError(
+                    f"model is a module, a folder or a bundled name, not {type(model).__name__} ({model!r})."
+                )
             self.device = resolve_device(device)
             module = self.load(self.default_weights if model is None else model)
             tensor = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))

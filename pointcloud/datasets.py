@@ -11,7 +11,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from mmkit.errors import InputError
-from mmkit.pointcloud.io import read_point_cloud
+from mmkit.pointcloud.io import columns, read_point_cloud
 from mmkit.pointcloud.transforms import unit_sphere
 from mmkit.storage import read_json
 
@@ -57,7 +57,7 @@ class CloudDataset(Dataset[Any]):
             table = read_point_cloud(cloud)
             points, parts = table.xyz, table.labels
         else:
-            points, parts = np.asarray(cloud, np.float32)[:, :3], None
+            points, parts = columns(cloud)[:, :3], None
         points, parts = points[: self.num_points], None if parts is None else parts[: self.num_points]
         if self.unit:
             points = unit_sphere(points)

@@ -104,13 +104,23 @@ def _checked(cloud: PointCloud, path: Path, num_points: int | None, seed: int) -
     return cloud
 
 
+def columns(points: Any) -> np.ndarray:
+    """Numbers in memory as an array of float32. Raises `InputError` for anything else."""
+    try:
+        return np.asarray(points, np.float32)
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"A cloud is a file, a PointCloud or an array (N, 3) of numbers, not {type(points).__name__} ({str(error)[:80]})."
+        ) from error
+
+
 def write_point_cloud(cloud: PointCloud | np.ndarray, path: str | os.PathLike[str]) -> Path:
     """Write .ply (binary; with colors, normals and labels), .npy, .npz (all), .xyz or .txt (coordinates), whole or not at all.
 
     Raises `InputError` for another suffix.
     """
     path = Path(path).expanduser()
-    cloud = cloud if isinstance(cloud, PointCloud) else PointCloud(np.asarray(cloud, np.float32))
+    cloud = cloud if isinstance(cloud, PointCloud) else PointCloud(columns(cloud))
     writer = _WRITERS.get(path.suffix.lower())
     if writer is None:
         raise InputError(f"{path.name}: clouds are written as {', '.join(sorted(_WRITERS))}.")

@@ -17,7 +17,7 @@ from mmkit.backbones.model import open_model
 from mmkit.errors import InputError
 from mmkit.ops.points import gather_points, knn_indices
 from mmkit.pipelines import Pipeline
-from mmkit.pointcloud.io import PointCloud, read_point_cloud
+from mmkit.pointcloud.io import PointCloud, columns, read_point_cloud
 from mmkit.pointcloud.point_peft.adapter import PointPEFT
 from mmkit.pointcloud.point_peft.result import CloudClassification, CloudSegmentation
 from mmkit.pointcloud.transforms import choose_points, unit_sphere
@@ -33,7 +33,7 @@ def load_cloud(source: CloudLike) -> np.ndarray:
     """
     if isinstance(source, str | os.PathLike):
         return read_point_cloud(source).xyz
-    xyz = np.asarray(source.xyz if isinstance(source, PointCloud) else source, np.float32)
+    xyz = columns(source.xyz if isinstance(source, PointCloud) else source)
     if xyz.ndim != 2 or xyz.shape[1] < 3 or not len(xyz):
         raise InputError(f"A cloud is an array (N, 3) with N >= 1, not {xyz.shape}.")
     if not np.isfinite(xyz[:, :3]).all():

@@ -16,7 +16,7 @@ from mmkit.pipelines import Pipeline
 from mmkit.pointcloud.slam.config import HierSLAMConfig
 from mmkit.pointcloud.slam.datasets import open_sequence
 from mmkit.pointcloud.slam.evaluation import evaluate
-from mmkit.pointcloud.slam.frames import Frames
+from mmkit.pointcloud.slam.frames import Frames, RGBDFrame
 from mmkit.pointcloud.slam.model import SemanticGaussians
 from mmkit.pointcloud.slam.result import SlamResult
 from mmkit.pointcloud.slam.synthetic import SyntheticRoom
@@ -86,7 +86,7 @@ class SemanticSLAMPipeline(Pipeline):
         elif isinstance(data, (str, os.PathLike)):
             sequence = _opened(Path(data), self.tree, every, depth)
         else:
-            sequence = data
+            sequence = _checked(data)
         tree = getattr(sequence, "tree", None) or self.tree
         slam = HierSLAM(self.settings, tree, **self.options)  # type: ignore[arg-type]
         wall, cpu = time.perf_counter(), time.process_time()
@@ -108,6 +108,19 @@ class SemanticSLAMPipeline(Pipeline):
             slam.trajectory().numpy(), torch.tensor(slam.tracked).numpy(), slam.map.as_splats(), ids,
             None if truth is None else truth[: len(slam)].numpy(), report, slam,
         )  # fmt: skip
+
+
+def _checked(data: Any) -> Any:
+    """A sequence in memory. Raises `InputError` unless it is one of frames."""
+    try:
+        count, first = len(data), data[0] if len(data) else None
+    except (TypeError, KeyError, AttributeError):
+        count, first = 0, None
+    if not count or not isinstance(first, RGBDFrame):
+        raise InputError(
+            f"A recording is a folder, or a sequence of at least one RGBDFrame, not {type(data).__name__} of {type(first).__name__}."
+        )
+    return data
 
 
 def _opened(path: Path, tree: SemanticTree | None, every: int, depth: str | os.PathLike[str] | None) -> Any:

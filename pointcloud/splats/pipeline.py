@@ -58,6 +58,10 @@ class NovelViewPipeline(Pipeline):
             background: colour in 0..1.
         """
         assert isinstance(self.model, GaussianModel)
+        if camera is not None and not isinstance(camera, Camera):
+            raise InputError(
+                f"camera is a Camera, such as orbit(...) makes, or None with azimuth and elevation; not {type(camera).__name__}."
+            )
         if camera is None:
             width, height = (size, size) if isinstance(size, int) else size
             if not (min(width, height) >= 1 and max(width, height) <= MAX_SIDE and 5 <= fov <= 150):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +110,8 @@ class ImageClassificationPipeline(Pipeline):
         """
         if top_k < 1:
             raise InputError(f"top_k must be at least 1, not {top_k}.")
-        single = isinstance(images, (str, bytes, os.PathLike, Image.Image)) or hasattr(images, "__array__")
+        one = isinstance(images, (str, bytes, os.PathLike, Image.Image, Mapping)) or hasattr(images, "__array__")
+        single = one or not isinstance(images, Iterable)
         batch: Any = [images] if single else images
         pictures = [load_image(i) for i in batch]
         results = []

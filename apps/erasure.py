@@ -13,7 +13,7 @@ import gradio as gr
 from PIL import Image
 
 from mmkit.adapters import load_adapter, save_adapter
-from mmkit.apps.charts import bar_chart
+from mmkit.charts import bar_chart
 from mmkit.apps.finetune_work import pack, train_in_thread
 from mmkit.apps.frame import App, Sessions, output_folder, readable
 from mmkit.apps.handlers import moved, number

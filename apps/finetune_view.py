@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from mmkit.apps.charts import Line, line_chart
+from mmkit.charts import Line, line_chart
 from mmkit.backbones import backbone_info
 from mmkit.vision.classification import Prepared
 

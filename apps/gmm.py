@@ -12,7 +12,7 @@ import gradio as gr
 import numpy as np
 from PIL import Image
 
-from mmkit.apps.charts import Line, line_chart
+from mmkit.charts import Line, line_chart
 from mmkit.apps.frame import App, readable
 from mmkit.apps.handlers import moved
 from mmkit.data.drawn.pictures import class_names, draw

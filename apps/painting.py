@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from mmkit.apps.charts import Line, line_chart
+from mmkit.charts import Line, line_chart
 from mmkit.apps.handlers import plain
 from mmkit.diffusion import TextToImagePipeline
 from mmkit.errors import InputError

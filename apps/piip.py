@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from mmkit.apps.charts import bar_chart
+from mmkit.charts import bar_chart
 from mmkit.apps.frame import App, readable
 from mmkit.apps.handlers import moved
 from mmkit.errors import InputError

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from mmkit.apps.charts import Line, line_chart
+from mmkit.charts import Line, line_chart
 from mmkit.apps.frame import App, Sessions, output_folder, readable
 from mmkit.apps.handlers import moved, number, wanted
 from mmkit.apps.look import shows

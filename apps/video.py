@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from mmkit.apps.charts import heat_chart
+from mmkit.charts import heat_chart
 from mmkit.apps.frame import App, output_folder, readable
 from mmkit.apps.handlers import wanted
 from mmkit.apps.look import shows

@@ -19,7 +19,8 @@ _CROP_MODES = ("center", "squash", "border", "pad")
 class ImageTransform:
     """Resize, crop, and normalise a picture: `transform(image) -> (C, H, W)` float32. Can be pickled.
 
-    At evaluation this is timm's own transform. For training: a random resized crop and a random horizontal flip.
+    At evaluation this is timm's own transform. For training: a random resized crop and a random horizontal flip, and what is asked
+    for of timm's RandAugment, torchvision's colour jitter and timm's random erasing.
 
     Args:
         size: output side, or (H, W).
@@ -34,6 +35,9 @@ class ImageTransform:
         scale: range of the area that a training crop covers; `(1, 1)` keeps the whole picture.
         ratio: range of its aspect ratio.
         hflip: probability of a flip in training; 0 for digits, text and everything else with a handedness.
+        auto_augment: a policy in timm's words: "rand-m9-mstd0.5" (RandAugment), "3a", "original"; training only.
+        color_jitter: how far brightness, contrast and saturation may go, 0 to 1; a tenth of it for the hue.
+        erase: probability that a random rectangle is filled with noise.
 
     Raises:
         InputError: a value that makes no sense.
@@ -52,6 +56,9 @@ class ImageTransform:
         scale: tuple[float, float] = (0.5, 1.0),
         ratio: tuple[float, float] = (3 / 4, 4 / 3),
         hflip: float = 0.5,
+        auto_augment: str | None = None,
+        color_jitter: float = 0.0,
+        erase: float = 0.0,
     ) -> None:
         height, width = (size, size) if isinstance(size, int) else tuple(size)
         if min(height, width) < 1:
@@ -66,7 +73,10 @@ class ImageTransform:
             raise InputError("crop_pct must be above 0, scale lie in (0, 1], hflip in 0..1.")
         self.size, self.mean, self.std = (height, width), tuple(mean), tuple(std)
         self.interpolation, self.train, self.crop_pct, self.crop_mode = interpolation, train, crop_pct, crop_mode
+        if not 0 <= color_jitter <= 1 or not 0 <= erase <= 1:
+            raise InputError(f"color_jitter and erase must lie in 0..1, not {color_jitter} and {erase}.")
         self.scale, self.ratio, self.hflip = scale, ratio, hflip
+        self.auto_augment, self.color_jitter, self.erase = auto_augment, color_jitter, erase
         self._steps = self._training_steps() if train else self._evaluation_steps()
 
     def _evaluation_steps(self) -> Any:
@@ -93,7 +103,37 @@ class ImageTransform:
 
         crop = T.RandomResizedCrop(self.size, self.scale, self.ratio, interpolation=str_to_interp_mode(self._method))
         flip = [T.RandomHorizontalFlip(self.hflip)] if self.hflip else []
-        return T.Compose([*self._grey(), crop, *flip, T.ToTensor(), T.Normalize(self.mean, self.std, True)])
+        last = [T.ToTensor(), T.Normalize(self.mean, self.std, True)]
+        if self.erase:
+            from timm.data.random_erasing import RandomErasing
+
+            last.append(RandomErasing(self.erase, mode="pixel", max_count=1, device="cpu"))
+        return T.Compose([crop, *flip, *self._colours(), *self._grey(), *last])
+
+    def _colours(self) -> list[Any]:
+        from timm.data.auto_augment import auto_augment_transform, rand_augment_transform
+        from timm.data.transforms import str_to_pil_interp
+        from torchvision import transforms as T
+
+        steps: list[Any] = []
+        if self.auto_augment:
+            grey = tuple(round(255 * v) for v in (self.mean if len(self.mean) == 3 else self.mean * 3))
+            hints = {
+                "translate_const": int(0.45 * min(self.size)),
+                "img_mean": grey,
+                "interpolation": str_to_pil_interp(self._method),
+            }
+            try:
+                make = rand_augment_transform if self.auto_augment.startswith("rand") else auto_augment_transform
+                steps.append(make(self.auto_augment, hints))
+            except (AssertionError, ValueError, KeyError, IndexError) as error:
+                raise InputError(
+                    f"timm knows no policy {self.auto_augment!r}: use 'rand-m9-mstd0.5' (RandAugment), '3a' or 'original'."
+                ) from error
+        if self.color_jitter:
+            j = self.color_jitter
+            steps.append(T.ColorJitter(j, j, j, j / 10))
+        return steps
 
     @property
     def _method(self) -> str:
@@ -137,6 +177,7 @@ class ImageTransform:
             "interpolation",
             "train",
             *(("scale", "hflip") if self.train else ("crop_pct", "crop_mode")),
+            *(name for name in ("auto_augment", "color_jitter", "erase") if self.train and getattr(self, name)),
         )
         return f"ImageTransform({', '.join(f'{k}={getattr(self, k)!r}' for k in shown)})"
 

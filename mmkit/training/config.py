@@ -36,7 +36,8 @@ class FitConfig:
         steps_per_epoch: steps that count as an epoch (evaluation, logs) of an iterable data set; None: the whole run.
         batch_size: examples per micro-batch and process; a step uses `batch_size * grad_accum * processes`.
         lr, min_lr: peak and final learning rate.
-        schedule: "cosine" or "constant", after the warm-up (timm's scheduler, once per step).
+        schedule: "cosine" or "constant", after the warm-up (timm's scheduler, once per step); "exponential" rises from `min_lr`
+            to `lr`, as a search for a rate does (`mmkit.training.find_lr`).
         warmup_steps, warmup_epochs: linear warm-up; the two add up.
         weight_decay: for tensors of two or more dimensions; biases, norms and other 1-D tensors are not decayed.
         optimizer: "adamw", "adam", "sgd" (momentum 0.9), or any name of `timm.optim.list_optimizers()`.
@@ -44,6 +45,8 @@ class FitConfig:
         grad_accum: micro-batches per step.
         clip_grad: largest gradient norm, or None.
         label_smoothing: of the default loss.
+        class_weights: "balanced" weighs the default loss by how rare a class is, on average 1 over the training data.
+        sampling: "balanced" takes every class equally often in each epoch, of as many examples as there are; needs labels.
         mixup, cutmix: alpha of timm's mixup and CutMix, 0 for none (usual: 0.2 to 1). For the default loss; with both, each
             batch gets one of them at random. Metrics stay those of whole pictures and hard labels.
         mixup_prob: share of the batches that are mixed.
@@ -81,6 +84,8 @@ class FitConfig:
     grad_accum: int = 1
     clip_grad: float | None = 1.0
     label_smoothing: float = 0.0
+    class_weights: str | None = None
+    sampling: str | None = None
     mixup: float = 0.0
     cutmix: float = 0.0
     mixup_prob: float = 1.0
@@ -113,7 +118,15 @@ class FitConfig:
         self._require("mixup_prob", 0 < self.mixup_prob <= 1, "above 0 and up to 1")
         self._require("ema_decay", self.ema_decay is None or 0 < self.ema_decay < 1, "between 0 and 1, or None")
         self._require("clip_grad", self.clip_grad is None or self.clip_grad > 0, "above 0, or None")
-        self._require("schedule", self.schedule in ("cosine", "constant"), "'cosine' or 'constant'")
+        self._require(
+            "schedule", self.schedule in ("cosine", "constant", "exponential"), "'cosine', 'constant' or 'exponential'"
+        )
+        rising = self.schedule != "exponential" or (
+            0 < self.min_lr < self.lr and not self.warmup_steps + self.warmup_epochs
+        )
+        self._require("min_lr", rising, "above 0 and below lr for the exponential schedule, which has no warm-up")
+        for name in ("class_weights", "sampling"):
+            self._require(name, getattr(self, name) in (None, "balanced"), "'balanced' or None")
         self._require("mixed_precision", self.mixed_precision in ("no", "bf16", "fp16"), "'no', 'bf16' or 'fp16'")
         self._require("device", self.device in ("auto", "cpu"), "'auto' or 'cpu'")
 

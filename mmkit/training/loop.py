@@ -26,7 +26,7 @@ from mmkit.training.failures import explaining
 from mmkit.training.groups import ParameterGroups, describe_groups, parameter_groups
 from mmkit.training.loading import Batches, Collate, Stream, describe_examples, is_map_style, train_batches
 from mmkit.training.logs import RunLog
-from mmkit.training.metrics import CrossEntropyLoss, TargetError
+from mmkit.training.metrics import CrossEntropyLoss, TargetError, balanced_weights, labels_of
 from mmkit.training.progress import Progress
 from mmkit.training.randomness import kept_rng, mix_seed, seed_everything
 from mmkit.training.resume import Identity, RunState
@@ -157,7 +157,10 @@ class _Run:
         self.model, self.val, self.config, self.adapter = model, val, config, adapter
         self.train: Any = train if is_map_style(train) else Stream(train, config.seed)
         mixing = (config.mixup, config.cutmix, config.mixup_prob)
-        self.loss_fn = loss_fn or CrossEntropyLoss(config.label_smoothing, *mixing)
+        labels = labels_of(train) if config.class_weights or config.sampling else []
+        self.labels = labels if config.sampling else None
+        weights = balanced_weights(labels) if config.class_weights else None
+        self.loss_fn = loss_fn or CrossEntropyLoss(config.label_smoothing, *mixing, weights=weights)
         self.metrics_fn, self.given_groups, self.collate_fn = metrics_fn, parameter_groups, collate_fn
         self.on_step, self.should_stop = hooks
         self.folder = None if output_dir is None else absolute(output_dir)
@@ -203,6 +206,7 @@ class _Run:
             seed=config.seed,
             drop_last=config.drop_last,
             stream=stream,
+            labels=self.labels,
         )
         if self.sampler.steps_per_epoch == 0:
             raise InputError(f"{len(self.train)} examples do not fill one step of {per_step}; use drop_last=False.")

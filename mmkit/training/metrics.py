@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import Subset, TensorDataset
 
 from mmkit.errors import InputError
 from mmkit.training.loading import describe_examples
@@ -94,12 +95,19 @@ class CrossEntropyLoss:
         label_smoothing: share of the target spread over all classes.
         mixup, cutmix: alpha of timm's `Mixup`; 0 is off. With both, each batch gets one or the other at random.
         mixup_prob: share of the batches that are mixed.
+        weights: of the classes, (K,); the loss stays the mean over the examples, each by the weight of its class.
     """
 
     def __init__(
-        self, label_smoothing: float = 0.0, mixup: float = 0.0, cutmix: float = 0.0, mixup_prob: float = 1.0
+        self,
+        label_smoothing: float = 0.0,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        mixup_prob: float = 1.0,
+        weights: Sequence[float] | None = None,
     ) -> None:
         self.label_smoothing, self.cutmix, self.mixup = label_smoothing, cutmix, None
+        self.weights = None if weights is None else torch.tensor(weights, dtype=torch.float32)
         self.num_classes: int | None = None
         if mixup or cutmix:
             from timm.data import Mixup
@@ -129,7 +137,21 @@ class CrossEntropyLoss:
             targets = targets.long() if shares is None else F.one_hot(targets.long(), logits.shape[-1]).to(logits.dtype)
         if shares is not None:
             targets = shares.to(targets.dtype) @ targets
-        return F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing, ignore_index=_NO_LABEL)
+        if self.weights is None:
+            return F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing, ignore_index=_NO_LABEL)
+        if len(self.weights) > logits.shape[-1]:
+            raise InputError(f"There are {len(self.weights)} classes and the model tells {logits.shape[-1]} apart.")
+        weights = logits.new_ones(logits.shape[-1])
+        weights[: len(self.weights)] = self.weights.to(weights)
+        each = F.cross_entropy(
+            logits,
+            targets,
+            weight=weights,
+            label_smoothing=self.label_smoothing,
+            reduction="none",
+            ignore_index=_NO_LABEL,
+        )
+        return each.mean()  # torch's own mean would divide by the batch's weights, so that its size would matter
 
     def _mix(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mixed images, and how much of each target each of them holds `(B, B)`.
@@ -147,6 +169,36 @@ class CrossEntropyLoss:
             mixed, shares[:pairs, :pairs] = self.mixup(images[:pairs].clone(), numbers)
             images = torch.cat([mixed, images[pairs:]])
         return images, shares
+
+
+def labels_of(data: Any) -> list[int]:
+    """The class of every example of a data set, without reading examples where it says them (`labels`, `targets`, tensors).
+
+    Raises `InputError` for a data set that does not.
+    """
+    if isinstance(data, Subset):
+        known = labels_of(data.dataset)
+        return [known[i] for i in data.indices]
+    found = data.tensors[-1] if isinstance(data, TensorDataset) else getattr(data, "labels", None)
+    found = getattr(data, "targets", None) if found is None else found
+    if found is None and isinstance(data, (list, tuple)):
+        found = [e[1] if isinstance(e, (list, tuple)) and len(e) == 2 else None for e in data]
+    try:
+        whole = torch.as_tensor(found)
+        if whole.ndim == 1 and not whole.is_floating_point() and len(whole) == len(data) and int(whole.min()) >= 0:
+            return whole.tolist()
+    except (TypeError, ValueError, RuntimeError):
+        pass
+    raise InputError(
+        f"Balancing needs the class of every example: let {type(data).__name__} have `labels`, a list of integers from 0."
+    )
+
+
+def balanced_weights(labels: Sequence[int]) -> list[float]:
+    """A weight per class, n / (K n_k): rare classes count more, the mean over the examples is 1; 0 for a class without any."""
+    counts = torch.bincount(torch.as_tensor(labels))
+    present = int((counts > 0).sum())
+    return [len(labels) / (present * int(n)) if n else 0.0 for n in counts]
 
 
 def accuracy_sums(model: nn.Module, loader: Iterable[Any]) -> Tensor:

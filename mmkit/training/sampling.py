@@ -7,6 +7,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 
 import torch
+from torch import Tensor
 
 from mmkit.training.randomness import mix_seed
 
@@ -28,6 +29,7 @@ class StepSampler:
         seed: of the shuffle.
         drop_last: leave out the shorter last step of an epoch.
         stream: the indices count the examples of an endless stream from the run's beginning; nothing is shuffled.
+        labels: class of each example: every class is taken equally often, see `balanced_order`.
     """
 
     def __init__(
@@ -41,9 +43,10 @@ class StepSampler:
         seed: int = 0,
         drop_last: bool = False,
         stream: bool = False,
+        labels: Sequence[int] | None = None,
     ) -> None:
         self.length, self.batch_size, self.grad_accum = length, batch_size, grad_accum
-        self.world, self.rank, self.seed, self.stream = world, rank, seed, stream
+        self.world, self.rank, self.seed, self.stream, self.labels = world, rank, seed, stream, labels
         self.step_size = batch_size * grad_accum * world
         self.steps_per_epoch = length // self.step_size if drop_last else math.ceil(length / self.step_size)
         self._order: tuple[int, Sequence[int]] = (-1, [])
@@ -54,8 +57,11 @@ class StepSampler:
             return range(epoch * self.length, (epoch + 1) * self.length)
         if self._order[0] != epoch:
             generator = torch.Generator().manual_seed(mix_seed(self.seed, epoch))
+            shuffled = torch.randperm(self.length, generator=generator)
+            if self.labels is not None:
+                shuffled = balanced_order(self.labels, shuffled, epoch, generator)
             # an array, so that a batch of a tensor is indexed without a Python number for each example
-            self._order = (epoch, array("q", torch.randperm(self.length, generator=generator).numpy().tobytes()))
+            self._order = (epoch, array("q", shuffled.numpy().tobytes()))
         return self._order[1]
 
     def examples(self, step: int) -> Sequence[int]:
@@ -78,6 +84,23 @@ class StepSampler:
             weight = len(part) * self.world / len(chosen)
             result.append((part or chunk[:1], weight))
         return result
+
+
+def balanced_order(labels: Sequence[int], shuffled: Tensor, epoch: int, generator: torch.Generator) -> Tensor:
+    """As many indices as `labels`, of each class equally many (one more or less), of each of its examples as well.
+
+    Which examples of a large class an epoch leaves out, and which of a small one it takes once more, `shuffled` decides.
+    """
+    by_class: dict[int, list[int]] = {}
+    for index in shuffled.tolist():
+        by_class.setdefault(int(labels[index]), []).append(index)
+    share, rest = divmod(len(labels), len(by_class))
+    chosen: list[int] = []
+    for place, label in enumerate(sorted(by_class)):
+        members = by_class[label]
+        count = share + ((place + epoch) % len(by_class) < rest)
+        chosen += (members * (count // len(members) + 1))[:count]
+    return torch.tensor(chosen)[torch.randperm(len(chosen), generator=generator)]
 
 
 class StepKeys:

@@ -116,10 +116,26 @@ def make_optimizer(config: FitConfig, groups: list[dict[str, Any]]) -> torch.opt
     return optimizer
 
 
+class Rise:
+    """Learning rates that rise by the same factor each step, from `start` to what the groups have, over `total` steps."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, start: float, end: float, total: int) -> None:
+        self.optimizer, self.factor = optimizer, (end / start) ** (1 / max(total - 1, 1))
+        self.starts = [start * group.get("lr_scale", 1.0) for group in optimizer.param_groups]
+        self.step_update(0)
+
+    def step_update(self, step: int) -> None:
+        """Set the rates of the 0-based `step`."""
+        for group, start in zip(self.optimizer.param_groups, self.starts, strict=True):
+            group["lr"] = start * self.factor**step
+
+
 def make_scheduler(config: FitConfig, optimizer: torch.optim.Optimizer, total: int, steps_per_epoch: int) -> Any:
     """timm's cosine schedule per step; "constant" is the same with min_lr = lr. A pure function of the step."""
     from timm.scheduler import CosineLRScheduler
 
+    if config.schedule == "exponential":
+        return Rise(optimizer, config.min_lr, config.lr, total)
     warmup = min(config.warmup_steps + round(config.warmup_epochs * steps_per_epoch), total - 1)
     return CosineLRScheduler(
         optimizer,
@@ -199,9 +215,9 @@ def check_arguments(model: Any, train: Any, val: Any, loss_fn: Any, config: Any)
         raise InputError(f"model must be a torch.nn.Module, not {type(model).__name__}.")
     if not isinstance(config, FitConfig):
         raise InputError(f"config must be a FitConfig, not {type(config).__name__}; write FitConfig(epochs=3).")
-    if loss_fn is not None and (config.mixup or config.cutmix or config.label_smoothing):
+    if loss_fn is not None and (config.mixup or config.cutmix or config.label_smoothing or config.class_weights):
         raise InputError(
-            "mixup, cutmix and label_smoothing belong to the default loss: leave loss_fn out, or do it there "
+            "mixup, cutmix, label_smoothing and class_weights belong to the default loss: leave loss_fn out, or do it there "
             "(timm.data.Mixup) and set them to 0."
         )
     for name, data in (("train", train), ("val", val)):

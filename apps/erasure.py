@@ -13,12 +13,12 @@ import gradio as gr
 from PIL import Image
 
 from mmkit.adapters import load_adapter, save_adapter
-from mmkit.charts import bar_chart
 from mmkit.apps.finetune_work import pack, train_in_thread
 from mmkit.apps.frame import App, Sessions, output_folder, readable
 from mmkit.apps.handlers import moved, number
 from mmkit.apps.look import shows
 from mmkit.apps.painting import EVERY, base, drawing, loss_curve, pixels, prompts_of, row, words_about
+from mmkit.charts import bar_chart
 from mmkit.data.drawn.scenes import BACKGROUNDS, COLORS, SHAPES
 from mmkit.diffusion import TextToImagePipeline
 from mmkit.diffusion.spm import ConceptEraser, erase, export_lora, scene_recipe

@@ -10,8 +10,8 @@ from typing import Any
 
 from PIL import Image
 
-from mmkit.charts import Line, line_chart
 from mmkit.backbones import backbone_info
+from mmkit.charts import Line, line_chart
 from mmkit.vision.classification import Prepared
 
 

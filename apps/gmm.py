@@ -12,9 +12,9 @@ import gradio as gr
 import numpy as np
 from PIL import Image
 
-from mmkit.charts import Line, line_chart
 from mmkit.apps.frame import App, readable
 from mmkit.apps.handlers import moved
+from mmkit.charts import Line, line_chart
 from mmkit.data.drawn.pictures import class_names, draw
 
 LAYERS, HEADS, GRID = 3, 4, 8

@@ -9,8 +9,8 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from mmkit.charts import Line, line_chart
 from mmkit.apps.handlers import plain
+from mmkit.charts import Line, line_chart
 from mmkit.diffusion import TextToImagePipeline
 from mmkit.errors import InputError
 

@@ -9,9 +9,9 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from mmkit.charts import bar_chart
 from mmkit.apps.frame import App, readable
 from mmkit.apps.handlers import moved
+from mmkit.charts import bar_chart
 from mmkit.errors import InputError
 from mmkit.vision.piip import BranchConfig, PIIPConfig, PyramidExplorer, compare, meta_model
 

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from mmkit.charts import Line, line_chart
 from mmkit.apps.frame import App, Sessions, output_folder, readable
 from mmkit.apps.handlers import moved, number, wanted
 from mmkit.apps.look import shows
+from mmkit.charts import Line, line_chart
 from mmkit.data import extract_zip
 from mmkit.errors import InputError
 from mmkit.pointcloud.slam import (

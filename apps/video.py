@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from mmkit.charts import heat_chart
 from mmkit.apps.frame import App, output_folder, readable
 from mmkit.apps.handlers import wanted
 from mmkit.apps.look import shows
+from mmkit.charts import heat_chart
 from mmkit.errors import InputError
 
 MODEL = "video_motion"

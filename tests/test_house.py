@@ -13,8 +13,8 @@ ROOT = Path(__file__).parent.parent
 DOMAINS = ("vision", "video", "diffusion", "pointcloud")
 AREAS = {"mmkit": "mmkit", **{d: f"mmkit.{d}" for d in (*DOMAINS, "apps")}}
 CORE = (  # from the bottom up: each imports only what stands before it
-    "errors", "memory", "lazy", "charts", "registry", "devices", "ops", "storage", "results", "data", "weights", "backbones", "adapters", "training",
-    "pipelines", "cli",
+    "errors", "memory", "lazy", "charts", "registry", "devices", "ops", "storage", "results", "data", "weights",
+    "backbones", "adapters", "training", "pipelines", "cli",
 )  # fmt: skip
 ROOMS = sorted(p.parent.relative_to(ROOT).as_posix() for d in DOMAINS for p in (ROOT / d).glob("*/__init__.py"))
 

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from mmkit.data.folder import (
         ImageDataset as ImageDataset,
         find_unreadable as find_unreadable,
+        fold_dataset as fold_dataset,
         list_pictures as list_pictures,
         open_dataset as open_dataset,
         split_dataset as split_dataset,

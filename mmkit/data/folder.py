@@ -285,6 +285,35 @@ def stratified_split(labels: Sequence[int], share: float, seed: int = 0) -> tupl
     return sorted(first), sorted(second)
 
 
+def fold_dataset(dataset: D, fold: int, folds: int, seed: int = 0) -> tuple[D, D]:
+    """Training and validation parts of fold `fold` (1 to `folds`) of a stratified cross validation.
+
+    Every picture is in the validation part of exactly one fold; each fold has about as many of each class. A "test" split of the source
+    is left out of both; its "train" and "val" pictures are taken together.
+
+    Raises:
+        InputError: a fold that does not exist, or a class with fewer pictures than there are folds.
+    """
+    if folds < 2 or not 1 <= fold <= folds:
+        raise InputError(f"There is no fold {fold} of {folds}: give 2 folds or more, counted from 1.")
+    kept = [i for i in range(len(dataset)) if dataset.splits is None or dataset.splits[i] != "test"]
+    by_label: dict[int, list[int]] = {}
+    for i in kept:
+        by_label.setdefault(dataset.labels[i], []).append(i)
+    held: list[int] = []
+    for place, (label, members) in enumerate(sorted(by_label.items())):
+        if len(members) < folds:
+            name = dataset.class_names[label]
+            raise InputError(f"Class {name!r} has {len(members)} pictures, too few for {folds} folds.")
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + label)
+        order = [members[i] for i in torch.randperm(len(members), generator=generator).tolist()]
+        held += order[
+            (fold - 1 + place) % folds :: folds
+        ]  # so that not all classes give their one more to the same fold
+    chosen = set(held)
+    return dataset.subset(i for i in kept if i not in chosen), dataset.subset(sorted(held))
+
+
 def _read_folder(root: Path, confined: bool = False) -> tuple[list[Row], list[str]]:
     """Rows of a folder's index, or else of its class folders; `confined` refuses an index that points outside."""
     top = list_folder(root, SUFFIXES)

@@ -6,6 +6,7 @@ import base64
 import io
 from collections.abc import Mapping, Sequence
 from html import escape
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -14,51 +15,7 @@ from mmkit.charts import Line, line_chart
 
 SIDE = 112
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-_STYLE = """
-:root {color-scheme: light dark; --bg: #f6f7f9; --card: #ffffff; --ink: #17202e; --soft: #5b6675; --line: #dfe4ea; --accent: #0d7d73;
---good: 13, 148, 136; --bad: 219, 39, 119; --bar: #0d9488; --wrong: #be185d}
-@media (prefers-color-scheme: dark) {:root {--bg: #0e131a; --card: #171e28; --ink: #e8edf4; --soft: #9aa7b8; --line: #2b3543;
---accent: #2dd4bf; --good: 45, 212, 191; --bad: 244, 114, 182; --wrong: #f472b6}}
-* {box-sizing: border-box}
-body {margin: 0; background: var(--bg); color: var(--ink); font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif}
-main {max-width: 1120px; margin: 0 auto; padding: 32px 20px 64px}
-header {display: flex; flex-wrap: wrap; align-items: end; justify-content: space-between; gap: 12px 32px; margin-bottom: 22px}
-h1 {font-size: 26px; line-height: 1.2; margin: 0; letter-spacing: -.01em; overflow-wrap: anywhere} h1 + p {margin: 4px 0 0; color: var(--soft)}
-h2 {font-size: 16px; margin: 0 0 14px}
-section {background: var(--card); border: 1px solid var(--line); border-radius: 12px; padding: 20px; margin-top: 18px; min-width: 0}
-.figures {display: grid; grid-template-columns: repeat(auto-fit, minmax(128px, 1fr)); gap: 14px}
-.figures div {background: var(--card); border: 1px solid var(--line); border-radius: 12px; padding: 12px 16px}
-.figures b {display: block; font-size: 25px; line-height: 1.25; font-variant-numeric: tabular-nums; letter-spacing: -.01em}
-.figures div:first-child b {color: var(--accent)} .figures span, .note {color: var(--soft); font-size: 13px}
-.pair {display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr)); gap: 18px 28px}
-.wide {overflow-x: auto} .wide > :first-child {min-width: min-content}
-table {border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums}
-th {font-weight: 600; color: var(--soft); font-size: 13px; text-align: left; padding: 4px 10px 8px}
-td {padding: 6px 10px; border-top: 1px solid var(--line)} td:first-child, th:first-child {padding-left: 0; overflow-wrap: anywhere}
-.n {text-align: right; white-space: nowrap} .bar {min-width: 90px; width: 30%}
-.bar i {display: block; height: 8px; border-radius: 4px; background: var(--bar)} .bar {background: none}
-.matrix {width: auto; margin: 0 auto; font-size: 12px} .matrix td, .matrix th {border: 2px solid var(--card); padding: 0; text-align: center}
-.matrix td {min-width: 30px; height: 30px; border-radius: 5px} .matrix th {padding: 2px 6px; font-weight: 500; max-width: 130px;
-overflow: hidden; text-overflow: ellipsis; white-space: nowrap} .matrix tr > th:first-child {text-align: right}
-.matrix thead th {height: 1px; vertical-align: bottom} .matrix thead span {writing-mode: vertical-rl; transform: rotate(180deg);
-max-height: 110px; overflow: hidden; text-overflow: ellipsis} .small td {min-width: 11px; height: 13px; font-size: 0}
-.wrong {display: grid; grid-template-columns: repeat(auto-fill, minmax(132px, 1fr)); gap: 14px}
-.wrong figure {margin: 0; min-width: 0} .wrong img {width: 100%; aspect-ratio: 1; object-fit: contain; background: var(--bg); border-radius: 8px;
-border: 1px solid var(--line); image-rendering: auto} .wrong figcaption {font-size: 13px; line-height: 1.35; margin-top: 6px; overflow-wrap: anywhere}
-.wrong s {color: var(--wrong); text-decoration: none; font-weight: 600} .wrong small {display: block; color: var(--soft)}
-dl {display: grid; grid-template-columns: max-content 1fr; gap: 6px 22px; margin: 0} dt {color: var(--soft)} dd {margin: 0; overflow-wrap: anywhere}
-details {margin-top: 12px} summary {cursor: pointer; color: var(--soft)} code, pre {font: 13px/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace}
-pre {margin: 6px 0 14px; padding: 11px 14px; background: var(--bg); border: 1px solid var(--line); border-radius: 8px; overflow-x: auto}
-.sites code {display: inline-block; margin: 0 10px 2px 0} a {color: var(--accent)}
-.studio-chart {margin: 0} .studio-chart figcaption {display: flex; justify-content: space-between; gap: 12px}
-.studio-chart em {font-style: normal; color: var(--soft); white-space: nowrap} .studio-chart svg {width: 100%; height: auto; display: block}
-.studio-chart text {font-size: 11px; fill: var(--soft)} .studio-chart .grid {stroke: var(--line)}
-.studio-chart div {display: flex; flex-wrap: wrap; gap: 2px 16px; font-size: 13px; color: var(--soft)}
-.studio-chart div i {display: inline-block; width: 10px; height: 10px; border-radius: 5px; margin-right: 6px}
-@media (max-width: 560px) {main {padding: 20px 12px 40px} section {padding: 16px 14px} dl {grid-template-columns: 1fr; gap: 0} dd {margin-bottom: 8px}
-.figures {grid-template-columns: 1fr 1fr; gap: 10px}}
-@media print {section {break-inside: avoid}}
-"""
+_STYLE = Path(__file__).with_name("report.css")
 
 
 def report_page(report: Mapping[str, Any], thumbnails: Sequence[Image.Image | None] = ()) -> str:
@@ -80,10 +37,10 @@ def report_page(report: Mapping[str, Any], thumbnails: Sequence[Image.Image | No
         _trained(report),
         _next(report.get("next") or []),
     ]
-    title = escape(str(report.get("title", "Report")))
+    title, style = escape(str(report.get("title", "Report"))), _STYLE.read_text(encoding="utf-8")
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{title}</title><style>{_STYLE}</style></head>'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{title}</title><style>{style}</style></head>'
         f"<body><main>{''.join(parts)}</main></body></html>\n"
     )
 
@@ -180,7 +137,8 @@ def _matrix(answers: Mapping[str, Any]) -> str:
             cells.append(f'<td title="{told}" style="background:{ground}">{n or ""}</td>')
         rows.append(f'<tr><th scope="row" title="{escape(names[i])}">{escape(names[i])}</th>{"".join(cells)}</tr>')
     small = " small" if len(names) > 20 else ""
-    return f'<div class="wide"><table class="matrix{small}"><thead><tr><th></th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+    body = f"<thead><tr><th></th>{head}</tr></thead><tbody>{''.join(rows)}</tbody>"
+    return f'<div class="wide"><table class="matrix{small}">{body}</table></div>'
 
 
 def _confused(answers: Mapping[str, Any]) -> str:

@@ -11,20 +11,25 @@ from typing import TYPE_CHECKING
 from mmkit.lazy import door
 
 if TYPE_CHECKING:
+    from mmkit.vision.classification.comparing import compare as compare
     from mmkit.vision.classification.demo import run_demo as run_demo
+    from mmkit.vision.classification.metrics import answers_on as answers_on, merge_error as merge_error
     from mmkit.vision.classification.pipeline import ImageClassificationPipeline as ImageClassificationPipeline
+    from mmkit.vision.classification.preparing import (
+        Prepared as Prepared,
+        default_backbone as default_backbone,
+        finetune_methods as finetune_methods,
+        prepare as prepare,
+    )
     from mmkit.vision.classification.report import report_table as report_table
     from mmkit.vision.classification.result import ImageClassification as ImageClassification
+    from mmkit.vision.classification.saving import load_finetuned as load_finetuned
     from mmkit.vision.classification.training import (
         LEARNING_RATES as LEARNING_RATES,
         FinetuneResult as FinetuneResult,
-        Prepared as Prepared,
-        default_backbone as default_backbone,
         finetune as finetune,
-        finetune_methods as finetune_methods,
-        load_finetuned as load_finetuned,
-        merge_error as merge_error,
-        prepare as prepare,
+        fit_config as fit_config,
+        search_rate as search_rate,
         train_prepared as train_prepared,
     )
 

@@ -18,8 +18,10 @@ from mmkit.data import load_digits
 from mmkit.errors import InterruptedRun, MMKitError
 from mmkit.storage import atomic_write, write_json
 from mmkit.storage.files import absolute
+from mmkit.vision.classification.preparing import prepare
 from mmkit.vision.classification.report import report_table
-from mmkit.vision.classification.training import FinetuneResult, load_finetuned, prepare, train_prepared
+from mmkit.vision.classification.saving import load_finetuned
+from mmkit.vision.classification.training import FinetuneResult, train_prepared
 
 METHODS = ("linear_probe", "ssf", "lora", "full")
 
@@ -61,7 +63,7 @@ def run_demo(
     print(f"Accuracy: of the {len(prepared.val)} digits held back; the epoch that is best on them is kept.\n")
     _plot(results, folder / "curves.png")
 
-    best = max((r for r in results if r.merge_error is not None), key=lambda r: r.accuracy)
+    best = max((r for r in results if r.merge_error is not None), key=lambda r: r.accuracy or 0.0)
     check = _reload_in_fresh_process(best)
     summary = {"methods": reports, "best": best.report["method"], "fresh_process": check}
     write_json(folder / "report.json", summary)

@@ -83,7 +83,7 @@ class ImageClassificationPipeline(Pipeline):
         if Path(model).expanduser().is_dir():
             if is_model_folder(model):
                 return open_model(model)
-            from mmkit.vision.classification.training import load_finetuned
+            from mmkit.vision.classification.saving import load_finetuned
 
             loaded = load_finetuned(model, backbone=self._backbone, **self._weights)
             return loaded.to(getattr(torch, image_info(loaded).dtype))

@@ -26,8 +26,10 @@ from mmkit.data import load_digits, open_dataset
 from mmkit.errors import CheckpointError, InputError, RunDiffersError, StorageError
 from mmkit.storage import open_folder
 from mmkit.vision.classification import demo
+from mmkit.vision.classification.preparing import prepare
 from mmkit.vision.classification.report import report_table
-from mmkit.vision.classification.training import _save, finetune, load_finetuned, prepare, train_prepared
+from mmkit.vision.classification.saving import load_finetuned, save_run
+from mmkit.vision.classification.training import finetune, train_prepared
 
 QUICK = {"backbone": "tiny_vit", "adapter": "linear_probe", "epochs": 1, "lr": 0.05}
 
@@ -241,7 +243,7 @@ def test_no_crash_pairs_new_tensors_with_old_class_names(
 
     monkeypatch.setattr("os.replace", replace)
     with contextlib.suppress(StorageError):
-        _save(prepared, output, {})
+        save_run(prepared, output)
     monkeypatch.undo()
     found, names = trained(output), class_names(output)
     expected = before if names == ["cat", "dog"] else after

@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
+from mmkit.vision.classification import finetune, load_finetuned, prepare
 from mmkit.vision.classification.probe import PRIOR, head_inputs, solve
-from mmkit.vision.classification.training import finetune, load_finetuned, prepare
 
 
 @pytest.fixture(scope="module")

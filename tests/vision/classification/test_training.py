@@ -17,7 +17,7 @@ from mmkit.backbones import create_backbone, save_backbone
 from mmkit.cli import app
 from mmkit.data import load_digits
 from mmkit.errors import CheckpointError, InputError
-from mmkit.vision.classification.training import finetune, finetune_methods, load_finetuned, prepare, train_prepared
+from mmkit.vision.classification import finetune, finetune_methods, load_finetuned, prepare, train_prepared
 
 
 @pytest.fixture(scope="module")

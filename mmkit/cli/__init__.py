@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import signal
 import sys
@@ -13,7 +12,8 @@ from typing import Annotated, Any
 import typer
 
 from mmkit import __version__
-from mmkit.errors import InputError, InterruptedRun, MMKitError, RunDiffersError, nearest
+from mmkit.cli.finetune import finetune, in_words_of_the_command
+from mmkit.errors import InputError, InterruptedRun, MMKitError, nearest
 from mmkit.memory import keep_freed_memory
 from mmkit.registry import COMMANDS
 
@@ -84,23 +84,6 @@ def _command(fn: Callable[..., Any], group: typer.Typer = app, name: str = "") -
     return group.command(name or fn.__name__.rstrip("_"))(wrapped)
 
 
-_OPTIONS = {
-    "data": "--data", "data held back": "--data, held back", "val": "--val", "adapter": "--adapter", "backbone": "--backbone",
-    "weights at the start": "--checkpoint or --backbone", "frozen weights": "--checkpoint or --backbone", "lr": "--lr",
-    "epochs": "--epochs", "batch_size": "--batch-size", "seed": "--seed", "augment": "--augment",
-}  # fmt: skip
-
-
-@contextlib.contextmanager
-def _in_words_of_the_command() -> Iterator[None]:
-    """A run that differs is told with the names of the command's options."""
-    try:
-        yield
-    except RunDiffersError as error:
-        advice = "Use the same to continue, run again with --restart to start over, or choose another --output."
-        raise error.reworded(error.folder, _OPTIONS, advice) from None
-
-
 @_command
 def demo(
     headless: Annotated[bool, typer.Option("--headless", help="Run the main job without a browser.")] = False,
@@ -111,118 +94,13 @@ def demo(
 ) -> None:
     """Open the studio, or with --headless adapt the bundled ViT to handwritten digits and compare four methods."""
     if headless:
-        with _in_words_of_the_command():
+        with in_words_of_the_command():
             COMMANDS.get("demo")(output, epochs=epochs, resume=not restart)
     else:
         _studio(None, port)
 
 
-@_command
-def finetune(
-    data: Annotated[Path, typer.Option(help="Folder with a sub-folder per class, CSV or zip; captioned pictures.")],
-    task: Annotated[
-        str, typer.Option(help="image-classification, or text-to-image: adapts a diffusion model to the pictures.")
-    ] = "image-classification",
-    backbone: Annotated[
-        str,
-        typer.Option(
-            help="Bundled, timm, open_clip or transformers: name, or a folder; auto: bundled, by the pictures' size."
-        ),
-    ] = "auto",
-    adapter: Annotated[
-        str | None, typer.Option(help="One of `mmkit list adapters`, or full; default: ssf, for text-to-image difffit.")
-    ] = None,
-    output: Annotated[Path, typer.Option(help="Where the adapter, report and logs go.")] = Path("runs/finetune"),
-    steps: Annotated[int, typer.Option(min=1, help="Training steps of text-to-image.")] = 150,
-    checkpoint: _Checkpoint = None,
-    pretrained: _Pretrained = False,
-    epochs: Annotated[int, typer.Option(min=1)] = 10,
-    lr: Annotated[float | None, typer.Option(help="Peak learning rate; default: the method's usual one.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1)] = 32,
-    val: Annotated[float, typer.Option(help="Share of the images kept for validation.")] = 0.2,
-    seed: int = 0,
-    augment: Annotated[
-        bool | None, typer.Option(help="Random crops and flips; default: for photographs (above 64 pixels).")
-    ] = None,
-    restart: Annotated[
-        bool, typer.Option("--restart", help="Start over instead of continuing the run in --output.")
-    ] = False,
-    skip_bad: Annotated[
-        bool, typer.Option("--skip-bad", help="Leave out unreadable images instead of stopping.")
-    ] = False,
-) -> None:
-    """Adapt a model to your own folder of images."""
-    if task == "text-to-image":
-        only = {"--pretrained": pretrained, "--checkpoint": checkpoint, "--augment": augment, "--skip-bad": skip_bad}
-        model = None if backbone == "auto" else backbone
-        settings = {
-            "lr": lr,
-            "batch_size": batch_size,
-            "val": val,
-            "seed": seed,
-            "resume": not restart,
-            "max_steps": steps,
-        }
-        _finetune_text_to_image(data, model, adapter or "difffit", output, [k for k, v in only.items() if v], settings)
-        return
-    if task != "image-classification":
-        raise InputError(f"Unknown task {task!r}. {nearest(task, ('image-classification', 'text-to-image'))}")
-    adapter = adapter or "ssf"
-    job = COMMANDS.get("finetune")
-    prepared = job.prepare(
-        data, backbone, adapter, checkpoint_path=checkpoint, pretrained=pretrained, val=val, seed=seed, augment=augment,
-        on_error="skip" if skip_bad else "raise",
-    )  # fmt: skip
-    about = prepared.describe()
-    print(
-        f"{about['train_images']} training and {about['val_images']} {about['measured_on']} images of "
-        f"{len(about['class_names'])} classes."
-    )
-    trained = f"{about['trainable_parameters']:,} of {about['total_parameters']:,} parameters"
-    print(f"{adapter} trains {trained} at {len(about['sites'])} places.")
-    output = output.expanduser().absolute()
-    taken: list[Any] = []
-    with _in_words_of_the_command():
-        result = job.train_prepared(
-            prepared, output_dir=output, epochs=epochs, lr=lr, batch_size=batch_size, seed=seed, resume=not restart,
-            on_step=taken.append,
-        )  # fmt: skip
-    if result.fit.stopped == "interrupted":
-        raise InterruptedRun(result.fit.steps, result.fit.signal, output / "training")
-    if not taken:
-        print(
-            "This very run had ended before: nothing was left to train. More --epochs continue it, --restart starts over."
-        )
-    print("\n" + job.report_table([result.report]))
-    print(
-        f"Accuracy: of the {about['val_images']} {about['measured_on']} images; the epoch that is best on them is saved."
-    )
-    if result.test_accuracy is not None:
-        print(
-            f"Test accuracy: {100 * result.test_accuracy:.1f} % of {about['test_images']} images that had no say in it."
-        )
-    print(f'\nSaved to {output}. Try it: mmkit predict IMAGE --model "{output}"')
-
-
-def _finetune_text_to_image(
-    data: Path, model: str | None, adapter: str, output: Path, unused: list[str], settings: dict[str, Any]
-) -> None:
-    if unused:
-        raise InputError(f"{unused[0]} means nothing for --task text-to-image. Leave it out.")
-    output = output.expanduser().absolute()
-    with _in_words_of_the_command():
-        result = COMMANDS.get("finetune-text-to-image")(data, model, adapter, output_dir=output, **settings)
-    if result.fit.stopped == "interrupted":
-        raise InterruptedRun(result.fit.steps, result.fit.signal, output / "run")
-    print(
-        f"{adapter} trained {result.trained:,} of {result.total:,} parameters in {result.fit.steps} steps; denoising loss on pictures "
-        f"that were held back: {result.fit.metrics['loss']:.4f}."
-    )
-    start = f'mmkit.pipeline("text-to-image"{"" if model is None else f", {model!r}"})'
-    use = f'draw = {start}; draw.load_adapter("mine", "{result.folder}")'
-    if result.adapter is None:
-        use = f'draw = mmkit.pipeline("text-to-image", "{result.folder}")'
-    print(f'Saved to {result.folder}. Try it in Python: {use}; draw("WORDS").save("pictures.png")')
+_command(finetune)
 
 
 @_command
@@ -494,7 +372,3 @@ def _studio(name: str | None, port: int, *, auth: Path | None = None, **options:
     except ImportError as error:
         raise BackendUnavailableError(f"The studio needs gradio ({error}): pip install 'mmkit[apps]'") from error
     launch_studio([name] if name else None, port=port, auth=auth, **options)
-
-
-if __name__ == "__main__":
-    app()

@@ -1,0 +1,232 @@
+"""`mmkit finetune`: every setting by name, from a file as well, several methods and folds, a look before, and a report that is safe."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from mmkit.cli import app
+from mmkit.cli.finetune import fit_fields
+from mmkit.data import fold_dataset, open_dataset
+from mmkit.errors import InputError
+from mmkit.storage.settings import read_settings, settings_text
+from mmkit.training import FitConfig
+from mmkit.vision.classification import prepare, train_prepared
+
+NASTY = "<script>document.title='ran'<"
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    root = tmp_path / "pictures"
+    for name, colour, count in (("cat", (200, 40, 40), 10), (NASTY, (40, 40, 200), 5)):
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            noise = np.random.default_rng(i).integers(-90, 90, (32, 32, 3)) + np.array(colour)
+            Image.fromarray(noise.clip(0, 255).astype(np.uint8)).save(root / name / f"{i}.png")
+    return root
+
+
+def run(pictures: Path | None, output: Path | None, *more: object) -> tuple[int, str]:
+    fixed: list[object] = ["--data", pictures, "--backbone", "tiny_vit"] if pictures else []
+    fixed += ["--output", output] if output else []
+    found = CliRunner().invoke(app, [str(a) for a in ("finetune", *fixed, *more)])
+    assert not found.exception or isinstance(found.exception, SystemExit), found.exception
+    return found.exit_code, " ".join(re.sub(r"[│╭╮╰╯─]", " ", found.output).split())
+
+
+PROBE = ("--adapter", "linear_probe", "--epochs", 1)
+
+
+def test_every_setting_of_fit_is_an_option_with_its_own_words():
+    assert {*fit_fields(), "resume", "seed"} == {f.name for f in dataclasses.fields(FitConfig)}
+    assert all(told for _, told in fit_fields().values())
+
+
+def test_a_run_writes_its_settings_and_they_are_taken_back(pictures: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    more = (
+        "--adapter",
+        "lora",
+        "--set",
+        "r=2",
+        "--class-weights",
+        "balanced",
+        "--auto-augment",
+        "rand-m3",
+        "--epochs",
+        1,
+    )
+    code, told = run(pictures, out, *more, "--patience", 3, "--ema-decay", 0.9, "--no-progress")
+    assert code == 0, told
+    saved = tomllib.loads((out / "run.toml").read_text())
+    assert saved["settings"] == {"r": 2}
+    assert {"adapter": "lora", "class_weights": "balanced", "patience": 3, "ema_decay": 0.9}.items() <= saved.items()
+    code, told = run(None, None, "--config", out / "run.toml")
+    assert code == 0, told
+    assert "had ended before" in told, "the very same run"
+    code, told = run(None, None, "--config", out / "run.toml", "--sampling", "balanced", "--erase", 0.5)
+    assert code == 1, "the command line wins, and the run is another"
+    assert "--sampling: None is now 'balanced'" in told
+    assert "--erase: None is now 0.5" in told
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("epoch = 3", "'epoch'. Did you mean 'epochs'"),
+        ("epochs = 'many'", "for '--epochs'"),
+        ("epochs = true", "epochs = True is not one value"),
+        ("pretrained = 1", "pretrained = 1 is not true or false"),
+        ("epochs = [1]", "is not one value"),
+        ("epochs 3", "is no TOML"),
+        ("settings = 3", "settings must be a table"),
+    ],
+)
+def test_a_settings_file_that_cannot_be_meant_is_refused(pictures: Path, tmp_path: Path, text: str, told: str):
+    (tmp_path / "run.toml").write_text(text)
+    code, output = run(pictures, tmp_path / "out", "--config", tmp_path / "run.toml")
+    assert code == 2
+    assert told in output
+    assert not (tmp_path / "out").exists()
+
+
+def test_settings_come_back_from_toml_as_they_were(tmp_path: Path):
+    values = {"a": 'q"\\\n\x7f\u2028😀', "b": 1e-7, "c": True, "d": [1, 2.5, "x"], "none": None, "t": {"k k": {"z": 1}}}
+    (tmp_path / "x.toml").write_text(settings_text(values, "heading"), encoding="utf-8")
+    assert read_settings(tmp_path / "x.toml") == {k: v for k, v in values.items() if v is not None}
+
+
+def test_a_look_before_training_writes_nothing(pictures: Path, tmp_path: Path):
+    code, told = run(pictures, tmp_path / "out", "--adapter", "ssf,linear_probe", "--dry-run", "--color-jitter", 0.4)
+    assert code == 0, told
+    assert "12 training and 3 validation images" in told
+    assert "cat 8" in told
+    assert "blocks.0.attn.qkv" in told
+    assert "color_jitter=0.4" in told
+    assert "linear_probe trains" in told
+    code, told = run(pictures, tmp_path / "out", "--adapter", "linear_probe", "--find-lr", "--batch-size", 4)
+    assert code == 0, told
+    assert 1e-7 < float(re.search(r"Train with --lr (\S+)", told)[1]) < 1  # type: ignore[index]
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_pictures_held_back(pictures: Path, tmp_path: Path):
+    code, told = run(pictures, tmp_path / "out", *PROBE, "--val", 0)
+    assert code == 0, told
+    assert "15 training images" in told
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["accuracy"] is None
+    assert report["answers"] is None
+    assert report["merge_error"] is not None
+    code, told = run(pictures, tmp_path / "other", *PROBE, "--val", 0, "--patience", 2)
+    assert code == 1
+    assert "patience needs validation data" in told
+
+
+@pytest.mark.slow
+def test_methods_and_folds_side_by_side(pictures: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    code, told = run(pictures, out, "--adapter", "linear_probe,bitfit", "--epochs", 1, "--folds", 2, "--lr", 0.01)
+    assert code == 0, told
+    assert "±" in told
+    for method in ("linear_probe", "bitfit"):
+        report = json.loads((out / method / "report.json").read_text())
+        assert report["answers"]["n"] == 15, "every picture was held back once"
+        assert report["accuracy"] == pytest.approx(np.mean(report["folds"]))
+        assert (out / method / "fold_2" / "adapter_model.safetensors").is_file()
+    page = (out / "report.html").read_text()
+    assert "linear_probe" in page
+    assert "bitfit" in page
+    assert read_settings(out / "run.toml")["folds"] == 2
+    before = json.loads((out / "linear_probe" / "report.json").read_text())
+    code, again = run(None, None, "--config", out / "run.toml")
+    assert code == 0, again
+    assert json.loads((out / "linear_probe" / "report.json").read_text())["folds"] == before["folds"]
+    code, told = run(pictures, out, "--adapter", "ssf,ssf")
+    assert code == 1
+    assert "each method once" in told
+
+
+def test_folds_hold_back_every_picture_once(pictures: Path):
+    data = open_dataset(pictures)
+    held = []
+    for fold in (1, 2, 3):
+        train, val = fold_dataset(data, fold, 3, seed=1)
+        assert not set(train.paths) & set(val.paths)
+        assert len(train) + len(val) == len(data)
+        assert min(val.class_counts().values()) >= 1
+        held += list(val.paths)
+    assert sorted(held) == sorted(data.paths)
+    for bad in ((0, 3), (4, 3), (1, 1), (1, 6)):
+        with pytest.raises(InputError, match="fold"):
+            fold_dataset(data, *bad)
+
+
+def test_what_means_nothing_for_a_task_is_refused(pictures: Path, tmp_path: Path):
+    for task, more, told in (
+        ("text-to-image", ("--augment",), "--augment means nothing"),
+        ("text-to-image", ("--mixup", 0.2), "--mixup means nothing for --task text-to-image; it takes"),
+        ("segmentation", (), "no training of 'segmentation' by command"),
+    ):
+        code, output = run(pictures, tmp_path / "out", "--task", task, *more)
+        assert code == 1
+        assert told in output
+    with pytest.raises(InputError, match="no setting 'epoch'"):
+        train_prepared(prepare(pictures, "tiny_vit", "linear_probe"), epoch=3)
+
+
+def test_the_report_counts_right_and_its_page_holds_names_as_text_and_asks_nobody(pictures: Path, tmp_path: Path):
+    code, told = run(pictures, tmp_path / "out", *PROBE, "--lr", 1e-6)
+    assert code == 0, told
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    answers = report["answers"]
+    table = np.array(answers["confusion"])
+    assert table.sum() == answers["n"] == 3
+    assert np.trace(table) / table.sum() == pytest.approx(report["accuracy"])
+    for i, row in enumerate(answers["per_class"]):
+        assert row["n"] == table[i].sum()
+        assert row["recall"] == pytest.approx(table[i, i] / table[i].sum())
+        column = table[:, i].sum()
+        assert row["precision"] == (pytest.approx(table[i, i] / column) if column else None)
+    assert len(answers["most_wrong"]) == table.sum() - np.trace(table)
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert NASTY not in page
+    assert page.count("<script") == 0
+    assert "&lt;script&gt;" in page
+    assert not re.search(r"""(?:src|href)=["'](?!data:)|url\(|@import""", page)
+    for word in ("mmkit predict", "mmkit merge", "mmkit export", "numbers trained", "Curves"):
+        assert word in page
+
+
+@pytest.mark.browser
+def test_the_page_in_a_browser_runs_nothing_and_fits_every_width(pictures: Path, tmp_path: Path):
+    sync = pytest.importorskip("playwright.sync_api").sync_playwright
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("needs chromium")
+    prepared = prepare(pictures, "tiny_vit", "linear_probe")
+    train_prepared(prepared, output_dir=tmp_path / "out", epochs=2, lr=1e-6, progress=False)
+    with sync() as p:
+        browser = p.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        for scheme, width in (("light", 1280), ("dark", 360)):
+            page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
+            asked: list[str] = []
+            page.on("request", lambda r, asked=asked: asked.append(r.url))
+            page.goto(f"file://{tmp_path}/out/report.html")
+            assert page.title() == "linear_probe on tiny_vit"
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+            assert [u for u in asked if not u.startswith(("data:", "file:"))] == []
+            ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
+            assert (sum(map(int, re.findall(r"\d+", ground))) > 380) == (scheme == "light")
+            page.close()
+        browser.close()

@@ -50,6 +50,21 @@ class FinetuneResult:
     trained: int
     total: int
 
+    def summary(self, model: str | None = None) -> str:
+        """What came out and how to use it on `model`, for people."""
+        method = self.adapter.method if self.adapter is not None else "full"
+        told = (
+            f"{method} trained {self.trained:,} of {self.total:,} parameters in {self.fit.steps} steps; denoising loss on pictures "
+            f"that were held back: {self.fit.metrics['loss']:.4f}."
+        )
+        if self.folder is None:
+            return told
+        use = f'draw = mmkit.pipeline("text-to-image"{"" if model is None else f", {model!r}"}); '
+        use += f'draw.load_adapter("mine", "{self.folder}")'
+        if self.adapter is None:
+            use = f'draw = mmkit.pipeline("text-to-image", "{self.folder}")'
+        return f'{told}\nSaved to {self.folder}. Try it in Python: {use}; draw("WORDS").save("pictures.png")'
+
 
 class Latents(Dataset[Batch]):
     """Encoded pictures with the number of their caption: `dataset[i] -> (latents, caption)`."""

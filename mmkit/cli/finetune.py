@@ -31,7 +31,8 @@ _WORDS = {
     "data held back": "--data, held back", "weights at the start": "--checkpoint or --backbone",
     "frozen weights": "--checkpoint or --backbone",
     "fold": "--folds", "adapter": "--adapter", "backbone": "--backbone", "data": "--data", "val": "--val", "seed": "--seed",
-    **{name: _option(name) for name in ("augment", "auto_augment", "color_jitter", "erase")}, "classifiers solved at the start": "--solve-heads",
+    **{name: _option(name) for name in ("augment", "auto_augment", "color_jitter", "erase")},
+    "classifiers solved at the start": "--solve-heads",
 }  # fmt: skip
 
 
@@ -289,7 +290,7 @@ def _other(
         result = train(data, model, *([adapter] if adapter else []), output_dir=output, **options)
     if result.fit.stopped == "interrupted":
         raise InterruptedRun(result.fit.steps, result.fit.signal, output)
-    print(result.summary())
+    print(result.summary(model))
 
 
 def fit_fields() -> dict[str, tuple[Any, str]]:

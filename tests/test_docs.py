@@ -114,6 +114,25 @@ def test_commands_named_in_a_sentence_exist():
             _check_command(line)
 
 
+def test_names_of_the_package_in_a_sentence_resolve():
+    for file in DOCUMENTS:
+        for name in re.findall(r"`(mmkit(?:\.[A-Za-z_]\w*)+)", (ROOT / file).read_text(encoding="utf-8")):
+            assert _resolves(name), f"{file}: {name}"
+
+
+def _resolves(name: str) -> bool:
+    parts, found = name.split("."), importlib.import_module("mmkit")
+    for i, part in enumerate(parts[1:], 2):
+        if not hasattr(found, part):
+            try:
+                found = importlib.import_module(".".join(parts[:i]))
+            except ImportError:
+                return False
+        else:
+            found = getattr(found, part)
+    return True
+
+
 def _check_command(line: str) -> None:
     words = shlex.split(line, comments=True)
     if words[0] == "make":

@@ -1,6 +1,6 @@
-"""SqueezeSAM: two clicks and a box on a drawn picture, answered in one pass.
+"""Clicks: three clicks, then a box, on a photograph; SAM 2, SqueezeSAM or any function can stand behind the same session.
 
-python examples/methods/squeezesam.py mask.png
+python examples/methods/clicks.py mask.png
 """
 
 import sys
@@ -11,7 +11,7 @@ from PIL import Image
 import mmkit
 
 
-def main(picture: str = "squeezesam.png") -> None:
+def main(picture: str = "clicks.png") -> None:
     """Click on what a public-domain photograph shows (Grace Hopper, of matplotlib's sample data)."""
     import matplotlib.cbook
 

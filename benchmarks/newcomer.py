@@ -45,7 +45,8 @@ def run(command: list[str], folder: Path, environment: dict[str, str]) -> None:
 
 
 def open_studio(clone: Path, environment: dict[str, str]) -> None:
-    """`make demo` until the studio answers, then Ctrl-C."""
+    """`make demo` until the studio answers; then it is ended."""
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with tempfile.TemporaryFile() as said:
         served = subprocess.Popen(
             ["make", "demo"], cwd=clone, env=environment, stdout=said, stderr=subprocess.STDOUT, start_new_session=True
@@ -57,7 +58,7 @@ def open_studio(clone: Path, environment: dict[str, str]) -> None:
                     said.seek(0)
                     sys.exit(f"make demo ended: {said.read()[-4000:].decode()}")
                 try:
-                    with urllib.request.urlopen("http://127.0.0.1:7860/healthz", timeout=2) as answer:
+                    with direct.open("http://127.0.0.1:7860/healthz", timeout=5) as answer:
                         assert json.load(answer) == {"status": "ok"}
                         return
                 except OSError:
@@ -65,7 +66,7 @@ def open_studio(clone: Path, environment: dict[str, str]) -> None:
             sys.exit("make demo did not answer within half an hour.")
         finally:
             if served.poll() is None:
-                os.killpg(served.pid, signal.SIGINT)
+                os.killpg(served.pid, signal.SIGTERM)  # a job in the background may not hear Ctrl-C
                 served.wait(60)
 
 

@@ -65,6 +65,21 @@ def line_chart(
     return _figure(title, note, WIDTH, HEIGHT, parts, f"<div>{legend}</div>")
 
 
+def frontier(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Indices of the points (x, y) that no other one beats, being as small in x and as large in y; by rising x.
+
+    Example:
+        >>> frontier([(1, 5), (2, 4), (3, 9), (3, 9), (0, 1)])
+        [4, 0, 2]
+    """
+    best, found = float("-inf"), []
+    for i in sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1], i)):
+        if points[i][1] > best:
+            best = points[i][1]
+            found.append(i)
+    return found
+
+
 def heat_chart(
     title: str, names: Sequence[str], stretches: Sequence[tuple[float, float, Sequence[float]]], note: str = ""
 ) -> str:

@@ -128,6 +128,25 @@ def merge(
 
 
 @_command
+def export(
+    run: Annotated[Path, typer.Argument(help="A folder written by `mmkit finetune` or `mmkit merge`.")],
+    output: Annotated[Path, typer.Option(help="The file (.onnx, .pt2) or folder (timm, peft) to write.")],
+    format: Annotated[str, typer.Option(help="onnx, torch-export, timm or peft.")] = "onnx",
+    backbone: Annotated[str | None, typer.Option(help="The backbone, if not where the folder says.")] = None,
+    checkpoint: _Checkpoint = None,
+    pretrained: _Pretrained = False,
+) -> None:
+    """Write a fine-tuned model for others to run; what they read from it is compared with the original first."""
+    done = COMMANDS.get("finetune").export(
+        run, format, output, backbone=backbone, checkpoint_path=checkpoint, pretrained=pretrained
+    )
+    print(
+        f"Saved to {done.path}. Read back, its logits differ from the original's by {done.difference:.1e} at most, over "
+        f"{done.pictures} random pictures."
+    )
+
+
+@_command
 def predict(
     images: Annotated[list[str], typer.Argument(help="Pictures, folders, wildcards or zips of pictures.")],
     model: Annotated[

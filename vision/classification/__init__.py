@@ -13,6 +13,7 @@ from mmkit.lazy import door
 if TYPE_CHECKING:
     from mmkit.vision.classification.comparing import compare as compare
     from mmkit.vision.classification.demo import run_demo as run_demo
+    from mmkit.vision.classification.exporting import Exported as Exported, export as export
     from mmkit.vision.classification.metrics import answers_on as answers_on, merge_error as merge_error
     from mmkit.vision.classification.pipeline import ImageClassificationPipeline as ImageClassificationPipeline
     from mmkit.vision.classification.preparing import (

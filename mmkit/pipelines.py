@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -89,3 +90,23 @@ class Pipeline:
     def load(self, model: str | os.PathLike[str]) -> nn.Module:
         """The module behind a bundled name or a folder."""
         raise InputError(f"{type(self).__name__} needs a module; {model!r} cannot be loaded.")
+
+    def example(self) -> tuple[torch.Tensor, ...]:
+        """Inputs such as this pipeline gives its model, one in the batch. Raises `InputError` for pipelines without a fixed one."""
+        raise InputError(
+            f"The model of {self.task!r} is not exported by itself: what it reads depends on what was given."
+        )
+
+    def export(self, path: str | os.PathLike[str]) -> Path:
+        """Write the model for other programs, compared with it before it is called done: `.onnx`, or `.pt2` for `torch.export.load`.
+
+        Preparing inputs and reading outputs stays with the caller. Raises `InputError` for another suffix, and for models that use
+        kernels or decisions that such a file cannot hold; `BackendUnavailableError` without the packages for ONNX.
+        """
+        from mmkit.storage.exports import write_onnx, write_program
+
+        writers = {".onnx": write_onnx, ".pt2": write_program}
+        if (writer := writers.get(Path(path).suffix)) is None:
+            raise InputError(f"Models are exported to .onnx or .pt2, not {Path(path).name!r}.")
+        example = tuple(t.to(self.device, self.dtype) for t in self.example())
+        return writer(self.model, example, path)

@@ -53,6 +53,11 @@ class VideoClassificationPipeline(Pipeline):
             return load_weights(str(model))
         return VideoClassifier.from_pretrained(model)
 
+    def example(self) -> tuple[torch.Tensor, ...]:
+        """A clip in numbers, (1, T, 3, H, W)."""
+        model: Any = self.model
+        return (torch.zeros(1, model.num_frames, 3, model.img_size, model.img_size),)
+
     @torch.no_grad()
     def __call__(
         self,

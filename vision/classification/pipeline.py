@@ -123,5 +123,9 @@ class ImageClassificationPipeline(Pipeline):
                 results.append(ImageClassification([self._name(k) for k in o], s, picture))
         return results[0] if single else results
 
+    def example(self) -> tuple[torch.Tensor, ...]:
+        """A picture in numbers, (1, C, H, W)."""
+        return (torch.zeros(1, *self.info.input_size),)
+
     def _name(self, index: int) -> str:
         return self.info.class_names[index] if self.info.class_names else f"class {index}"

@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from mmkit.errors import BackendUnavailableError, CheckpointError
-from mmkit.storage import atomic_write, load_state, read_tensors, write_safetensors
+from mmkit.errors import CheckpointError
+from mmkit.storage import load_state, read_tensors, write_safetensors
+from mmkit.storage.exports import write_onnx
 from mmkit.vision.clicks.model import SqueezeSAM
 
 _SCALE = ".int8_scale"
@@ -92,25 +93,6 @@ def export_program(model: SqueezeSAM, *, dynamic_batch: bool = True) -> torch.ex
 
 
 def export_onnx(model: SqueezeSAM, path: str | os.PathLike[str]) -> Path:
-    """Write the same network as an ONNX file with inputs "fused" and outputs "logits", "iou".
-
-    Raises:
-        BackendUnavailableError: the `onnx` and `onnxscript` packages are missing.
-    """
-    try:
-        import onnx  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise BackendUnavailableError("ONNX export needs two packages: pip install onnx onnxscript") from error
-    path = Path(path)
-    with atomic_write(path) as temporary:
-        torch.onnx.export(
-            export_program(model),
-            (),
-            str(temporary),
-            input_names=["fused"],
-            output_names=["logits", "iou"],
-            external_data=False,
-            dynamo=True,
-        )
-    return path
+    """Write the same network as an ONNX file with inputs "fused" and outputs "logits", "iou"; see `mmkit.storage.exports.write_onnx`."""
+    example = torch.zeros(2, model.in_chans, model.img_size, model.img_size)
+    return write_onnx(FusedNetwork(model), [example], path, inputs=["fused"], outputs=["logits", "iou"])

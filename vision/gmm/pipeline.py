@@ -88,6 +88,10 @@ class MaskExplorer(Pipeline):
     def _mask(model: nn.Module, layer: int) -> GaussianMixtureMask:
         return model.blocks[layer].attn.mask  # type: ignore[index,union-attr,return-value]
 
+    def example(self) -> tuple[Tensor, ...]:
+        """A picture in numbers, (1, C, H, W)."""
+        return (torch.zeros(1, len(self.mean), *self.size),)
+
     def __call__(
         self,
         image: ImageLike,

@@ -100,6 +100,10 @@ class MedicalSegmentationPipeline(Pipeline):
             self.familiarity = Familiarity.from_dict(entry.extra["familiarity"])
         return load_weights(str(model))
 
+    def example(self) -> tuple[torch.Tensor, ...]:
+        """A window in numbers, (1, C, H, W) or (1, C, D, H, W)."""
+        return (torch.zeros(1, self.channels, *self.window),)
+
     def __call__(
         self,
         image: ImageLike | Volume,

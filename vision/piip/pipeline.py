@@ -37,6 +37,11 @@ class _PyramidPipeline(Pipeline):
 
         return open_model(model) if Path(model).expanduser().is_dir() else load_weights(str(model))
 
+    def example(self) -> tuple[Tensor, ...]:
+        """A picture in numbers, (1, C, H, W)."""
+        info: Any = self.model.backbone_info
+        return (torch.zeros(1, *info.input_size),)
+
     def _require(self, fits: bool, wanted: str) -> None:
         if not fits:
             raise InputError(f"{type(self).__name__} takes {wanted}, not a {type(self.model).__name__}.")

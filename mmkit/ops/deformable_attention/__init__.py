@@ -93,7 +93,10 @@ def _chosen(backend: str, value: Tensor) -> str:
     double = _work(value) == torch.float64
     if double and backend == "cpu":
         raise InputError(f"{_NAME}: backend 'cpu' computes in float32; use backend='torch' for float64.")
-    preference = _PLAIN if double or value.device.type == "meta" else _PREFERENCE
+    plain = (
+        double or value.device.type == "meta" or torch.compiler.is_exporting()
+    )  # other programs have no kernels of ours
+    preference = _PLAIN if plain else _PREFERENCE
     return choose_backend(_NAME, backend, value.device, preference, _PROBLEMS)
 
 

@@ -255,7 +255,7 @@ def test_onnx_file_agrees(tmp_path):
     pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
-    model, fused = mini(negative_clicks=True, previous_mask=True), torch.randn(3, 7, 32, 32)
+    model, fused = mini(negative_clicks=True, previous_mask=True).eval(), torch.randn(3, 7, 32, 32)
     session = runtime.InferenceSession(str(export_onnx(model, tmp_path / "m.onnx")))
     assert [o.name for o in session.get_outputs()] == ["logits", "iou"]
     with torch.no_grad():

@@ -132,7 +132,7 @@ class TextToImagePipeline:
         Raises:
             InputError: no prompt, a number that is out of range, an unknown adapter or option.
         """
-        texts = list(prompts) if isinstance(prompts, list | tuple) else [prompts]
+        texts: list[Any] = list(prompts) if isinstance(prompts, list | tuple) else [prompts]
         if not texts or not all(isinstance(p, str) for p in texts):
             raise InputError(f"Give a prompt, or several in a list, not {type(prompts).__name__}.")
         for name, value in {"num_images": num_images, "steps": steps, "batch_size": batch_size}.items():

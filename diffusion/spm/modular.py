@@ -39,7 +39,7 @@ class TransportDenoise(SequentialPipelineBlocks):  # type: ignore[misc]
         gates = self._gates(pipeline.tokenizer, texts, model)
         each = int(state.get("num_images_per_prompt") or 1)
         with opened(model, {k: v.repeat_interleave(each) for k, v in gates.items()}, len(texts) * each):
-            return super().__call__(pipeline, state)
+            return super().__call__(pipeline, state)  # type: ignore[misc]
 
     def _gates(self, tokenizer: Any, prompts: list[str], model: Any) -> dict[str, Tensor]:
         """One value per prompt for each eraser."""

@@ -139,7 +139,7 @@ def _pictures(told: Answers, parts: Sequence[FinetuneResult]) -> list[Image.Imag
     from torch.utils.data import ConcatDataset
 
     judged = [r.prepared.val if r.prepared.test is None else r.prepared.test for r in parts]
-    raw = ConcatDataset([data.with_transform(None) for data in judged])
+    raw: ConcatDataset[Any] = ConcatDataset([data.with_transform(None) for data in judged])
     return [raw[i][0] for i in told.most_wrong()]
 
 

@@ -8,7 +8,7 @@ ones look, how far they are, along the edges of the picture too, and the mask th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -143,8 +143,9 @@ class ClickNet(Model):
         import timm
 
         self.img_size, self.num_masks = img_size, num_masks
-        options = {"pad_type": "same"} if encoder.startswith("mobilenet") else {}
-        self.encoder: Any = timm.create_model(encoder, features_only=True, **options).requires_grad_(False)
+        options: dict[str, Any] = {"pad_type": "same"} if encoder.startswith("mobilenet") else {}
+        built: nn.Module = timm.create_model(encoder, features_only=True, **options).requires_grad_(False)
+        self.encoder = cast(Any, built)
         widths = self.encoder.feature_info.channels()
         if tuple(self.encoder.feature_info.reduction()) != STRIDES:
             raise InputError(

@@ -109,4 +109,5 @@ class Pipeline:
         if (writer := writers.get(Path(path).suffix)) is None:
             raise InputError(f"Models are exported to .onnx or .pt2, not {Path(path).name!r}.")
         example = tuple(t.to(self.device, self.dtype) for t in self.example())
-        return writer(self.model, example, path)
+        writer(self.model, example, path)
+        return Path(path).expanduser()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
+import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,9 @@ from mmkit.storage.files import atomic_write
 TOLERANCE = 1e-4
 """Largest difference to the model, relative to its largest answer (at least 1)."""
 
+Answers = list[tuple[list[Tensor], list[Tensor]]]
+"""Inputs, and what a model answers to them."""
+
 
 def write_onnx(
     model: nn.Module,
@@ -26,66 +31,78 @@ def write_onnx(
     *,
     inputs: Sequence[str] = ("input",),
     outputs: Sequence[str] = ("output",),
+    metadata: Mapping[str, str] | None = None,
+    answers: Answers | None = None,
     dynamic_batch: bool = True,
-) -> Path:
+) -> float:
     """Write `model` as an ONNX file that onnxruntime answers with as the model does; tried on other numbers and another batch.
 
     Args:
         model: whose forward takes tensors and returns a tensor or a tuple of them; it is exported in eval mode.
         example: inputs, each with the batch first.
         inputs, outputs: their names in the file.
+        metadata: kept in the file.
+        answers: to compare with instead of the model's own (`answers_of`), such as those before an adapter was folded.
         dynamic_batch: let the file take any batch.
+
+    Returns:
+        The largest difference.
 
     Raises:
         BackendUnavailableError: onnx, onnxscript or onnxruntime are missing.
         InputError: the model cannot be exported, or the file answers differently; nothing is written.
     """
-    try:
-        import onnx  # noqa: F401
-        import onnxruntime
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise BackendUnavailableError(
-            "ONNX export needs three packages: pip install onnx onnxscript onnxruntime"
-        ) from error
-    path = Path(path).expanduser()
-    with atomic_write(path) as draft:
-        program = exported(model, example, dynamic_batch=dynamic_batch)
+    names = ("onnx", "onnxscript", "onnxruntime")
+    if missing := [n for n in names if sys.modules.get(n, n) is None or importlib.util.find_spec(n) is None]:
+        raise BackendUnavailableError(f"ONNX export needs {', '.join(missing)}: pip install {' '.join(missing)}")
+    import onnx
+    import onnxruntime
+
+    answers = answers or answers_of(model, example, dynamic_batch=dynamic_batch)
+    program = exported(model, example, dynamic_batch=dynamic_batch)
+    with atomic_write(Path(path).expanduser()) as draft:
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
+            with _quiet():
                 torch.onnx.export(
                     program, (), str(draft), input_names=list(inputs), output_names=list(outputs), external_data=False,
                     dynamo=True, verbose=False,
                 )  # fmt: skip
-            options = onnxruntime.SessionOptions()
-            options.log_severity_level = 3
-            session = onnxruntime.InferenceSession(str(draft), options, providers=["CPUExecutionProvider"])
+            written = onnx.load(str(draft))
+            for key, value in (metadata or {}).items():
+                written.metadata_props.add(key=key, value=value)
+            onnx.save(written, str(draft))
+            session = onnxruntime.InferenceSession(str(draft), providers=["CPUExecutionProvider"])
         except Exception as error:  # of every operator in its own words
             raise InputError(f"{type(model).__name__} has operations ONNX cannot say: {_short(error)}") from error
-
-        def answer(given: list[Tensor]) -> list[Tensor]:
-            fed = {i.name: t.numpy() for i, t in zip(session.get_inputs(), given, strict=True)}
-            return [torch.from_numpy(o) for o in session.run(None, fed)]
-
-        _compare(model, example, answer, dynamic_batch)
-    return path
+        fed = [i.name for i in session.get_inputs()]
+        return compare(
+            answers,
+            lambda *given: session.run(None, {n: t.numpy() for n, t in zip(fed, given, strict=True)}),
+            "The ONNX file",
+        )
 
 
 def write_program(
-    model: nn.Module, example: Sequence[Tensor], path: str | os.PathLike[str], *, dynamic_batch: bool = True
-) -> Path:
+    model: nn.Module,
+    example: Sequence[Tensor],
+    path: str | os.PathLike[str],
+    *,
+    metadata: Mapping[str, str] | None = None,
+    answers: Answers | None = None,
+    dynamic_batch: bool = True,
+) -> float:
     """Write `model` as a `torch.export` program (`.pt2`), for `torch.export.load(path).module()`; see `write_onnx`."""
     path = Path(path).expanduser()
     if path.suffix != ".pt2":
-        raise InputError(f"Exported programs are called .pt2, not {path.name!r}.")
-    with atomic_write(path) as draft:
+        raise InputError(f"torch.export writes files that end in .pt2: {path.with_suffix('.pt2').name}.")
+    answers = answers or answers_of(model, example, dynamic_batch=dynamic_batch)
+    program = exported(model, example, dynamic_batch=dynamic_batch)
+    with atomic_write(path) as draft, _quiet():
         with draft.open("wb") as file:
-            torch.export.save(exported(model, example, dynamic_batch=dynamic_batch), file)
+            torch.export.save(program, file, extra_files=dict(metadata or {}))
         with draft.open("rb") as file:
-            program: Any = torch.export.load(file).module()
-        _compare(model, example, lambda given: _flat(program(*given)), dynamic_batch)
-    return path
+            again: Any = torch.export.load(file).module()
+        return compare(answers, again, "The exported program")
 
 
 def exported(
@@ -95,8 +112,7 @@ def exported(
     given = tuple(_sample(t, 2, 0) for t in example) if dynamic_batch else tuple(example)
     shapes = tuple({0: torch.export.Dim.DYNAMIC} for _ in given) if dynamic_batch else None
     try:
-        with _still(model), torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with _still(model), torch.no_grad(), _quiet():
             return torch.export.export(model, given, dynamic_shapes=shapes)
     except Exception as error:
         raise InputError(f"{type(model).__name__} cannot be exported: {_short(error)}") from error
@@ -114,22 +130,40 @@ def _still(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _compare(model: nn.Module, example: Sequence[Tensor], answer: Any, dynamic_batch: bool) -> None:
-    """Raise `InputError` unless `answer` says what the model does, for the example's batch and for three."""
+def answers_of(model: nn.Module, example: Sequence[Tensor], *, dynamic_batch: bool = True) -> Answers:
+    """What `model` answers to inputs like the example, of the same batch and of three."""
+    found: Answers = []
     with _still(model), torch.no_grad():
-        for batch in {len(example[0]), 3 if dynamic_batch else len(example[0])}:
+        for batch in sorted({len(example[0]), 3 if dynamic_batch else len(example[0])}):
             given = [_sample(t, batch, seed) for seed, t in enumerate(example)]
-            wanted = _flat(model(*given))
-            try:
-                found = answer(given)
-            except Exception as error:
-                raise InputError(f"The export fails on a batch of {batch}: {_short(error)}") from error
-            for mine, theirs in zip(wanted, found, strict=True):
-                away = float((mine - theirs).abs().max()) / max(float(mine.abs().max()), 1.0)
-                if not away <= TOLERANCE:
-                    raise InputError(
-                        f"The export differs from the model by {away:.1e} on a batch of {batch}; it is not kept."
-                    )
+            found.append((given, _flat(model(*given))))
+    return found
+
+
+def compare(answers: Answers, other: Callable[..., Any], what: str) -> float:
+    """The largest difference between `answers` and those of `other`, which `what` names. Raises `InputError` when it is no rounding."""
+    largest = 0.0
+    for given, wanted in answers:
+        try:
+            with torch.no_grad():
+                found = [torch.as_tensor(f) for f in _flat(other(*given))]
+        except Exception as error:  # a file that was made for one batch says so in many ways
+            raise InputError(
+                f"{what} fails on a batch of {len(given[0])}: {_short(error)}; nothing was written."
+            ) from error
+        if [f.shape for f in found] != [w.shape for w in wanted]:
+            raise InputError(
+                f"{what} answers {[tuple(f.shape) for f in found]} where the model answers {[tuple(w.shape) for w in wanted]}; "
+                "nothing was written."
+            )
+        for theirs, mine in zip(found, wanted, strict=True):
+            away = float((mine - theirs).abs().max())
+            if not away <= TOLERANCE * max(1.0, float(mine.abs().max())):
+                raise InputError(
+                    f"{what} differs from the model by {away:.1e}, which is no rounding; nothing was written."
+                )
+            largest = max(largest, away)
+    return largest
 
 
 def _sample(example: Tensor, batch: int, seed: int) -> Tensor:
@@ -142,6 +176,13 @@ def _sample(example: Tensor, batch: int, seed: int) -> Tensor:
 
 def _flat(answer: Any) -> list[Tensor]:
     return [answer] if isinstance(answer, Tensor) else list(answer)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _short(error: BaseException) -> str:

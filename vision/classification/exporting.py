@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from mmkit.adapters import attached_adapters, save_adapter
 from mmkit.adapters.peft import PeftAdapter
 from mmkit.backbones import image_info, save_backbone
-from mmkit.errors import BackendUnavailableError, InputError, MMKitError, NotMergeableError, nearest
-from mmkit.storage import atomic_write, new_folder
+from mmkit.errors import InputError, NotMergeableError, nearest
+from mmkit.storage import new_folder
+from mmkit.storage.exports import Answers, compare, write_onnx, write_program
 from mmkit.storage.files import absolute
 from mmkit.vision.classification.saving import load_finetuned
 
-TOLERANCE = 1e-4
-"""Largest difference of a logit, in parts of the largest logit (at least of 1)."""
 _SIZES = (1, 3)
 
 
@@ -72,30 +68,11 @@ def export(
 
 
 @torch.no_grad()
-def _answers(model: Any, info: Any) -> list[tuple[Tensor, Tensor]]:
+def _answers(model: Any, info: Any) -> Answers:
     """Random pictures, one and several at a time, with what the model says."""
     generator = torch.Generator().manual_seed(0)
     batches = [torch.randn(n, *info.input_size, generator=generator) for n in _SIZES]
-    return [(x, model(x)) for x in batches]
-
-
-def _compare(expected: list[tuple[Tensor, Tensor]], other: Callable[[Tensor], Any], what: str) -> float:
-    """The largest difference; raises `MMKitError` when it is no rounding."""
-    largest = 0.0
-    for images, logits in expected:
-        with torch.no_grad():
-            found = torch.as_tensor(other(images))
-        if found.shape != logits.shape:
-            raise MMKitError(
-                f"{what} answers {tuple(found.shape)} where the model answers {tuple(logits.shape)}; nothing was written."
-            )
-        difference = float((found - logits).abs().max())
-        if not difference <= TOLERANCE * max(1.0, float(logits.abs().max())):
-            raise MMKitError(
-                f"{what} differs from the model by {difference:.1e} in a logit, which is no rounding; nothing was written."
-            )
-        largest = max(largest, difference)
-    return largest
+    return [([x], [model(x)]) for x in batches]
 
 
 def _plain(model: nn.Module) -> nn.Module:
@@ -113,64 +90,23 @@ def _plain(model: nn.Module) -> nn.Module:
 # --------------------------------------------------------------------------------------------------------------- formats
 
 
-def _program(model: nn.Module, info: Any) -> torch.export.ExportedProgram:
-    example = torch.zeros(2, *info.input_size)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return torch.export.export(
-                model, (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=4096)},)
-            )
-    except Exception as error:  # whatever a foreign model does that cannot be traced
-        raise InputError(
-            f"torch.export cannot trace {type(model).__name__} for any number of pictures: {str(error).splitlines()[0]}"
-        ) from error
-
-
 def _metadata(info: Any) -> dict[str, str]:
     """What a reader needs to prepare a picture and to name the answer."""
     facts = {**info.preprocessing(), "class_names": list(info.class_names)}
     return {k: v if isinstance(v, str) else json.dumps(v) for k, v in facts.items()}
 
 
-def _onnx(model: nn.Module, path: Path) -> Exported:
-    missing = [n for n in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(n) is None]
-    if missing:
-        raise BackendUnavailableError(f"ONNX export needs {', '.join(missing)}: pip install {' '.join(missing)}")
-    import onnx
-    import onnxruntime
+def _file(write: Callable[..., float], **names: Any) -> Callable[[nn.Module, Path], Exported]:
+    """A format that is one file."""
 
-    info = image_info(model)
-    expected = _answers(model, info)
-    program = _program(_plain(model), info)
-    with atomic_write(path) as temporary, _quiet():
-        torch.onnx.export(
-            program, (), str(temporary), input_names=["images"], output_names=["logits"], external_data=False, dynamo=True, verbose=False,
-        )  # fmt: skip
-        written = onnx.load(str(temporary))
-        for key, value in _metadata(info).items():
-            written.metadata_props.add(key=key, value=value)
-        onnx.save(written, str(temporary))
-        session = onnxruntime.InferenceSession(str(temporary), providers=["CPUExecutionProvider"])
-        difference = _compare(
-            expected, lambda x: np.asarray(session.run(None, {"images": x.numpy()})[0]), "The ONNX file"
+    def written(model: nn.Module, path: Path) -> Exported:
+        info = image_info(model)
+        answers, example = _answers(model, info), torch.zeros(2, *info.input_size)
+        return Exported(
+            path, write(_plain(model), [example], path, metadata=_metadata(info), answers=answers, **names), sum(_SIZES)
         )
-    return Exported(path, difference, sum(_SIZES))
 
-
-def _torch_export(model: nn.Module, path: Path) -> Exported:
-    if path.suffix != ".pt2":
-        raise InputError(f"torch.export writes files that end in .pt2; give --output {path.with_suffix('.pt2').name}.")
-    info = image_info(model)
-    expected = _answers(model, info)
-    program = _program(_plain(model), info)
-    with atomic_write(path) as temporary, _quiet():
-        with open(temporary, "wb") as file:
-            torch.export.save(program, file, extra_files=_metadata(info))
-        with open(temporary, "rb") as file:
-            again = torch.export.load(file).module()
-        difference = _compare(expected, again, "The exported program")
-    return Exported(path, difference, sum(_SIZES))
+    return written
 
 
 def _timm(model: nn.Module, path: Path) -> Exported:
@@ -189,7 +125,7 @@ def _timm(model: nn.Module, path: Path) -> Exported:
             again = timm.create_model(f"local-dir:{draft}", pretrained=True).eval()
         except Exception as error:  # an architecture that its config does not describe
             raise InputError(f"timm cannot build this model from a folder: {str(error).splitlines()[0]}") from error
-        difference = _compare(expected, again, "What timm loads")
+        difference = compare(expected, again, "What timm loads")
     return Exported(path, difference, sum(_SIZES))
 
 
@@ -206,7 +142,7 @@ def _peft(model: nn.Module, path: Path) -> Exported:
         save_adapter(own, draft)
         base = own.detach()
         try:
-            difference = _compare(expected, _read_by_peft(base, draft), "What peft loads")
+            difference = compare(expected, _read_by_peft(base, draft), "What peft loads")
         except (RuntimeError, ValueError, KeyError) as error:
             raise InputError(f"peft cannot load this adapter: {str(error).splitlines()[0]}") from error
     return Exported(path, difference, sum(_SIZES))
@@ -222,16 +158,9 @@ def _read_by_peft(base: nn.Module, folder: Path) -> Callable[[Tensor], Any]:
     return lambda x: loaded.base_model.model(x)  # peft's own forward adds keywords for language models
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
 FORMATS: dict[str, Callable[[nn.Module, Path], Exported]] = {
-    "onnx": _onnx,
-    "torch-export": _torch_export,
+    "onnx": _file(write_onnx, inputs=["images"], outputs=["logits"]),
+    "torch-export": _file(write_program),
     "timm": _timm,
     "peft": _peft,
 }

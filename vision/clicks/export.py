@@ -95,4 +95,5 @@ def export_program(model: SqueezeSAM, *, dynamic_batch: bool = True) -> torch.ex
 def export_onnx(model: SqueezeSAM, path: str | os.PathLike[str]) -> Path:
     """Write the same network as an ONNX file with inputs "fused" and outputs "logits", "iou"; see `mmkit.storage.exports.write_onnx`."""
     example = torch.zeros(2, model.in_chans, model.img_size, model.img_size)
-    return write_onnx(FusedNetwork(model), [example], path, inputs=["fused"], outputs=["logits", "iou"])
+    write_onnx(FusedNetwork(model), [example], path, inputs=["fused"], outputs=["logits", "iou"])
+    return Path(path).expanduser()

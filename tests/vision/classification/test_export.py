@@ -84,7 +84,7 @@ def test_peft_reads_its_own(runs, pictures, tmp_path: Path):  # type: ignore[no-
 def test_what_answers_otherwise_is_not_written(runs, tmp_path: Path, format: str, monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
     def other(model, info):  # type: ignore[no-untyped-def]
         x = torch.zeros(1, *info.input_size)
-        return [(x, model(x).detach() + 1)]
+        return [([x], [model(x).detach() + 1])]
 
     monkeypatch.setattr(exporting, "_answers", other)
     with pytest.raises(MMKitError, match="no rounding; nothing was written"):

@@ -38,6 +38,8 @@ def on_config(config: Any) -> Any:
             re.sub(r"^( +)Example:$", r"\1Examples:", path.read_text(encoding="utf-8"), flags=re.M), encoding="utf-8"
         )
     config.plugins["mkdocstrings"].config["handlers"]["python"]["paths"] = [str(folder)]
+    named = str(config.nav)  # a page that the list does not name yet follows the first
+    config.nav[1:1] = sorted(page.name for page in (ROOT / "docs").glob("*.md") if f"'{page.name}'" not in named)
     pages = [{"mmkit": "api/mmkit.md"}, *({module: f"api/{module}.md"} for module in _doors())]
     config.nav.append({"Reference": pages})
     return config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -63,6 +64,99 @@ def line_chart(
     legend = "".join(f'<span><i style="background:{c}"></i>{html.escape(s.name)}</span>' for s, c in shown if s.name)
     parts.append(f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 5}" text-anchor="end">{html.escape(axis)}</text>')
     return _figure(title, note, WIDTH, HEIGHT, parts, f"<div>{legend}</div>")
+
+
+@dataclass(frozen=True)
+class Dot:
+    """A point of a scatter chart; `group` decides its color, `told` is shown when it is pointed at."""
+
+    name: str
+    x: float
+    y: float
+    group: str = ""
+    told: str = ""
+
+
+def scatter_chart(
+    title: str,
+    axes: tuple[str, str],
+    dots: Sequence[Dot],
+    best: Sequence[int] = (),
+    log: tuple[bool, bool] = (False, False),
+    note: str = "",
+) -> str:
+    """Points by `axes` (x, y), those of `best` joined by steps and named; the others say their names when pointed at."""
+    width, height, left, right, top, bottom = 760, 420, 58, 24, 16, 44
+    scales = [_scale([getattr(d, k) for d in dots], logarithmic) for k, logarithmic in zip("xy", log, strict=True)]
+
+    def x(v: float) -> float:
+        return left + scales[0].share(v) * (width - left - right)
+
+    def y(v: float) -> float:
+        return height - bottom - scales[1].share(v) * (height - top - bottom)
+
+    parts = [f'<text x="{x(t):.1f}" y="{height - 26}" text-anchor="middle">{_short(t)}</text>' for t in scales[0].ticks]
+    for t in scales[1].ticks:
+        parts.append(f'<path class="grid" d="M{left} {y(t):.1f}H{width - right}"/>')
+        parts.append(f'<text x="{left - 8}" y="{y(t) + 4:.1f}" text-anchor="end">{_short(t)}</text>')
+    steps = "".join(
+        f"{'HM'[not i]}{x(dots[k].x):.1f}{' ' if not i else 'V'}{y(dots[k].y):.1f}" for i, k in enumerate(best)
+    )
+    parts.append(f'<path class="best" d="{steps}" fill="none"/>' if best else "")
+    groups = list(dict.fromkeys(d.group for d in dots))
+    for i, d in enumerate(dots):
+        color, px, py = COLORS[groups.index(d.group) % len(COLORS)], x(d.x), y(d.y)
+        anchor, shift = ("end", -10) if px > 0.72 * width else ("start", 10)
+        known = "named" if i in best else "dot"
+        words = html.escape(f"{d.name}: {d.told}")
+        parts.append(
+            f'<g class="{known}" tabindex="0" role="img" aria-label="{words}"><title>{words}</title>'
+            f'<circle cx="{px:.1f}" cy="{py:.1f}" r="6" fill="{color}"/>'
+            f'<text x="{px + shift:.1f}" y="{py - 8:.1f}" text-anchor="{anchor}">{html.escape(d.name)}</text></g>'
+        )
+    parts.append(f'<text x="{width - right}" y="{height - 8}" text-anchor="end">{html.escape(axes[0])}</text>')
+    parts.append(f'<text x="{left}" y="{top - 5}">{html.escape(axes[1])}</text>')
+    legend = "".join(
+        f'<span><i style="background:{COLORS[i % len(COLORS)]}"></i>{html.escape(g)}</span>'
+        for i, g in enumerate(groups)
+        if g
+    )
+    return _figure(title, note, width, height, parts, f"<div>{legend}</div>")
+
+
+@dataclass(frozen=True)
+class _Scale:
+    low: float
+    high: float
+    logarithmic: bool
+    ticks: tuple[float, ...]
+
+    def share(self, value: float) -> float:
+        low, high, v = (math.log10(max(n, 1e-12)) if self.logarithmic else n for n in (self.low, self.high, value))
+        return (v - low) / ((high - low) or 1.0)
+
+
+def _scale(values: Sequence[float], logarithmic: bool) -> _Scale:
+    """Round limits around `values` and marks on them."""
+    low, high = min(values), max(values)
+    if logarithmic and low > 0:
+        low, high = low / 1.4, high * 1.4
+        ticks = [m * 10.0**e for e in range(-9, 13) for m in (1, 3) if low <= m * 10.0**e <= high]
+        return _Scale(low, high, True, tuple(ticks))
+    room = 0.06 * ((high - low) or 1.0)
+    step = 10.0 ** math.floor(math.log10(((high - low) or 1.0) / 2))
+    step *= next(m for m in (0.5, 1, 2, 5, 10) if (high - low) / (step * m) <= 6)
+    first = math.ceil((low - room) / step)
+    ticks = [k * step for k in range(first, first + 20) if k * step <= high + room]
+    return _Scale(low - room, high + room, False, tuple(ticks))
+
+
+def _short(value: float) -> str:
+    """A number for a scale: 0.25, 30, 4.1k, 2M."""
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:.3g}"
 
 
 def frontier(points: Sequence[tuple[float, float]]) -> list[int]:

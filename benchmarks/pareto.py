@@ -12,7 +12,8 @@ was held back for that. The test pictures are looked at once, after the last epo
 - cost: CPU seconds of the training over those of a forward pass of as many pictures, measured just before in the same process.
 - memory: bytes kept for the backward pass of 32 pictures, gradients and Adam's two moments, besides the weights; counted, not sampled.
 
-Writes benchmarks/results/pareto.json, pareto.md, pareto.png and apps/pareto.json, which the studio's page reads.
+Writes benchmarks/results/pareto.json, pareto.md, pareto.png (docs/pictures/pareto.webp), and apps/pareto.json, which
+the studio's page reads.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ from mmkit.vision.classification.probe import head_inputs
 from mmkit.weights import weight_entry
 
 RESULT = Path(__file__).parent / "results" / "pareto.json"
+SHOWN = Path(__file__).parent.parent / "docs" / "pictures" / "pareto.webp"
 PACKAGED = Path(__file__).parent.parent / "apps" / "pareto.json"
 BACKBONE, TRAIN, TEST, EPOCHS, TUNE_EPOCHS, BATCH = "tiny_vit", 240, 240, 6, 4, 32
 RATES = (1e-3, 6e-3, 3e-2)
@@ -382,6 +384,8 @@ def plot(told: dict[str, Any]) -> None:
     for axes, points, wanted in labels:
         place_labels(axes, points, wanted)
     figure.savefig(RESULT.with_suffix(".png"), dpi=110)
+    with Image.open(RESULT.with_suffix(".png")) as picture:
+        picture.convert("RGB").save(SHOWN, quality=82, method=6)
 
 
 def place_labels(axes: Any, points: list[tuple[float, float]], wanted: list[tuple[int, str, bool]]) -> None:

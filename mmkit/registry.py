@@ -250,6 +250,8 @@ COMMANDS = Registry(  # what `mmkit <command>` runs, so that the core need not k
         "demo": "mmkit.vision.classification:run_demo",
         "finetune": "mmkit.vision.classification",
         "finetune-text-to-image": "mmkit.diffusion:finetune",
+        "finetune-video-classification": "mmkit.video.zeroi2v:finetune",
+        "finetune-point-cloud-classification": "mmkit.pointcloud.point_peft:finetune",
         "splat": "mmkit.pointcloud.splats",
         "slam": "mmkit.pointcloud.slam.command:slam",
         "erase": "mmkit.diffusion.spm.command:erase",

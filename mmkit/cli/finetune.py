@@ -158,8 +158,9 @@ def finetune(
     given = {k: v for k, v in fit.items() if v is not None}
     output = output.expanduser().absolute()
     if task not in TASKS:
+        python = " Segmentation is trained from Python, see mmkit.vision.medical." if "segment" in task else ""
         raise InputError(
-            f"There is no training of {task!r} by command. {nearest(task, TASKS)} Known: {', '.join(TASKS)}."
+            f"There is no training of {task!r} by command.{python} {nearest(task, TASKS)} Known: {', '.join(TASKS)}."
         )
     common: dict[str, Any] = {"seed": seed, "settings": _settings(set_ or []), "val": val}
     pictures = {
@@ -277,7 +278,9 @@ def _other(
 ) -> None:
     """A task that another room trains: `finetune(data, model, adapter, output_dir=..., ...)` at its door."""
     train = COMMANDS.get(f"finetune-{task}")
-    known = set(inspect.signature(train).parameters)
+    parameters = inspect.signature(train).parameters
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    known = {*parameters, *(fit_fields() if open_ended else ())}
     if unused := [k for k in given if k not in known]:
         usual = ", ".join(_option(k) for k in sorted(known & set(fit_fields())))
         raise InputError(f"{_option(unused[0])} means nothing for --task {task}; it takes {usual}.")

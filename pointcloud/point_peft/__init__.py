@@ -10,6 +10,7 @@ from mmkit.lazy import door
 if TYPE_CHECKING:
     from mmkit.pointcloud.point_peft.adapter import PointPEFT as PointPEFT, PointPEFTConfig as PointPEFTConfig
     from mmkit.pointcloud.point_peft.bank import FeatureMemoryBank as FeatureMemoryBank
+    from mmkit.pointcloud.point_peft.finetuning import finetune as finetune
     from mmkit.pointcloud.point_peft.idpt import IDPT as IDPT, IDPTConfig as IDPTConfig
     from mmkit.pointcloud.point_peft.model import (
         PointMAE as PointMAE,

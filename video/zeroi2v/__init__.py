@@ -30,5 +30,6 @@ if TYPE_CHECKING:
     from mmkit.video.zeroi2v.official import clip_vit as clip_vit
     from mmkit.video.zeroi2v.pipeline import VideoClassificationPipeline as VideoClassificationPipeline
     from mmkit.video.zeroi2v.result import VideoClassification as VideoClassification, Window as Window
+    from mmkit.video.zeroi2v.training import finetune as finetune
 
 __getattr__, __dir__, __all__ = door(__name__)

@@ -1,0 +1,99 @@
+"""`mmkit finetune --task`: clips and clouds from a folder to an answer, with the same words and the same report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import mmkit
+from mmkit.cli import app
+
+
+def run(task: str, data: Path, output: Path, *more: object) -> tuple[int, str]:
+    words = ["finetune", "--task", task, "--data", data, "--output", output, "--epochs", 1, "--no-progress", *more]
+    found = CliRunner().invoke(app, [str(w) for w in words])
+    assert not found.exception or isinstance(found.exception, SystemExit), found.exception
+    return found.exit_code, " ".join(found.output.split())
+
+
+def check_report(folder: Path, count: int) -> None:
+    report = json.loads((folder / "report.json").read_text())
+    assert report["answers"]["n"] == count
+    assert report["accuracy"] is not None
+    page = (folder / "report.html").read_text()
+    assert "<script" not in page
+    assert "Curves" in page
+
+
+@pytest.fixture
+def clips(tmp_path: Path) -> Path:
+    from mmkit.data.drawn.motion import drawn_motion
+    from mmkit.video import write_video
+
+    for label in (0, 1):
+        found, _ = drawn_motion(5, torch.Generator().manual_seed(label), num_frames=8, label=label)
+        for i, clip in enumerate((found * 255).byte().permute(0, 1, 3, 4, 2)):
+            write_video(tmp_path / "clips" / ("left", "right")[label] / f"{i}.mp4", clip.contiguous(), fps=8)
+    return tmp_path / "clips"
+
+
+@pytest.mark.slow
+def test_clips(clips: Path, tmp_path: Path):
+    code, told = run("video-classification", clips, tmp_path / "out", "--val", 0.4, "--batch-size", 4)
+    assert code == 0, told
+    assert "parameters trained in" in told
+    check_report(tmp_path / "out", 4)
+    answer = mmkit.pipeline("video-classification", tmp_path / "out" / "model")(
+        clips / "left" / "0.mp4", top_k=2, progress=False
+    )
+    assert set(answer.labels) == {"left", "right"}
+    found = CliRunner().invoke(app, ["finetune", "--config", str(tmp_path / "out" / "run.toml"), "--lr", "0.5"])
+    assert found.exit_code == 1
+    assert "--lr:" in found.output
+    code, told = run("video-classification", clips, tmp_path / "other", "--adapter", "lora")
+    assert code == 1
+    assert "Known: zeroi2v, linear_probe, full" in told
+
+
+@pytest.fixture
+def clouds(tmp_path: Path) -> Path:
+    from mmkit.data.drawn.shapes import drawn_shape
+
+    rng = np.random.default_rng(0)
+    for name in ("chair", "bottle"):
+        (tmp_path / "clouds" / name).mkdir(parents=True)
+        for i in range(6):
+            np.save(tmp_path / "clouds" / name / f"{i}.npy", drawn_shape(rng, name, 300)[0])
+    return tmp_path / "clouds"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["point_peft", "ssf", "full"])
+def test_clouds(clouds: Path, tmp_path: Path, method: str):
+    out = tmp_path / "out"
+    code, told = run("point-cloud-classification", clouds, out, "--adapter", method, "--val", 0.34)
+    assert code == 0, told
+    check_report(out, 4)
+    adapter = {} if method == "full" else {"adapter": out / "adapter"}
+    classify = mmkit.pipeline("point-cloud-classification", out / "model", **adapter)
+    report = json.loads((out / "report.json").read_text())["answers"]
+    wrong = {row["file"]: row["answer"] for row in report["most_wrong"]}
+    answer = classify(np.load(clouds / "chair" / "0.npy"))
+    assert answer.label in ("chair", "bottle")
+    for file, label in wrong.items():
+        assert classify(np.load(clouds / file)).label == label, "the folder answers as the training did"
+
+
+def test_what_is_no_folder_of_examples_is_said(tmp_path: Path):
+    (tmp_path / "a").mkdir()
+    for task in ("video-classification", "point-cloud-classification"):
+        code, told = run(task, tmp_path, tmp_path / "out")
+        assert code == 1, told
+        code, told = run(task, tmp_path, tmp_path / "out", "--folds", 3)
+        assert "--folds means nothing" in told
+    assert not (tmp_path / "out").exists()

@@ -240,7 +240,6 @@ APPS = Registry(
         "points": "mmkit.apps.points:APP",
         "diffusion": "mmkit.apps.diffusion:APP",
         "erasure": "mmkit.apps.erasure:APP",
-        "pareto": "mmkit.apps.pareto:APP",
     },
 )
 

@@ -1,8 +1,6 @@
-"""Train the bundled photo model of SqueezeSAM ("squeezesam-photo") from simulated clicks.
+"""Train a small SqueezeSAM for photos (`squeeze_sam_photo`) from simulated clicks. The bundled click model is another: train_clicknet.py.
 
     python examples/train_squeeze_sam.py --data ../shared/data --minutes 120 --output runs/sam.safetensors
-    python benchmarks/interactive.py quality --weights runs/sam.safetensors
-    python examples/train_squeeze_sam.py --bundle runs/sam.safetensors      # add the measured file to mmkit.weights
 
 Data, all below `--data`: `seg_pets` (Oxford-IIIT Pet, CC-BY-SA-4.0), the CC-BY-2.0, CC-BY-SA-2.0 and unrestricted pictures
 of `seg_coco`, `pc_mosd` (BSD-3), and without masks `fewshot_dreambooth` (CC-BY-4.0) and `cls_clothing` (CC0). Regions of
@@ -15,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import hashlib
 import json
 import os
 from pathlib import Path
@@ -27,7 +24,7 @@ from PIL import Image
 from skimage.segmentation import felzenszwalb
 from torch import Tensor
 
-from mmkit.storage import read_tensors, write_safetensors
+from mmkit.storage import write_safetensors
 from mmkit.training import FitConfig, fit
 from mmkit.vision.clicks import (
     OBJECT,
@@ -51,14 +48,6 @@ FREE = ("CC-BY-2.0", "CC-BY-SA-2.0", "no-known-copyright-restrictions")
 
 OTHER = ("CC-BY-NC-2.0", "CC-BY-NC-SA-2.0")
 """Licenses of the COCO pictures that only measure progress."""
-
-
-SUMMARY = (
-    "Click segmentation at 128 pixels, trained for less than two hours on one CPU core, mostly on cats and dogs. The first click "
-    "gets large objects that stand out; most others take a few corrections, and fine outlines stay soft. Of 122 everyday "
-    "objects 36 % do not reach 85 % overlap in 20 clicks, and 66 % not 90 %. One click overlaps 38 % with everyday objects and "
-    "54 % with pets, where GrabCut reaches 11 and 56 %. Load SAM or SAM 2 for demanding work."
-)
 
 
 def read_pets(folder: Path, split: str) -> list[tuple[Image.Image, np.ndarray, list[dict]]]:
@@ -272,37 +261,6 @@ def train(args: argparse.Namespace) -> None:
     print(f"wrote {output}", flush=True)
 
 
-def bundle_file(path: Path, command: str, seed: int) -> None:
-    """Add a trained file to the bundled weights, with the scores `benchmarks/interactive.py quality --weights` gave it."""
-    from mmkit.weights import WeightEntry, bundle
-
-    results = json.loads((Path(__file__).parents[1] / "benchmarks/results/interactive_quality.json").read_text())
-    if results["weights sha256"] != hashlib.sha256(path.read_bytes()).hexdigest():
-        raise SystemExit(f"First measure this file: python benchmarks/interactive.py quality --weights {path}")
-    score = {
-        f"{row.split(':')[0]} {k}": v
-        for row, values in results["rows"].items()
-        if row.endswith(": squeezesam-photo") and " of them" not in row
-        for k, v in values.items()
-    }
-    entry = bundle(
-        WeightEntry(
-            name="squeezesam-photo",
-            model="squeeze_sam_photo",
-            config={},
-            summary=SUMMARY,
-            license="CC-BY-SA-4.0 (trained on CC-BY-SA-4.0, CC-BY-SA-2.0, CC-BY-2.0, CC-BY-4.0, BSD-3 and CC0 pictures)",
-            command=command,
-            data="Oxford-IIIT Pet excerpt (CC-BY-SA-4.0, 543 photos), COCO excerpt (26 photos, CC-BY-2.0, CC-BY-SA-2.0 or unrestricted), "
-            "mOSD table tops (BSD-3, 8 scenes), backgrounds from DreamBooth subjects (CC-BY-4.0) and a clothing set (CC0), procedural",
-            seed=seed,
-            score=score,
-        ),
-        {k: v.float() if v.is_floating_point() else v for k, v in read_tensors(path).items()},
-    )
-    print(f"bundled {entry.file}: {pretty(score)}")
-
-
 def things(rows: list) -> list:
     """Only the unmerged things of each picture, as the benchmark uses them."""
     return [(i, s, [o for o in objects if o.get("thing") and not o.get("merged")]) for i, s, objects in rows]
@@ -330,16 +288,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--report", type=int, default=200, help="steps between evaluations and checkpoints")
     parser.add_argument("--smoke", action="store_true", help="a few pictures only, to see that everything runs")
-    parser.add_argument("--bundle", type=Path, help="do not train: add this measured file to mmkit.weights")
-    args = parser.parse_args()
-    if args.bundle:
-        from safetensors import safe_open
-
-        with safe_open(args.bundle, "pt") as file:
-            notes = file.metadata()
-        bundle_file(args.bundle, notes["command"], int(notes["seed"]))
-    else:
-        train(args)
+    train(parser.parse_args())
 
 
 if __name__ == "__main__":

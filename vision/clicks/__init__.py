@@ -1,7 +1,8 @@
 """Clicks: click on an object, see its mask, click again; SqueezeSAM is one small network that gets the clicks as channels.
 
-Varadarajan et al., "SqueezeSAM: User-Friendly Mobile Interactive Segmentation", arXiv 2312.06736. `InteractiveSegmenter` also drives
-HF SAM and SAM 2, or any function; clicks are simulated and counted as in RITM (arXiv 2102.06583).
+Varadarajan et al., "SqueezeSAM: User-Friendly Mobile Interactive Segmentation", arXiv 2312.06736. `ClickNet` is our own model, and the
+bundled one. `InteractiveSegmenter` also drives HF SAM and SAM 2, or any function; clicks are simulated and counted as in RITM
+(arXiv 2102.06583).
 """
 
 from typing import TYPE_CHECKING

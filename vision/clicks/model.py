@@ -357,7 +357,7 @@ def squeeze_sam_tiny(**overrides: Any) -> SqueezeSAM:
 
 
 def squeeze_sam_photo(**overrides: Any) -> SqueezeSAM:
-    """The bundled photo model: every extra channel, aspect kept, 128 pixels: 2.78 M parameters."""
+    """A small model for photos: every extra channel, aspect kept, 128 pixels: 2.78 M parameters."""
     photo = {
         "img_size": 128,
         "patch_embed_dim": 24,

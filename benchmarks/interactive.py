@@ -1,15 +1,18 @@
 """Interactive segmentation: quality of the bundled photo model with simulated clicks, and what a click costs on a CPU.
 
     MMKIT_DATA_DIR=../shared/data python benchmarks/interactive.py quality
+    MMKIT_DATA_DIR=../shared/data python benchmarks/interactive.py jitter    # first clicks elsewhere in the object
     MMKIT_DATA_DIR=../shared/data python benchmarks/interactive.py rating    # --record keeps the lines with the weights
     MMKIT_DATA_DIR=../shared/data python benchmarks/interactive.py grabcut   # needs opencv-python-headless
     python benchmarks/interactive.py cost             # --huge adds SAM ViT-H (about two minutes and 3 GB)
 
 Quality: mean IoU after 1, 3 and 5 clicks and number of clicks to 85 and 90 % IoU (cap 20), clicks placed as RITM places them, on
 objects of COCO test photos, Oxford pets test photos and BSDS500 regions; the baseline is scikit-image's random walker with the same
-click rule. Rating: how far the model's own IoU estimate is from the truth on held-out objects that are none of these, before and after
-a line per number of clicks, fitted on the other half of them. GrabCut: OpenCV's, one click. Cost: process CPU seconds on one thread,
-each reference measured in the same run; random weights cost what trained ones do.
+click rule. Jitter: the first click uniform among the pixels deeper than a third
+of the object's greatest depth, three draws, in the spirit of RClicks (arXiv 2410.11722), whose own click maps are not used. Rating: how
+far the model's own IoU estimate is from the truth on held-out objects that are none of these, before and after a line per number of
+clicks, fitted on the other half of them. GrabCut: OpenCV's, one click. Cost: process CPU seconds on one thread, each reference measured
+in the same run; random weights cost what trained ones do.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import hashlib
 import json
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,30 +33,36 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from scipy import ndimage
 from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+from train_clicknet import held_back
 
 from mmkit import weights as bundled
 from mmkit.backbones import load_weights
 from mmkit.storage import load_state, read_tensors, write_json
 from mmkit.vision.clicks import (
     Click,
+    ClickNetEngine,
     InteractiveSegmenter,
     Mask,
     Rating,
     SqueezeSAM,
-    SqueezeSAMEngine,
     calibration_error,
+    clicknet_mobilenetv2,
+    iou,
     miou_at_k,
     noc,
     simulate_clicks,
     squeeze_sam_base,
-    squeeze_sam_photo,
     squeeze_sam_small,
     squeeze_sam_tiny,
 )
 from mmkit.vision.clicks.rating import CLICKS
 
 RESULTS = Path(__file__).parent / "results"
+NAME = InteractiveSegmenter.default_weights
 Example = tuple[str, Image.Image, np.ndarray, np.ndarray]
 
 
@@ -87,18 +97,14 @@ def bsds_objects(data: Path) -> Iterator[Example]:
 
 
 def held_out_objects(data: Path) -> list[Example]:
-    """Objects that neither trained the model nor test it: COCO photos with all their things labelled, and pets for validation."""
+    """Objects that neither trained the model nor test it: of photos that the training script keeps back, and pets for validation."""
     folder, found = data / "seg_more", []
-    for record in json.loads((folder / "annotations.json").read_text()):
-        things = [s for s in record["segments"] if s["isthing"] and not s["iscrowd"] and s["area"] > 1000]
-        if record["annotation"] == "instances" and things:
-            image, ids = (
-                Image.open(folder / record["image"]).convert("RGB"),
-                np.array(Image.open(folder / record["mask"])),
-            )
-            target = ids == things[record["id"] % len(things)]["id"]  # one of each photo
-            if target.sum() > 1000:
-                found.append((str(record["id"]), image, target, np.zeros_like(target)))
+    for record in held_back(json.loads((folder / "annotations.json").read_text())):
+        ids = np.array(Image.open(folder / record["mask"]))
+        image = Image.open(folder / record["image"]).convert("RGB")
+        things = [ids == s["id"] for s in record["segments"] if s["isthing"] and not s["iscrowd"]]
+        for k, target in enumerate([t for t in things if t.sum() > 1000][:3]):
+            found.append((f"{record['id']}/{k}", image, target, np.zeros_like(target)))
     return found + list(pets_objects(data, "val"))
 
 
@@ -158,13 +164,13 @@ def grabcut_predictor(image: Image.Image, side: int = 256) -> Callable[[list[Cli
     return predict
 
 
-def grabcut(data: Path, limit: int) -> dict[str, dict[str, Any]]:
+def grabcut(data: Path, weights: Path | None, limit: int, own: bool) -> dict[str, dict[str, Any]]:
     """Mean IoU of GrabCut after one click, beside the model's."""
-    session, table = SessionPredictor(InteractiveSegmenter(device="cpu")), {}
+    session, table = SessionPredictor(segmenter_of(weights)), {}
     for name, read in SETS.items():
         examples = spaced(list(read(data)), limit)
-        methods = {"squeezesam-photo": session.start, "GrabCut": lambda _, image: grabcut_predictor(image)}
-        for method, start in methods.items():
+        methods = {NAME: session.start, "GrabCut": lambda _, image: grabcut_predictor(image)}
+        for method, start in list(methods.items())[: 1 if own else 2]:
             rows = [
                 simulate_clicks(start(label, image), target, max_clicks=1, ignore=ignore)
                 for label, image, target, ignore in tqdm(examples, desc=f"{name}, {method}", mininterval=5)
@@ -175,8 +181,7 @@ def grabcut(data: Path, limit: int) -> dict[str, dict[str, Any]]:
 
 def rating(data: Path, limit: int, keep: bool) -> tuple[dict[str, dict[str, Any]], Rating]:
     """Calibration error of the model's estimate on one half of the held-out objects, with lines fitted on the other half."""
-    engine = SqueezeSAMEngine(load_weights("squeezesam-photo"))
-    segmenter, rows = InteractiveSegmenter(engine), []
+    segmenter, rows = InteractiveSegmenter(ClickNetEngine(load_weights(NAME))), []
     examples = spaced(held_out_objects(data), limit)
     for number, (_, image, target, ignore) in enumerate(tqdm(examples, desc="held-out objects", mininterval=5)):
         segmenter.set_image(image)
@@ -205,7 +210,7 @@ def rating(data: Path, limit: int, keep: bool) -> tuple[dict[str, dict[str, Any]
             "masks": len(own),
         }
     if keep:
-        entry = bundled.weight_entry("squeezesam-photo")
+        entry = bundled.weight_entry(NAME)
         bundled.record(dataclasses.replace(entry, extra={**entry.extra, "rating": line.to_dict()}))
     return table, line
 
@@ -243,17 +248,42 @@ def summary(rows: list[list[float]]) -> dict[str, Any]:
     return {k: round(v, 4) for k, v in found.items()}
 
 
+def segmenter_of(weights: Path | None) -> InteractiveSegmenter:
+    """The bundled model, or the one of a training script's file."""
+    if weights is None:
+        return InteractiveSegmenter(device="cpu")
+    model = clicknet_mobilenetv2()
+    load_state(model, {k: v.float() if v.is_floating_point() else v for k, v in read_tensors(weights).items()})
+    return InteractiveSegmenter(model, device="cpu")
+
+
+def jitter(data: Path, weights: Path | None, limit: int, draws: int = 3) -> dict[str, dict[str, Any]]:
+    """Mean IoU after one click in the middle of the object, and after one elsewhere in it."""
+    session, table = SessionPredictor(segmenter_of(weights)), {}
+    for name, read in SETS.items():
+        rng, middle, elsewhere = np.random.default_rng(0), [], []
+        examples = spaced(list(read(data)), limit)
+        for label, image, target, ignore in tqdm(examples, desc=name, mininterval=5):
+            predict = session.start(label, image)
+            middle += simulate_clicks(predict, target, max_clicks=1, ignore=ignore)
+            depth = ndimage.distance_transform_edt(np.pad(target & ~ignore, 1))[1:-1, 1:-1]
+            spots = np.argwhere(depth > depth.max() / 3)
+            for y, x in spots[rng.integers(len(spots), size=draws)].tolist():
+                predict = session.start(label, image)
+                elsewhere.append(iou(predict([Click(x, y)]), target, ignore))
+        row = {"mIoU@1, middle": float(np.mean(middle)), "mIoU@1, elsewhere": float(np.mean(elsewhere))}
+        row["lost"] = row["mIoU@1, middle"] - row["mIoU@1, elsewhere"]
+        table[name] = {**{k: round(v, 4) for k, v in row.items()}, "objects": len(examples), "draws": draws}
+    return table
+
+
 def quality(data: Path, weights: Path | None, limit: int, baseline: int) -> dict[str, dict[str, Any]]:
     """Rows by "set / method"; `limit` objects per set at most (evenly spaced), the baseline on `baseline` of them."""
-    model = squeeze_sam_photo()
-    if weights is not None:
-        load_state(model, {k: v.float() if v.is_floating_point() else v for k, v in read_tensors(weights).items()})
-    session = SessionPredictor(InteractiveSegmenter(None if weights is None else model, device="cpu"))
-    table = {}
+    session, table = SessionPredictor(segmenter_of(weights)), {}
     for name, read in SETS.items():
         examples = spaced(list(read(data)), limit)
         rows = play(examples, session.start, name)
-        table[f"{name}: squeezesam-photo"] = summary(rows)
+        table[f"{name}: {NAME}"] = summary(rows)
         if baseline:
             few = spaced(list(range(len(examples))), baseline)
             walker = play(
@@ -261,7 +291,7 @@ def quality(data: Path, weights: Path | None, limit: int, baseline: int) -> dict
             )
             if len(few) < len(examples):
                 name = f"{name}, {len(few)} of them"
-                table[f"{name}: squeezesam-photo"] = summary([rows[i] for i in few])
+                table[f"{name}: {NAME}"] = summary([rows[i] for i in few])
             table[f"{name}: random walker"] = summary(walker)
     return table
 
@@ -303,7 +333,6 @@ def cost(huge: bool, repeats: int) -> dict[str, dict[str, Any]]:
         "SqueezeSAM base, 512": squeeze_sam_base,
         "SqueezeSAM small, 512": squeeze_sam_small,
         "SqueezeSAM tiny, 512": squeeze_sam_tiny,
-        "SqueezeSAM photo (bundled), 128": squeeze_sam_photo,
     }
     models = {name: build().eval() for name, build in builders.items()}
     points, labels = torch.tensor([[[[500.0, 500.0]]]]), torch.tensor([[[1]]])
@@ -330,6 +359,7 @@ def cost(huge: bool, repeats: int) -> dict[str, dict[str, Any]]:
         )
         model = SamVisionModel(config).eval()
         rows["SAM ViT-H encoder, 1024"] = {"picture": cpu_seconds(lambda: model(picture), 1), "click": decoder}
+    rows["ClickNet (bundled), 224"] = bundled_cost(repeats)
     base = rows["SqueezeSAM base, 512"]["click"]
     for row in rows.values():
         row["first mask"] = row["picture"] + row["click"]
@@ -337,6 +367,18 @@ def cost(huge: bool, repeats: int) -> dict[str, dict[str, Any]]:
         row["20 clicks"] = row["picture"] + 20 * row["click"]
         row["picture vs one base click"] = row["picture"] / base
     return {name: {k: round(v, 4) for k, v in row.items()} for name, row in rows.items()}
+
+
+def bundled_cost(repeats: int) -> dict[str, Any]:
+    """CPU seconds of the bundled model through the public segmenter: the picture, and a first click (two looks)."""
+    segmenter = InteractiveSegmenter(device="cpu")
+    picture = np.random.default_rng(0).integers(0, 255, (768, 1024, 3), np.uint8)
+    seconds = cpu_seconds(lambda: segmenter.set_image(picture), repeats)
+    times = []
+    for _ in range(repeats):
+        segmenter.set_image(picture)  # forgets the views of the last click
+        times.append(cpu_seconds(lambda: segmenter.add_click(500, 300), 1))
+    return {"picture": seconds, "click": min(times)}
 
 
 def show(table: dict[str, dict[str, Any]]) -> str:
@@ -350,14 +392,15 @@ def show(table: dict[str, dict[str, Any]]) -> str:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["quality", "rating", "grabcut", "cost"])
+    parser.add_argument("part", choices=["quality", "jitter", "rating", "grabcut", "cost"])
     default = os.environ.get("MMKIT_DATA_DIR", Path(__file__).parents[2] / "shared" / "data")
     parser.add_argument("--data", type=Path, default=default)
     parser.add_argument("--limit", type=int, default=0, help="objects per set (0: all)")
     parser.add_argument("--baseline", type=int, default=1000, help="objects per set for the random walker (0: none)")
     parser.add_argument(
-        "--weights", type=Path, help="a file of examples/train_squeeze_sam.py instead of the bundled weights"
+        "--weights", type=Path, help="a file of examples/train_clicknet.py instead of the bundled weights"
     )
+    parser.add_argument("--own", action="store_true", help="the other methods' rows stay as an earlier run wrote them")
     parser.add_argument("--record", action="store_true", help="keep the fitted rating in the manifest")
     parser.add_argument("--huge", action="store_true", help="also measure SAM ViT-H")
     parser.add_argument("--repeats", type=int, default=5)
@@ -365,23 +408,29 @@ def main() -> None:
     torch.manual_seed(0)
     found: dict[str, Any] = {}
     if args.part == "quality":
-        table = quality(args.data, args.weights, args.limit, args.baseline)
+        table = quality(args.data, args.weights, args.limit, 0 if args.own else args.baseline)
+    elif args.part == "jitter":
+        table = jitter(args.data, args.weights, args.limit)
     elif args.part == "rating":
         table, line = rating(args.data, args.limit, args.record)
         found["rating"] = line.to_dict()
     elif args.part == "grabcut":
-        table = grabcut(args.data, args.limit)
+        table = grabcut(args.data, args.weights, args.limit, args.own)
     else:
         table = cost(args.huge, args.repeats)
+    target = RESULTS / f"interactive_{args.part}.json"
+    if args.own and target.exists():
+        rows = json.loads(target.read_text())["rows"]
+        table |= {k: v for k, v in rows.items() if k.endswith((": random walker", ": GrabCut"))}
     print(show(table))
     about: dict[str, Any] = {
         "torch": torch.__version__, "python": platform.python_version(), "cores": os.cpu_count(), "device": "cpu",
         "limit": args.limit, "repeats": args.repeats,
     }  # fmt: skip
-    if args.part == "quality":
-        file = args.weights or bundled.weight_entry("squeezesam-photo").path
+    if args.part in ("quality", "jitter"):
+        file = args.weights or bundled.weight_entry(NAME).path
         about["weights sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
-    write_json(RESULTS / f"interactive_{args.part}.json", {**about, **found, "rows": table})
+    write_json(target, {**about, **found, "rows": table})
     (RESULTS / f"interactive_{args.part}.md").write_text(show(table) + "\n")
 
 

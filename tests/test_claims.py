@@ -22,7 +22,7 @@ def readme() -> str:
 def test_the_share_of_objects_out_of_reach_is_said() -> None:
     rows = results("interactive_quality")["rows"]
     for name, texts in (
-        ("squeezesam-photo", (weight_entry("squeezesam-photo").summary, readme())),
+        ("clicknet-photo", (weight_entry("clicknet-photo").summary, readme())),
         ("random walker", (readme(),)),
     ):
         row = rows[f"coco test objects: {name}"]
@@ -34,9 +34,9 @@ def test_the_share_of_objects_out_of_reach_is_said() -> None:
 def test_grabcut_stands_beside_the_click_model() -> None:
     rows = results("interactive_grabcut")["rows"]
     one = {name: f"{100 * row['mIoU@1']:.0f}" for name, row in rows.items()}
-    ours = [f"{one[f'{kind}: squeezesam-photo']} % with" for kind in ("coco test objects", "pets test")]
+    ours = [f"{one[f'{kind}: clicknet-photo']} % with" for kind in ("coco test objects", "pets test")]
     theirs = " and ".join([one["coco test objects: GrabCut"], one["pets test: GrabCut"]])
-    for text in (weight_entry("squeezesam-photo").summary, readme()):
+    for text in (weight_entry("clicknet-photo").summary, readme()):
         assert all(share in text for share in ours)
         assert theirs in text.replace(" % and", " and")
 

@@ -51,7 +51,7 @@ def test_clicks_while_the_files_are_written_mix_nothing(segmenter, monkeypatch, 
 def test_only_a_measured_rating_is_shown() -> None:
     picture = np.random.default_rng(0).integers(0, 255, (80, 100, 3), np.uint8)
     texts = []
-    for segmenter in (InteractiveSegmenter(device="cpu"), InteractiveSegmenter(load_weights("squeezesam-photo"))):
+    for segmenter in (InteractiveSegmenter(device="cpu"), InteractiveSegmenter(load_weights("clicknet-photo"))):
         segmenter.set_image(picture)
         segmenter.add_click(50, 40)
         texts.append(segment.describe(segmenter, None))

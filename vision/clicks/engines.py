@@ -113,11 +113,15 @@ class SqueezeSAMEngine:
         for i, (spots, kinds) in enumerate(zip(points, labels, strict=True)):
             found = self._closer(state, spots, kinds, None if previous is None else previous[i])
             if previous is None and not (kinds == BOX_A).any():
-                found = self._closer(state, spots, kinds, found[0][0, int(found[1][0].argmax())])
+                found = self._closer(state, spots, kinds, self._glimpse(*found))
             rows.append(found)
         low, iou = (torch.cat(parts) for parts in zip(*rows, strict=True))
         rated = self._rated(iou, labels, previous)
         return low, rated, lambda x: F.interpolate(x[:, None], state.size, mode="bicubic")[:, 0]
+
+    def _glimpse(self, low: Tensor, iou: Tensor) -> Tensor:
+        """What the second look is told of the first: of masks `(1, M, h, w)` with estimates `(1, M)` the best, `(h, w)`."""
+        return low[0, int(iou[0].argmax())]
 
     def _rated(self, iou: Tensor, labels: Tensor, previous: Tensor | None) -> Tensor:
         """The estimates `(Q, M)` put right, or NaN where nothing is known about them."""
@@ -185,10 +189,17 @@ class ClickNetEngine(SqueezeSAMEngine):
     """Drives a `ClickNet` the same way: a view is encoded once, a click runs the decoder, and the encoder where the window is new."""
 
     model: ClickNet  # type: ignore[assignment]
+    sharpness = 5.0
+    """How much more a mask counts in the glimpse when its estimate is larger: exp(sharpness x estimate)."""
 
     def __init__(self, model: ClickNet, rating: Rating | None = None):
         self.model, self.rating, self.zoom = model, rating, True  # type: ignore[assignment]
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def _glimpse(self, low: Tensor, iou: Tensor) -> Tensor:
+        """The mean of all masks, by their estimates: what an ambiguous click can mean stays open until the second look."""
+        weight = (self.sharpness * iou[0]).softmax(dim=0)[:, None, None]
+        return (low[0].clamp(-12, 12) * weight).sum(dim=0)
 
     def _see(self, pixels: Tensor) -> Any:
         """The encoder's features, and the picture at the decoder's resolution."""

@@ -64,7 +64,7 @@ class InteractiveSegmenter(Pipeline):
     """
 
     task = "interactive-segmentation"
-    default_weights = "squeezesam-photo"
+    default_weights = "clicknet-photo"
 
     def __init__(
         self,

@@ -12,7 +12,7 @@ import torch
 
 from mmkit.backbones import load_weights
 from mmkit.errors import InputError
-from mmkit.vision.clicks import InteractiveSegmenter, Rating, SqueezeSAMEngine, calibration_error
+from mmkit.vision.clicks import ClickNetEngine, InteractiveSegmenter, Rating, calibration_error
 
 RESULT = Path(__file__).parents[3] / "benchmarks/results/interactive_rating.json"
 
@@ -42,7 +42,7 @@ def test_lines_per_click_put_an_estimate_right() -> None:
 
 
 def test_the_bundled_weights_are_put_right_and_say_nothing_where_nothing_was_measured() -> None:
-    segmenter, plain = InteractiveSegmenter(device="cpu"), InteractiveSegmenter(load_weights("squeezesam-photo"))
+    segmenter, plain = InteractiveSegmenter(device="cpu"), InteractiveSegmenter(load_weights("clicknet-photo"))
     assert segmenter.calibrated
     assert not plain.calibrated
     rating = segmenter.predictor.engine.rating
@@ -60,7 +60,7 @@ def test_the_bundled_weights_are_put_right_and_say_nothing_where_nothing_was_mea
     assert boxed.record()["predicted_iou"] is None
     assert math.isnan(segmenter(picture(), points=[(75, 60), (60, 140)]).iou)
     assert math.isfinite(segmenter(picture(), points=[(75, 60)]).iou)
-    assert not InteractiveSegmenter(SqueezeSAMEngine(plain.model)).calibrated
+    assert not InteractiveSegmenter(ClickNetEngine(plain.model)).calibrated
 
 
 def test_the_measured_error_on_held_out_objects_is_small_after_the_first_click() -> None:

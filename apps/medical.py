@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import html
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -46,10 +47,11 @@ _PROGRESS = gr.Progress()
 
 
 def model_choices() -> list[str]:
-    """Bundled LightM-UNet weights, then the folders of `MODELS_VARIABLE`."""
+    """Bundled weights, the default first, then the folders of `MODELS_VARIABLE`."""
     from mmkit.weights import list_weights, weight_entry
 
-    bundled = [name for name in list_weights() if weight_entry(name).model.startswith("lightm_unet")]
+    bundled = [name for name in list_weights() if weight_entry(name).model.startswith(("lightm_unet", "unet"))]
+    bundled.sort(key=lambda name: name != MedicalSegmentationPipeline.default_weights)
     return [*bundled, *(f for f in os.environ.get(MODELS_VARIABLE, "").split(os.pathsep) if f)]
 
 
@@ -61,16 +63,20 @@ def load_pipeline(name: str) -> MedicalSegmentationPipeline:
     return MedicalSegmentationPipeline(name)
 
 
-def choose_pipeline(name: str | None, dims: int) -> MedicalSegmentationPipeline:
-    """The named model, or with "Automatic" the first one for pictures (2) or volumes (3)."""
+def choose_pipeline(name: str | None, source: Any) -> MedicalSegmentationPipeline:
+    """The named model; with "Automatic" the one for pictures or volumes whose training data the input resembles most."""
     if name and name != AUTOMATIC:
         return load_pipeline(name)
-    for choice in model_choices():
-        pipeline = load_pipeline(choice)
-        if pipeline.dims == dims:
-            return pipeline
-    kind = "pictures" if dims == 2 else "volumes"
-    raise InputError(f"No model for {kind} is installed; train one and name its folder in {MODELS_VARIABLE}.")
+    volume = is_volume(source)
+    fitting = [p for p in map(load_pipeline, model_choices()) if (p.dims == 3) == volume]
+    if not fitting:
+        kind = "volumes" if volume else "pictures"
+        raise InputError(f"No model for {kind} is installed; train one and name its folder in {MODELS_VARIABLE}.")
+    return (
+        min(fitting, key=lambda p: math.inf if (far := p.unlike(source)) is None else far)
+        if fitting[1:]
+        else fitting[0]
+    )
 
 
 def predict(
@@ -90,11 +96,10 @@ def predict(
 
 
 def _predict(source: Any, model: str | None, truth: Any, progress: Any) -> tuple[SegmentationResult, np.ndarray | None]:
-    volume = is_volume(source)
-    if not volume and isinstance(source, str):
+    if not is_volume(source) and isinstance(source, str):
         with contextlib.suppress(OSError), Image.open(source) as header:  # what PIL cannot open is refused below
             with_limit(header, MAX_PICTURE, "this page")
-    pipeline = choose_pipeline(model, 3 if volume else 2)
+    pipeline = choose_pipeline(model, source)
     check = wanted()
 
     def report(done: int, total: int) -> None:
@@ -305,7 +310,7 @@ def build() -> None:
                 )
             model = gr.Dropdown(
                 [AUTOMATIC, *choices], value=AUTOMATIC, label="Model", elem_id="medical-model",
-                info="The bundled ones are small: cell nuclei in microscopy pictures, blobs in drawn volumes.",
+                info="The bundled ones are small: cell nuclei in microscopy, the hippocampus in crops of MRI, blobs in drawn volumes.",
             )  # fmt: skip
             gr.Markdown(
                 "Not a medical device: nothing here was validated for clinical decisions.", elem_id="medical-notice"

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         head_offsets_from_div as head_offsets_from_div,
         shift_heads as shift_heads,
     )
+    from mmkit.video.zeroi2v.metrics import right_answers as right_answers
     from mmkit.video.zeroi2v.model import (
         VideoClassifier as VideoClassifier,
         zeroi2v_clip_b16_8f as zeroi2v_clip_b16_8f,

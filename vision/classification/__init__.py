@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         finetune_methods as finetune_methods,
         prepare as prepare,
     )
+    from mmkit.vision.classification.probe import probe_answers as probe_answers
     from mmkit.vision.classification.report import report_table as report_table
     from mmkit.vision.classification.result import ImageClassification as ImageClassification
     from mmkit.vision.classification.saving import load_finetuned as load_finetuned

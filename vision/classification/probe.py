@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mmkit.adapters import Adapter
 from mmkit.backbones import image_info
 from mmkit.data import ImageDataset
+from mmkit.errors import InputError
 
 BATCH = 32
 PRIOR = 0.1
@@ -66,6 +67,21 @@ def head_inputs(model: nn.Module, heads: Iterable[str], pictures: Iterable[Tenso
         for handle in handles:
             handle.remove()
     return {path: torch.cat(parts) for path, parts in seen.items() if parts and parts[0].ndim == 2}
+
+
+def probe_answers(model: nn.Module, train: ImageDataset, test: ImageDataset) -> Tensor:
+    """Which pictures of `test` a classifier gets right that is solved on the features of `train`: bool (N,).
+
+    The backbone stays as it is; its transform belongs to the data sets. Raises `InputError` for a model whose classifier is not given one
+    vector per picture.
+    """
+    heads = image_info(model).heads[:1]
+    seen = [head_inputs(model, heads, (data[i][0] for i in range(len(data)))) for data in (train, test)]
+    if not all(seen):
+        raise InputError(f"{type(model).__name__} has no classifier that is given one vector per picture.")
+    known, asked = (found[heads[0]].cpu() for found in seen)
+    weight, bias = solve(known, torch.tensor(train.labels), len(train.class_names))
+    return (asked.double() @ weight.T + bias).argmax(-1) == torch.tensor(test.labels)
 
 
 def solve(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:

@@ -14,10 +14,17 @@ if TYPE_CHECKING:
         drawn_cases as drawn_cases,
         hippocampus_cases as hippocampus_cases,
         nuclei_cases as nuclei_cases,
+        nuclei_instances as nuclei_instances,
+        nuclei_kinds as nuclei_kinds,
     )
     from mmkit.vision.medical.familiar import Familiarity as Familiarity
+    from mmkit.vision.medical.instances import split_touching as split_touching
     from mmkit.vision.medical.labels import load_labels as load_labels
-    from mmkit.vision.medical.metrics import dice as dice, dice_per_class as dice_per_class
+    from mmkit.vision.medical.metrics import (
+        average_precision as average_precision,
+        dice as dice,
+        dice_per_class as dice_per_class,
+    )
     from mmkit.vision.medical.model import (
         LightMUNet as LightMUNet,
         lightm_unet_2d as lightm_unet_2d,
@@ -33,10 +40,12 @@ if TYPE_CHECKING:
         color_of as color_of,
     )
     from mmkit.vision.medical.training import (
+        Microscopy as Microscopy,
         Patches as Patches,
         dice_ce_loss as dice_ce_loss,
         segmentation_loss as segmentation_loss,
     )
+    from mmkit.vision.medical.unet import UNet as UNet, unet_2d_tiny as unet_2d_tiny
     from mmkit.vision.medical.volumes import (
         Volume as Volume,
         is_volume as is_volume,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mmkit.data.drawn.scans import sample_volume
-from mmkit.data.images import load_image
+from mmkit.data.images import load_image, open_image
 from mmkit.errors import InputError
 from mmkit.vision.medical.labels import load_labels
 from mmkit.vision.medical.volumes import load_volume, normalize, ras
@@ -30,6 +30,28 @@ def nuclei_cases(folder: str | os.PathLike[str], split: str) -> list[Case]:
     when the folder or split is missing.
     """
     folder = Path(folder)
+    cases = []
+    for row in _nuclei_rows(folder, split):
+        picture = np.array(load_image(folder / "images" / f"{row['id']}.png"))
+        labels = load_labels(folder / "labels" / f"{row['id']}.png", 2)
+        image = normalize(torch.from_numpy(picture).float().permute(2, 0, 1))
+        cases.append((image, torch.from_numpy(labels.astype(np.int64))))
+    return cases
+
+
+def nuclei_kinds(folder: str | os.PathLike[str], split: str) -> list[str]:
+    """What each of `nuclei_cases` is: "fluorescence" or "brightfield_colour"."""
+    return [row["kind"] for row in _nuclei_rows(Path(folder), split)]
+
+
+def nuclei_instances(folder: str | os.PathLike[str], split: str) -> list[np.ndarray]:
+    """The single nuclei of each of `nuclei_cases`: int32 (H, W), numbers from 1, 0 outside."""
+    folder = Path(folder)
+    files = (folder / "labels" / f"{row['id']}.png" for row in _nuclei_rows(folder, split))
+    return [np.asarray(open_image(file)).astype(np.int32) for file in files]
+
+
+def _nuclei_rows(folder: Path, split: str) -> list[dict[str, str]]:
     try:
         with open(folder / "index.csv", newline="", encoding="utf-8") as f:
             rows = [row for row in csv.DictReader(f) if row["split"] == split]
@@ -37,13 +59,7 @@ def nuclei_cases(folder: str | os.PathLike[str], split: str) -> list[Case]:
         raise InputError(f"{folder} has no index.csv.") from None
     if not rows:
         raise InputError(f"{folder}/index.csv has no rows of split {split!r}.")
-    cases = []
-    for row in rows:
-        picture = np.array(load_image(folder / "images" / f"{row['id']}.png"))
-        labels = load_labels(folder / "labels" / f"{row['id']}.png", 2)
-        image = normalize(torch.from_numpy(picture).float().permute(2, 0, 1))
-        cases.append((image, torch.from_numpy(labels.astype(np.int64))))
-    return cases
+    return rows
 
 
 def hippocampus_cases(folder: str | os.PathLike[str], split: str) -> list[Case]:

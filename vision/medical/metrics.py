@@ -30,3 +30,31 @@ def dice_per_class(model: nn.Module, cases: Sequence[Case], window: Sequence[int
         mask = sliding_window(model, image.to(device), window, progress=False).argmax(0).cpu().numpy()
         scores.append([dice(mask, labels.numpy(), k) for k in range(1, num_classes)])
     return [float(x) for x in np.mean(scores, 0)]
+
+
+def average_precision(predicted: np.ndarray, truth: np.ndarray, overlap: float = 0.5) -> float:
+    """Found objects over found, missed and invented ones, 0..1; 1 when there are none at all.
+
+    An object is found when one predicted object overlaps it by more than `overlap`, intersection over union; at 0.5 and above no two can.
+    This is the measure of the 2018 Data Science Bowl at one threshold (AP50 at 0.5).
+
+    Args:
+        predicted, truth: object numbers of equal shape, 0 outside, as `split_touching` gives them.
+        overlap: 0.5 up to below 1.
+
+    Raises:
+        InputError: shapes that differ, or another overlap.
+    """
+    if predicted.shape != truth.shape:
+        raise InputError(f"The truth has shape {truth.shape}, the prediction {predicted.shape}; they must be equal.")
+    if not 0.5 <= overlap < 1:
+        raise InputError(f"overlap must lie in 0.5..1 (1 excluded), not {overlap}.")
+    _, own = np.unique(predicted, return_inverse=True)
+    _, theirs = np.unique(truth, return_inverse=True)
+    shared = np.zeros((own.max() + 1, theirs.max() + 1))
+    np.add.at(shared, (own.ravel(), theirs.ravel()), 1)
+    union = shared.sum(1, keepdims=True) + shared.sum(0, keepdims=True) - shared
+    rows, columns = np.unique(predicted) > 0, np.unique(truth) > 0
+    found = int((shared / union > overlap)[np.ix_(rows, columns)].sum())
+    objects = int(rows.sum() + columns.sum()) - found
+    return found / objects if objects else 1.0

@@ -33,7 +33,7 @@ class MedicalSegmentationPipeline(Pipeline):
     """Segments pictures with 2D networks and volumes with 3D ones.
 
     Args:
-        model: a `LightMUNet`, any module with `spatial_dims`, `in_chans` and `num_classes`, a folder written by
+        model: a `UNet`, a `LightMUNet`, any module with `spatial_dims`, `in_chans` and `num_classes`, a folder written by
             `save_pretrained`, or a bundled name. Default: nuclei in microscopy pictures.
         class_names: background first; default from the bundled weights, else "class 1", ...
         familiarity: tells inputs that are unlike the training data, see `Familiarity.measure`; default from the bundled weights.
@@ -52,7 +52,7 @@ class MedicalSegmentationPipeline(Pipeline):
     """
 
     task: ClassVar[str] = "medical-segmentation"
-    default_weights: ClassVar[str] = "lightm_unet_nuclei"
+    default_weights: ClassVar[str] = "unet_nuclei"
 
     def __init__(
         self,
@@ -88,11 +88,11 @@ class MedicalSegmentationPipeline(Pipeline):
     def load(self, model: str | os.PathLike[str]) -> nn.Module:
         """A folder written by `save_pretrained`, or bundled weights with their class names and window."""
         from mmkit.backbones import load_weights
-        from mmkit.vision.medical.model import LightMUNet
+        from mmkit.backbones.model import open_model
         from mmkit.weights import weight_entry
 
         if Path(model).expanduser().is_dir():
-            return LightMUNet.from_pretrained(model)
+            return open_model(model)
         entry = weight_entry(str(model))
         self.class_names = self.class_names or tuple(entry.extra.get("class_names", ()))
         self.window = self.window or list(entry.extra.get("window", ()))
@@ -156,6 +156,13 @@ class MedicalSegmentationPipeline(Pipeline):
             time.perf_counter() - start,
             None if self.familiarity is None else self.familiarity.distance(x),
         )
+
+    def unlike(self, image: ImageLike | Volume) -> float | None:
+        """How far an input is from the training data, over the limit: above 1 is unlike it. `None`: the weights do not tell.
+
+        Raises `InputError` for what the call refuses.
+        """
+        return None if self.familiarity is None else self.familiarity.distance(self._prepare(image, (1.0, 1.0, 1.0))[1])
 
     def _prepare(
         self, image: Any, spacing: Sequence[float]

@@ -6,7 +6,7 @@ the loss is the sum of cross entropy and soft Dice, patches are mirrored.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -49,9 +49,11 @@ class Patches(Dataset[Case]):
         foreground: share of patches centred on a foreground pixel.
         turn: also swap the first two axes at random; for data without a preferred orientation.
         mirror: axes that may be mirrored (0 is the first spatial axis); default all.
+        weights: how often each case is drawn, in any unit; default all alike.
+        augment: what else happens to a patch, such as `Microscopy`; default a change of gain and offset.
 
     Raises:
-        InputError: no cases, or sizes of image and labels that differ.
+        InputError: no cases, sizes of image and labels that differ, or other than one weight per case.
     """
 
     def __init__(
@@ -62,6 +64,8 @@ class Patches(Dataset[Case]):
         foreground: float = 0.33,
         turn: bool = False,
         mirror: Sequence[int] | None = None,
+        weights: Sequence[float] | None = None,
+        augment: Callable[[Tensor, Tensor], Case] | None = None,
     ):
         if not cases:
             raise InputError("Patches needs at least one case.")
@@ -70,6 +74,10 @@ class Patches(Dataset[Case]):
                 raise InputError(
                     f"Image {tuple(image.shape)} and labels {tuple(labels.shape)} do not fit a {len(size)}D patch."
                 )
+        if weights is not None and len(weights) != len(cases):
+            raise InputError(f"There are {len(weights)} weights for {len(cases)} cases.")
+        self.weights = None if weights is None else torch.tensor(weights, dtype=torch.float32)
+        self.augment = augment or _exposure
         self.cases = [self._pad(image, labels, size) for image, labels in cases]
         self.size, self.length, self.foreground, self.turn = list(size), length, foreground, turn
         self.mirror = tuple(range(len(size))) if mirror is None else tuple(mirror)
@@ -85,7 +93,8 @@ class Patches(Dataset[Case]):
         return self.length
 
     def __getitem__(self, index: int) -> Case:
-        image, labels = self.cases[int(torch.randint(len(self.cases), ()))]
+        drawn = torch.randint(len(self.cases), ()) if self.weights is None else torch.multinomial(self.weights, 1)
+        image, labels = self.cases[int(drawn)]
         starts = [int(torch.randint(s - w + 1, ())) for s, w in zip(labels.shape, self.size, strict=True)]
         if torch.rand(()) < self.foreground:
             places = labels.flatten().nonzero()
@@ -99,5 +108,56 @@ class Patches(Dataset[Case]):
         image, labels = image.flip([a + 1 for a in axes]), labels.flip(axes)
         if self.turn and torch.rand(()) < 0.5:
             image, labels = image.transpose(1, 2), labels.transpose(0, 1)
-        gain, shift = 0.8 + 0.4 * torch.rand(()), 0.2 * torch.randn(())
-        return (image * gain + shift).contiguous(), labels.contiguous()
+        image, labels = self.augment(image, labels)
+        return image.contiguous(), labels.contiguous()
+
+
+def _exposure(image: Tensor, labels: Tensor) -> Case:
+    gain, shift = 0.8 + 0.4 * torch.rand(()), 0.2 * torch.randn(())
+    return image * gain + shift, labels
+
+
+class Microscopy:
+    """Changes that leave cells cells, for RGB patches (3, H, W) and their labels (H, W).
+
+    Size and angle (labels follow; what lies outside is mirrored in), the mixture of stains, grey pictures, light and dark exchanged,
+    contrast, blur and noise.
+
+    Args:
+        zoom: the largest factor by which objects grow or shrink.
+        stain: standard deviation of the mixture of the three channels.
+        invert: share of patches with light and dark exchanged.
+    """
+
+    def __init__(self, zoom: float = 1.6, stain: float = 0.12, invert: float = 0.1):
+        self.zoom, self.stain, self.invert = zoom, stain, invert
+
+    def __call__(self, image: Tensor, labels: Tensor) -> Case:
+        if torch.rand(()) < 0.7:
+            image, labels = self._turned(image, labels)
+        if torch.rand(()) < 0.8:
+            mixture = torch.eye(3) + self.stain * torch.randn(3, 3)
+            image = torch.einsum("ij,jhw->ihw", mixture, image) + 0.15 * torch.randn(3, 1, 1)
+        if torch.rand(()) < 0.15:
+            image = image.mean(0, keepdim=True).expand(3, -1, -1)
+        if torch.rand(()) < self.invert:
+            image = -image
+        if torch.rand(()) < 0.5:
+            low, high = image.amin(), image.amax()
+            spread = (high - low).clamp(min=1e-3)
+            image = ((image - low) / spread) ** torch.exp(0.4 * torch.randn(())) * spread + low
+        if torch.rand(()) < 0.15:
+            image = F.avg_pool2d(image[None], 3, 1, 1, count_include_pad=False)[0]
+        if torch.rand(()) < 0.3:
+            image = image + 0.15 * torch.rand(()) * torch.randn_like(image)
+        return _exposure(image, labels)
+
+    def _turned(self, image: Tensor, labels: Tensor) -> Case:
+        angle, size = 0.8 * (2 * torch.rand(()) - 1), self.zoom ** (2 * torch.rand(()) - 1)
+        cos, sin = torch.cos(angle) / size, torch.sin(angle) / size
+        zero = torch.zeros(())
+        matrix = torch.stack([torch.stack([cos, -sin, zero]), torch.stack([sin, cos, zero])])[None]
+        grid = F.affine_grid(matrix, [1, 1, *labels.shape], align_corners=False)
+        options = {"padding_mode": "reflection", "align_corners": False}
+        image = F.grid_sample(image[None], grid, mode="bilinear", **options)[0]
+        return image, F.grid_sample(labels[None, None].float(), grid, mode="nearest", **options)[0, 0].long()

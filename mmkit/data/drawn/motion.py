@@ -12,6 +12,9 @@ MOTIONS = ("moves left", "moves right", "moves up", "moves down", "stands still"
 BACKWARDS = (1, 0, 3, 2, 4)
 """Class of a clip played backwards."""
 
+WHOLE = "the whole picture moves"
+"""The sixth class of `any_motion`."""
+
 
 def drawn_motion(
     batch: int,
@@ -58,6 +61,106 @@ def drawn_motion(
     clips = ground[:, None] * (1 - mask) + color[:, None, :, None, None] * mask
     clips = clips * uniform(0.8, 1.1, batch)[:, None, None, None, None]
     return (clips + 0.02 * torch.randn(clips.shape, generator=generator)).clamp(0, 1), labels
+
+
+def any_motion(
+    batch: int, generator: torch.Generator, grounds: Tensor | None = None, *, size: int = 32, num_frames: int = 8
+) -> tuple[Tensor, Tensor]:
+    """Clips `(batch, frames, 3, size, size)` with values in 0..1, and their classes: indices into `(*MOTIONS, WHOLE)`.
+
+    One object of any color and texture, round, square or ragged, 6 to 20 px wide, goes 0.7 to 5.5 px a frame (for 48 px and 8 frames),
+    faster or slower towards the end, over a ground that is plain, smooth, rough or a photograph, bright or dark. It stands out by its
+    mean brightness or color. In the sixth class everything moves together, with an object or without one, and the ground is never plain
+    or smooth: there it could not be told from an object that moves.
+
+    Args:
+        batch: number of clips.
+        generator: source of every random draw.
+        grounds: (N, 3, H, W) in 0..1, square photographs to move over and to cut textures from; without them there are none.
+        size, num_frames: side in pixels and clip length.
+    """
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return torch.rand(*shape, generator=generator) * (high - low) + low
+
+    def some(share: float) -> Tensor:
+        return torch.rand(batch, generator=generator) < share
+
+    def wide(values: Tensor) -> Tensor:
+        return values[:, None, None, None]
+
+    labels = torch.randint(len(MOTIONS) + 1, (batch,), generator=generator)
+    whole = labels == len(MOTIONS)
+    time = torch.linspace(-1, 1, num_frames)
+    way = 3.5 * (time + uniform(-0.25, 0.25, batch)[:, None] * (1 - time.square()))  # steady, or faster at one end
+    speed = 0.7 * (5.5 / 0.7) ** uniform(0, 1, batch)
+    across = speed * uniform(-0.25, 0.25, batch)
+    angle = uniform(0, 2 * torch.pi, batch)
+    sideways = labels <= 1
+    along = torch.where(labels % 2 == 0, -speed, speed)
+    still = labels == 4
+    dx = torch.where(whole, speed * angle.cos(), torch.where(sideways, along, across)).masked_fill(still, 0)
+    dy = torch.where(whole, speed * angle.sin(), torch.where(sideways, across, along)).masked_fill(still, 0)
+    dx, dy = (d[:, None] * way / 24 for d in (dx, dy))  # in halves of the picture's side
+
+    axis = (torch.arange(size) + 0.5) * 2 / size - 1
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    shift = [torch.where(whole[:, None], d, torch.zeros(())) for d in (dx, dy)]
+    places = torch.stack([x - shift[0][..., None, None], y - shift[1][..., None, None]], -1)  # (B, T, H, W, 2)
+    ground = _sample(_surfaces(batch, generator, grounds, whole), 0.5 * places)
+    start = [uniform(-0.5, 0.5, batch)[:, None] for _ in range(2)]
+    u, v = x - (start[0] + dx)[..., None, None], y - (start[1] + dy)[..., None, None]
+    turn = wide(uniform(0, torch.pi, batch))
+    radius = uniform(0.13, 0.4, 2, batch)[..., None, None, None]
+    u, v = (u * turn.cos() + v * turn.sin()) / radius[0], (v * turn.cos() - u * turn.sin()) / radius[1]
+    polar, lobes = torch.atan2(v, u), wide(torch.randint(2, 7, (batch,), generator=generator))
+    ragged = 1 + wide(some(0.5) * uniform(0.1, 0.35, batch)) * (lobes * polar).sin()
+    distance = torch.where(wide(some(0.4)), torch.maximum(u.abs(), v.abs()), u.hypot(v) / ragged)
+    mask = ((1 - distance) * radius.amin(0) * size / 2 + 0.5).clamp(0, 1).unsqueeze(2)  # an edge one pixel wide
+    mask = mask * wide(~(whole & some(0.5))).unsqueeze(-1)
+    thing = _sample(_surfaces(batch, generator, grounds), 0.4 * torch.stack([u, v], -1).clamp(-2, 2))
+    inside, around = ((part * mask).sum((1, 3, 4)) / mask.sum((1, 3, 4)).clamp(min=1) for part in (thing, ground))
+    darker = around.mean(1, keepdim=True) > uniform(0.25, 0.75, batch, 1)
+    wanted = around + torch.where(darker, -1.0, 1.0) * uniform(0.15, 0.6, batch, 3)
+    thing = thing + (wanted - inside)[:, None, :, None, None]
+    clips = ground * (1 - mask) + thing.clamp(0, 1) * mask
+    flicker = 1 + 0.04 * wide(some(0.3)).unsqueeze(-1) * torch.randn(batch, num_frames, 1, 1, 1, generator=generator)
+    noise = wide(uniform(0, 0.04, batch)).unsqueeze(-1) * torch.randn(clips.shape, generator=generator)
+    return (clips * flicker + noise).clamp(0, 1), labels
+
+
+def _surfaces(
+    batch: int, generator: torch.Generator, photos: Tensor | None, detailed: Tensor | None = None, side: int = 64
+) -> Tensor:
+    """Pictures (batch, 3, side, side) to paint with: plain, smooth, rough, or a photograph; not plain where `detailed`."""
+    smooth, rough = (
+        F.interpolate(
+            torch.rand(batch, 3, n, n, generator=generator), (side, side), mode="bicubic", align_corners=False
+        )
+        for n in (6, 28)
+    )
+    grey = torch.rand(batch, 1, 1, 1, generator=generator) < 0.3
+    strength = torch.rand(2, batch, 1, 1, 1, generator=generator)
+    if detailed is not None:
+        strength[1] = torch.where(detailed[:, None, None, None], 0.6 + 0.4 * strength[1], strength[1])
+    surface = torch.rand(batch, 3, 1, 1, generator=generator).expand_as(smooth)
+    surface = surface + strength[0] * (smooth - 0.5) + 0.8 * strength[1].square() * (rough - 0.5)
+    surface = torch.where(grey, surface.mean(1, keepdim=True), surface)
+    if photos is not None:
+        chosen = photos[torch.randint(len(photos), (batch,), generator=generator)]
+        chosen = F.interpolate(chosen, (side, side), mode="bilinear", antialias=True)
+        gain = 0.5 + torch.rand(batch, 1, 1, 1, generator=generator)
+        surface = torch.where(torch.rand(batch, 1, 1, 1, generator=generator) < 0.55, chosen * gain, surface)
+    return surface.clamp(0, 1)
+
+
+def _sample(pictures: Tensor, places: Tensor) -> Tensor:
+    """Colors (B, T, 3, H, W) of pictures (B, 3, h, w) at places (B, T, H, W, 2) in -1..1, mirrored beyond."""
+    frames = places.shape[1]
+    flat = F.grid_sample(
+        pictures, places.flatten(1, 2), mode="bilinear", padding_mode="reflection", align_corners=False
+    )
+    return flat.unflatten(2, (frames, places.shape[2])).transpose(1, 2)
 
 
 def moving_squares(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

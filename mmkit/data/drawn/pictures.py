@@ -87,6 +87,18 @@ def draw(name: str, rng: Rng, size: int = 32) -> Image.Image:
     return Image.fromarray(np.clip(np.asarray(image, np.float32) + noise, 0, 255).astype(np.uint8))
 
 
+def outline(name: str, rng: Rng) -> np.ndarray[Any, Any]:
+    """The corners (N, 2), x and y in about -1..1, of a filled shape such as "star"; raises `InputError` for another name."""
+    if name not in _SHAPES:
+        raise InputError(f"{name!r} is no filled shape; these are: {', '.join(_SHAPES)}.")
+    return _SHAPES[name](rng)
+
+
+def texture(rng: Rng, side: int) -> np.ndarray[Any, Any]:
+    """A random texture in two colors, uint8 (side, side, 3)."""
+    return _texture(list(_TEXTURES.values())[rng.integers(len(_TEXTURES))], rng, side)
+
+
 # --------------------------------------------------------------------------------------------------------- colors
 
 

@@ -58,7 +58,7 @@ def test_volumes_are_told_apart_too() -> None:
 
 
 def test_exposure_and_half_precision_change_nothing_and_nothing_is_too_small() -> None:
-    familiarity = bundled("lightm_unet_nuclei")
+    familiarity = bundled("unet_nuclei")
     picture = as_tensor(sample_picture(3)[0])
     plain = familiarity.distance(normalize(picture))
     assert familiarity.distance(normalize(picture * 0.3 + 20)) == pytest.approx(plain, abs=1e-4)
@@ -82,7 +82,7 @@ def test_weights_of_ones_own_get_it_from_their_training_data() -> None:
 
 @pytest.mark.skipif(not (DATA / "med_nuclei").is_dir(), reason="needs med_nuclei in MMKIT_DATA_DIR")
 def test_few_micrographs_and_nearly_all_photos_are_warned_of() -> None:
-    familiarity = bundled("lightm_unet_nuclei")
+    familiarity = bundled("unet_nuclei")
     cells = [familiarity.distance(image) > 1 for image, _ in nuclei_cases(DATA / "med_nuclei", "test")]
     assert np.mean(cells) <= 0.05
     files = sorted((DATA / "photos_more").glob("*.jpg"))[::6]

@@ -36,8 +36,8 @@ HELP = """
 frames are the same, only their order is new, and left becomes right. A model that averages frames cannot tell.
 **4.** Switch to *merged*: same answer, fewer parameters, nothing left to compute for the adapters.
 
-The bundled model is tiny and was trained on drawn clips: it tells where **one bright object** goes over **darker, still ground**. A
-picture that moves as a whole (a panning camera) and actions are out of its reach.
+The bundled model is tiny and was trained on drawn clips: it tells where **one object** goes over **still ground**, or that the whole
+picture moves, as under a panning camera. Several objects that go different ways and actions are out of its reach.
 """
 
 

@@ -76,13 +76,25 @@ def share(
     data: str, right: int, number: int, baseline: str, base: float, measure: str = "accuracy", **more: Any
 ) -> Row:
     """A row for a share of right answers."""
-    found = {"data": data, "n": number, "measure": measure, "baseline": baseline, "baseline_score": round(base, 4)}
+    found = {
+        "data": data,
+        "n": number,
+        "measure": measure,
+        "baseline": baseline,
+        "baseline_score": round(float(base), 4),
+    }
     return {**found, "score": round(right / number, 4), "range": wilson(right, number), **more}
 
 
 def mean(data: str, values: Sequence[float], baseline: str, base: float, measure: str, **more: Any) -> Row:
     """A row for a mean over examples."""
-    found = {"data": data, "n": len(values), "measure": measure, "baseline": baseline, "baseline_score": round(base, 4)}
+    found = {
+        "data": data,
+        "n": len(values),
+        "measure": measure,
+        "baseline": baseline,
+        "baseline_score": round(float(base), 4),
+    }
     return {**found, "score": round(float(np.mean(values)), 4), "range": bootstrap(values), **more}
 
 

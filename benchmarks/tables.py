@@ -86,7 +86,7 @@ def figure(where: str) -> str:
 
 
 def table(name: str) -> str:
-    """The rows of a table: `performance`, `weights` (what the bundled ones are), `point_peft` or `difffit`."""
+    """The rows of a table: `performance`, `weights` (what is bundled), `defaults` (what it can do), `point_peft` or `difffit`."""
     if name == "performance":
         lines = ["| | beside | time it takes | measured by |", "|---|---|---|---|"]
         for what, beside, where in PERFORMANCE:
@@ -96,6 +96,8 @@ def table(name: str) -> str:
         for entry in _file("weights").values():
             score = ", ".join(f"{key} {value}" for key, value in list(entry["score"].items())[:4])
             lines.append(f"| `{entry['name']}` | {entry['summary']} | {score} | {entry['data']} | {entry['license']} |")
+    elif name == "defaults":
+        lines = (ROOT / "benchmarks/results/defaults.md").read_text(encoding="utf-8").splitlines()
     elif name == "point_peft":
         lines = ["| accuracy, mean of 3 seeds | trained | drawn scans | real meshes, any pose |", "|---|---|---|---|"]
         for method in ("linear probe", "LoRA", "PointGST", "Point-PEFT", "IDPT", "full", "from scratch"):

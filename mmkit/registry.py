@@ -187,7 +187,7 @@ MODEL_CLASSES = Registry(  # what a saved model names in its config.json
     {
         **_from("mmkit.vision.gmm", "GMMViT", "GMMCaiT", "GMMT2T", "GMMPiT", "GMMSwin"),
         **_from("mmkit.vision.clicks", "SqueezeSAM", "ClickNet"),
-        **_from("mmkit.vision.medical", "LightMUNet"),
+        **_from("mmkit.vision.medical", "LightMUNet", "UNet"),
         **_from("mmkit.vision.piip", "PIIP", "PIIPFeaturePyramid", "PIIPSegmenter"),
         **_from("mmkit.video.zeroi2v", "VideoClassifier"),
         **_from("mmkit.pointcloud.point_peft", "PointMAE", "PointMAESegmenter", "PointMAEForPretraining"),

@@ -29,8 +29,8 @@ from mmkit.weights import list_weights, weight_entry
 class VideoClassificationPipeline(Pipeline):
     """`mmkit.pipeline("video-classification")`.
 
-    With no model the bundled default answers in which direction one bright object moves over darker, still ground. A picture that moves
-    as a whole, as under a panning camera, and actions are out of its reach; see `mmkit.weights.weight_entry`.
+    With no model the bundled default answers in which direction one object moves over still ground, or that the whole picture moves, as
+    under a panning camera. Several objects that go different ways and actions are out of its reach; see `mmkit.weights.weight_entry`.
 
     Example:
         >>> import mmkit, tempfile

@@ -12,6 +12,7 @@ MobileNetV2 on a picture of 224 pixels, to compare with, because the machine may
 from __future__ import annotations
 
 import argparse
+import csv
 import math
 import platform
 import statistics
@@ -196,13 +197,30 @@ def otsu(image: Tensor) -> np.ndarray:
     return (~inside if inside.mean() > 0.5 else inside).astype(np.uint8)
 
 
+def window_masks(name: str, cases: list[Case]) -> tuple[list[np.ndarray], float]:
+    """Masks of normalised pictures, and CPU milliseconds for one of 256 pixels."""
+    model = load_weights(name)
+    masks = [sliding_window(model, x, (256, 256), progress=False).argmax(0).numpy() for x, _ in cases]
+    return masks, milliseconds(lambda: model(cases[0][0][None, :, :256, :256]), 3)
+
+
+def piip_masks(folder: Path) -> tuple[list[np.ndarray], float]:
+    """Masks of the test pictures by the pipeline of pyramids, and CPU milliseconds for one of 256 pixels."""
+    segment = mmkit.pipeline("semantic-segmentation", "piip_nuclei")
+    with open(folder / "index.csv", newline="", encoding="utf-8") as file:
+        names = [row["id"] for row in csv.DictReader(file) if row["split"] == "test"]
+    photos = [load_image(folder / f"images/{name}.png") for name in names]
+    masks = [(segment(photo, size=max(photo.size)).mask > 0).astype(np.uint8) for photo in photos]
+    return masks, milliseconds(lambda: segment(photos[-1], size=256), 3)
+
+
 def nuclei(name: str) -> Callable[[Path], list[Row]]:
     """Rows for one network: Dice of all pictures and of each kind, and AP50 of the parted nuclei."""
 
     def rows(data: Path) -> list[Row]:
-        folder, model = data / "med_nuclei", load_weights(name)
+        folder = data / "med_nuclei"
         cases, kinds, single = (f(folder, "test") for f in (nuclei_cases, nuclei_kinds, nuclei_instances))
-        masks = [sliding_window(model, x, (256, 256), progress=False).argmax(0).numpy() for x, _ in cases]
+        masks, cost = piip_masks(folder) if name == "piip_nuclei" else window_masks(name, cases)
         simple = [otsu(x) for x, _ in cases]
         score, base = (
             [dice(m, y.numpy(), 1) for m, (_, y) in zip(made, cases, strict=True)] for made in (masks, simple)
@@ -211,7 +229,6 @@ def nuclei(name: str) -> Callable[[Path], list[Row]]:
             [average_precision(split_touching(m), y) for m, y in zip(made, single, strict=True)]
             for made in (masks, simple)
         )
-        cost = milliseconds(lambda: model(cases[0][0][None, :, :256, :256]), 3)
         listed = [mean("nuclei", score, "Otsu", np.mean(base), "Dice", cpu_ms=cost)]
         for kind, text in (("fluorescence", "nuclei, fluorescence"), ("brightfield_colour", "nuclei, stained tissue")):
             chosen = [i for i, k in enumerate(kinds) if k == kind]

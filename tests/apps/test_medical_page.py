@@ -17,6 +17,7 @@ from mmkit.apps import medical
 from mmkit.data.drawn.scans import sample_picture, sample_volume
 from mmkit.errors import InputError
 from mmkit.vision.medical.result import SegmentationResult
+from mmkit.vision.medical.volumes import Volume
 
 pytestmark = pytest.mark.skipif(len(medical.model_choices()) < 2, reason="the bundled models are not installed")
 
@@ -130,3 +131,15 @@ def test_oversized_inputs_are_refused(monkeypatch) -> None:
     monkeypatch.setattr(medical, "MAX_WINDOWS", 0)
     with pytest.raises(InputError, match="Crop it first"):
         medical.predict(sample_picture(0, 64)[0], medical.AUTOMATIC)
+
+
+def test_automatic_takes_the_default_for_pictures_and_the_most_alike_for_volumes() -> None:
+    assert medical.model_choices()[0] == "unet_nuclei"
+    assert medical.choose_pipeline(medical.AUTOMATIC, sample_picture(0, 64)[0]) is medical.load_pipeline("unet_nuclei")
+    drawn = Volume(sample_volume(7)[0], (1.0, 1.0, 1.0), np.eye(4))
+    assert medical.choose_pipeline(None, drawn) is medical.load_pipeline("lightm_unet_blobs")
+
+
+def test_automatic_knows_an_mri_crop(data_dir) -> None:
+    crop = sorted((data_dir / "med_hippocampus/images").glob("*.nii.gz"))[0]
+    assert medical.choose_pipeline(medical.AUTOMATIC, str(crop)) is medical.load_pipeline("unet_hippocampus")

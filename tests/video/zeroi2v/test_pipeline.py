@@ -8,11 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import mmkit
 from mmkit.data.drawn.motion import BACKWARDS, MOTIONS, drawn_motion
+from mmkit.data.drawn.sprites import motion_cases
 from mmkit.errors import InputError
 from mmkit.video import ClipTransform, UniformSampler, VideoClassifier, VideoDecodeError, read_frames, write_video
+from mmkit.video.zeroi2v import right_answers
 
 
 def tiny(**options: object) -> VideoClassifier:
@@ -96,6 +99,20 @@ def test_the_bundled_default_sees_motion_and_its_reverse(tmp_path: Path) -> None
     large, _ = drawn_motion(1, generator, size=96, num_frames=16, label=1)
     path = write_video(tmp_path / "right.mp4", (large[0] * 255).byte().permute(0, 2, 3, 1).contiguous(), fps=8)
     assert pipe(path).label == MOTIONS[1]
+
+
+def test_the_bundled_default_sees_dark_objects_slow_ones_and_panning() -> None:
+    """Clips of another generator than the training's, over a drawn ground where no photograph is at hand."""
+    model = mmkit.load_weights("video_motion")
+    noise = np.random.default_rng(0).integers(0, 255, (12, 12, 3), dtype=np.uint8)
+    photo = [Image.fromarray(noise).resize((200, 200), Image.Resampling.BICUBIC)]
+    for name, least in (
+        ("dark on bright", 0.8),
+        ("bright on dark", 0.8),
+        ("on a photograph", 0.6),
+        ("whole photograph", 0.6),
+    ):
+        assert right_answers(model, motion_cases(name, 40, photo)).mean() >= least, name
 
 
 def test_an_answer_from_a_damaged_video_says_so(data_dir):

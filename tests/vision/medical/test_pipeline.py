@@ -12,6 +12,7 @@ from PIL import Image
 from torch import nn
 
 import mmkit
+from mmkit.data.drawn.scans import sample_volume
 from mmkit.errors import InputError
 from mmkit.vision.medical.metrics import dice, dice_per_class
 from mmkit.vision.medical.model import LightMUNet
@@ -185,12 +186,33 @@ def test_the_bundled_default_finds_nuclei() -> None:
 
 
 @pytest.mark.slow
-def test_the_bundled_default_on_real_test_pictures(data_dir) -> None:
+@pytest.mark.parametrize(("name", "least"), [("unet_nuclei", 0.85), ("lightm_unet_nuclei", 0.7)])
+def test_the_bundled_networks_on_real_test_pictures(data_dir, name, least) -> None:
     from mmkit.vision.medical.datasets import nuclei_cases
 
     cases = nuclei_cases(data_dir / "med_nuclei", "test")[::4]
-    (score,) = dice_per_class(mmkit.load_weights("lightm_unet_nuclei"), cases, (256, 256), 2)
-    assert score > 0.7
+    (score,) = dice_per_class(mmkit.load_weights(name), cases, (256, 256), 2)
+    assert score > least
+
+
+def test_kinds_and_single_nuclei_belong_to_the_cases(data_dir) -> None:
+    from mmkit.vision.medical import nuclei_cases, nuclei_instances, nuclei_kinds
+
+    folder = data_dir / "med_nuclei"
+    cases, kinds, single = (read(folder, "test") for read in (nuclei_cases, nuclei_kinds, nuclei_instances))
+    assert len(cases) == len(kinds) == len(single)
+    assert set(kinds) == {"fluorescence", "brightfield_colour"}
+    assert all(
+        ((numbers > 0) == (labels > 0).numpy()).all() for numbers, (_, labels) in zip(single, cases, strict=True)
+    )
+    assert max(numbers.max() for numbers in single) > 50
+
+
+def test_how_unlike_an_input_is_can_be_asked_without_segmenting_it() -> None:
+    pipe = mmkit.pipeline("medical-segmentation", "lightm_unet_blobs")
+    volume = Volume(sample_volume(7)[0], (1.0, 1.0, 1.0), np.eye(4))
+    assert pipe.unlike(volume) == pipe(volume, progress=False).unlike < 1
+    assert segmenter().unlike(np.zeros((8, 8), np.uint8)) is None
 
 
 def test_bundled_volumes_are_predicted_in_windows_of_the_training_patches() -> None:

@@ -55,7 +55,7 @@ def model_choices() -> list[str]:
     return [*bundled, *(f for f in os.environ.get(MODELS_VARIABLE, "").split(os.pathsep) if f)]
 
 
-@functools.lru_cache(maxsize=3)
+@functools.lru_cache(maxsize=8)
 def load_pipeline(name: str) -> MedicalSegmentationPipeline:
     """The pipeline of one of `model_choices()`, loaded once."""
     if name not in model_choices():

@@ -63,7 +63,7 @@ def wilson(right: int, number: int) -> tuple[float, float]:
     share, z = right / number, 1.96
     middle = (share + z * z / (2 * number)) / (1 + z * z / number)
     half = z * math.sqrt(share * (1 - share) / number + z * z / (4 * number**2)) / (1 + z * z / number)
-    return middle - half, middle + half
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def bootstrap(values: Sequence[float]) -> tuple[float, float]:

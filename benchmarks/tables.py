@@ -5,7 +5,8 @@ A figure stands between two comments, the first of which says where it comes fro
     <!-- =slam "drawn room: cpu_small" ate_rmse x100 .2f -->0.08<!-- / -->
 
 The first word is a file of benchmarks/results (or `weights`, the manifest of bundled weights by name), then come keys: of a mapping, with
-wildcards; a position in a list; `method=ssf` for the entries of a list that have it. Several values become their mean. `a:b` divides.
+wildcards; a position in a list; `method=ssf` for the entries of a list that have it, several
+in a row for those that have all. Several values become their mean. `a:b` divides.
 A table stands between `<!-- table performance -->` and `<!-- end -->`.
 """
 
@@ -52,6 +53,9 @@ def _file(name: str) -> Any:
 
 def _step(value: Any, key: str) -> list[Any]:
     """What `key` finds in one value: nothing, or one or several entries."""
+    if isinstance(value, dict) and "=" in key:
+        name, _, wanted = key.partition("=")
+        return [value] if str(value.get(name)) == wanted else []
     if isinstance(value, dict):
         return [value[k] for k in value if k == key] or [v for k, v in value.items() if fnmatch.fnmatchcase(k, key)]
     if isinstance(value, list) and key.lstrip("-").isdigit():

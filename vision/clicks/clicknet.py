@@ -146,11 +146,10 @@ class ClickNet(Model):
         options: dict[str, Any] = {"pad_type": "same"} if encoder.startswith("mobilenet") else {}
         built: nn.Module = timm.create_model(encoder, features_only=True, **options).requires_grad_(False)
         self.encoder = cast(Any, built)
-        widths = self.encoder.feature_info.channels()
-        if tuple(self.encoder.feature_info.reduction()) != STRIDES:
-            raise InputError(
-                f"{encoder} has features at strides {self.encoder.feature_info.reduction()}, not {STRIDES}."
-            )
+        about: Any = self.encoder.feature_info
+        widths = about.channels()
+        if tuple(about.reduction()) != STRIDES:
+            raise InputError(f"{encoder} has features at strides {about.reduction()}, not {STRIDES}.")
         for i, width in enumerate(widths):  # what the features' channels are on photographs
             self.register_buffer(f"mean{i}", torch.zeros(1, width, 1, 1))
             self.register_buffer(f"scale{i}", torch.ones(1, width, 1, 1))

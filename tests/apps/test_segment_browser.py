@@ -146,6 +146,7 @@ def test_a_large_turned_photo_is_clicked_and_cut_out_in_its_own_pixels(launch, p
 def test_a_click_while_the_picture_is_being_replaced_is_not_lost(launch, page, by):
     page.goto(launch() + "/segment")
     load(page)
+    page.locator("#segment-clear").scroll_into_view_if_needed()  # so that the click on it moves nothing
     box, held = page.locator("#segment-picture img").first.bounding_box(), []
     page.route("**/image.jpeg", lambda route: held.append(route) if held is not None else route.continue_())
     page.locator("#segment-clear").click()

@@ -7,6 +7,7 @@ the loss is the sum of cross entropy and soft Dice, patches are mirrored.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -158,6 +159,6 @@ class Microscopy:
         zero = torch.zeros(())
         matrix = torch.stack([torch.stack([cos, -sin, zero]), torch.stack([sin, cos, zero])])[None]
         grid = F.affine_grid(matrix, [1, 1, *labels.shape], align_corners=False)
-        options = {"padding_mode": "reflection", "align_corners": False}
+        options: dict[str, Any] = {"padding_mode": "reflection", "align_corners": False}
         image = F.grid_sample(image[None], grid, mode="bilinear", **options)[0]
         return image, F.grid_sample(labels[None, None].float(), grid, mode="nearest", **options)[0, 0].long()

@@ -118,7 +118,7 @@ def motion_cases(name: str, number: int, photos: Sequence[Image.Image]) -> list[
 
 def _ground(kind: str, rng: np.random.Generator, photos: Sequence[Image.Image], side: int) -> Image.Image:
     if kind == "photo":
-        photo = photos[rng.integers(len(photos))]
+        photo = photos[int(rng.integers(len(photos)))]
         scale = max(1.0, side / min(photo.size))
         photo = photo.resize((round(photo.width * scale), round(photo.height * scale)), Image.Resampling.BICUBIC)
         x, y = (int(rng.integers(s - side + 1)) for s in photo.size)

@@ -160,6 +160,10 @@ def kept_bytes(model: nn.Module, images: Tensor, trained: int) -> int:
     seen: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
+        if tensor.layout is not torch.strided:  # SHiRA's sparse update
+            parts = tensor.detach().coalesce()
+            seen[id(tensor)] = parts.values().nbytes + parts.indices().nbytes
+            return tensor
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
             seen[storage.data_ptr()] = storage.nbytes()

@@ -242,6 +242,7 @@ APPS = Registry(
         "points": "mmkit.apps.points:APP",
         "diffusion": "mmkit.apps.diffusion:APP",
         "erasure": "mmkit.apps.erasure:APP",
+        "pareto": "mmkit.apps.pareto:APP",
     },
 )
 

@@ -84,7 +84,7 @@ def test_train_try_merge_and_download(visitor, pictures, tmp_path):
     assert merge_button["visible"]
     assert len(runs) == 1
     with zipfile.ZipFile(download["value"]) as saved:
-        assert {"adapter_config.json", "adapter_model.safetensors", "report.json", "mmkit.json"} == set(
+        assert {"adapter_config.json", "adapter_model.safetensors", "report.json", "report.html", "run.toml", "mmkit.json"} == set(
             saved.namelist()
         )
         saved.extractall(tmp_path / "adapter")

@@ -99,8 +99,9 @@ def build() -> None:
     chart = gr.HTML(first[0], elem_id="pareto-chart", padding=False)
     about = told["about"]
     gr.Markdown(
-        f"{about['train']} training and {about['test']} test pictures of each set, {about['epochs']} epochs of `{about['backbone']}`; bold "
-        "names are on the line. Written by `python benchmarks/pareto.py`.",
+        f"{about['train']} training and {about['test']} test pictures of each set, {about['epochs']} epochs of `{about['backbone']}`, "
+        f"{about['seeds']} seed(s): differences of two or three points may be chance. Bold names are on the line. Written by "
+        "`python benchmarks/pareto.py`.",
         elem_id="pareto-note",
     )
     table = gr.HTML(first[1], elem_id="pareto-table", padding=False)

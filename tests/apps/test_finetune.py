@@ -84,9 +84,14 @@ def test_train_try_merge_and_download(visitor, pictures, tmp_path):
     assert merge_button["visible"]
     assert len(runs) == 1
     with zipfile.ZipFile(download["value"]) as saved:
-        assert {"adapter_config.json", "adapter_model.safetensors", "report.json", "report.html", "run.toml", "mmkit.json"} == set(
-            saved.namelist()
-        )
+        assert {
+            "adapter_config.json",
+            "adapter_model.safetensors",
+            "report.json",
+            "report.html",
+            "run.toml",
+            "mmkit.json",
+        } == set(saved.namelist())
         saved.extractall(tmp_path / "adapter")
     picture = Image.new("RGB", (24, 24), (210, 205, 200))
     scores = lab.classify(picture, one)

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 def test_the_packaged_figures_are_those_of_the_benchmark():
     told, kept = pareto.measured(), read_json(ROOT / "benchmarks/results/pareto.json")
-    assert told["about"] == kept["about"]
+    assert kept["about"].items() <= told["about"].items()
     for name in ("digits", "scenes", "clothes"):
         for row in told["sets"][name]:
             runs = [r for k, r in kept["runs"].items() if k.startswith(f"{name} / {row['name']} / ")]

@@ -5,13 +5,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import gradio
 import pytest
-
-pytest.importorskip("gradio")
 
 from mmkit.apps import pareto
 from mmkit.charts import Dot, frontier, scatter_chart
-from mmkit.errors import InputError
 from mmkit.storage import read_json
 
 ROOT = Path(__file__).parent.parent.parent
@@ -38,7 +36,7 @@ def test_every_choice_is_drawn_and_others_are_refused():
                 assert "nan" not in chart
                 assert table.count("<tr>") == 1 + len(pareto.measured()["sets"][data])
     for wrong in (("x", "Trained", "Accuracy"), ("digits", "x", "Accuracy"), ("digits", "Trained", "x")):
-        with pytest.raises(InputError, match="must be one of"):
+        with pytest.raises(gradio.Error, match="must be one of"):
             pareto.show(*wrong)
 
 

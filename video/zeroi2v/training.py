@@ -90,6 +90,10 @@ def finetune(
         "val": val,
     }
     samples = held.samples if held is not None else []
+
+    def save(place: Path) -> None:
+        net.save_pretrained(place / "model")
+
     return train_classifier(
         net,
         train,
@@ -102,7 +106,7 @@ def finetune(
         output_dir=folder,
         settings={**told, "output": folder and str(folder), **options, "settings": settings or {}},
         use=f'mmkit.pipeline("video-classification", "{folder / "model" if folder else "MODEL"}")("clip.mp4").label',
-        save=lambda place: net.save_pretrained(place / "model") and None,
+        save=save,
         trained=[("method", adapter), ("backbone", name), ("frames of a clip", str(num_frames))],
         picture=lambda i: _frame(held, i, net),
         identity={"backbone": name, "method": adapter, "validation share": val},
@@ -114,9 +118,11 @@ def _parts(
 ) -> tuple[VideoClassificationDataset, VideoClassificationDataset | None]:
     """Clips to train on and clips held back, with the model's preprocessing."""
 
+    sampler: Any = UniformSampler(net.num_frames)
+
     def one(samples: Any, train: bool) -> VideoClassificationDataset:
         return VideoClassificationDataset(
-            samples, every.class_names, sampler=UniformSampler(net.num_frames), train=train, seed=seed,
+            samples, every.class_names, sampler=sampler, train=train, seed=seed,
             transform=ClipTransform(net.img_size, net.mean, net.std, train=train, flip=flip), short_side=net.img_size,
         )  # fmt: skip
 

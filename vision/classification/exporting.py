@@ -154,7 +154,7 @@ def _read_by_peft(base: nn.Module, folder: Path) -> Callable[[Tensor], Any]:
 
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*[Mm]issing.*")
-        loaded = peft.PeftModel.from_pretrained(base, str(folder)).eval()
+        loaded: Any = peft.PeftModel.from_pretrained(base, str(folder)).eval()
     return lambda x: loaded.base_model.model(x)  # peft's own forward adds keywords for language models
 
 

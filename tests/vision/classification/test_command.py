@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import shutil
 import tomllib
 from pathlib import Path
 
@@ -206,27 +205,3 @@ def test_the_report_counts_right_and_its_page_holds_names_as_text_and_asks_nobod
     assert not re.search(r"""(?:src|href)=["'](?!data:)|url\(|@import""", page)
     for word in ("mmkit predict", "mmkit merge", "mmkit export", "numbers trained", "Curves"):
         assert word in page
-
-
-@pytest.mark.browser
-def test_the_page_in_a_browser_runs_nothing_and_fits_every_width(pictures: Path, tmp_path: Path):
-    sync = pytest.importorskip("playwright.sync_api").sync_playwright
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("needs chromium")
-    prepared = prepare(pictures, "tiny_vit", "linear_probe")
-    train_prepared(prepared, output_dir=tmp_path / "out", epochs=2, lr=1e-6, progress=False)
-    with sync() as p:
-        browser = p.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        for scheme, width in (("light", 1280), ("dark", 360)):
-            page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
-            asked: list[str] = []
-            page.on("request", lambda r, asked=asked: asked.append(r.url))
-            page.goto(f"file://{tmp_path}/out/report.html")
-            assert page.title() == "linear_probe on tiny_vit"
-            assert page.evaluate("document.documentElement.scrollWidth") <= width
-            assert [u for u in asked if not u.startswith(("data:", "file:"))] == []
-            ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
-            assert (sum(map(int, re.findall(r"\d+", ground))) > 380) == (scheme == "light")
-            page.close()
-        browser.close()

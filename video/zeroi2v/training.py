@@ -113,10 +113,6 @@ def finetune(
     )
 
 
-def _keep(net: VideoClassifier, place: Path) -> None:
-    net.save_pretrained(place)
-
-
 def _parts(
     every: VideoClassificationDataset, own: Path | None, net: VideoClassifier, val: float, seed: int, flip: float
 ) -> tuple[VideoClassificationDataset, VideoClassificationDataset | None]:

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 RESULTS = Path(__file__).parent / "results"
 MOMENTS = ("step", "checkpoint", "step", "result")
 """When the runs are killed, in turn: after a random step, while a checkpoint or the result is being written."""
-PASSING = {"seconds"}
+PASSING = {"seconds", "run"}
 """What differs between two runs of the same."""
 
 
@@ -191,7 +191,7 @@ def outcome(folder: Path) -> dict[str, Any]:
     for file in (p for p in folder.glob("*") if p.is_file() and p.name != "mmkit.json"):
         if file.suffix == ".safetensors":
             everything |= {f"{file.name}:{key}": value for key, value in read_tensors(file).items()}
-        else:
+        elif file.suffix == ".json":  # report.html and run.toml say the same in other words, and where it lies
             everything[file.name] = {k: v for k, v in read_json(file).items() if k not in PASSING}
     hidden = [str(p) for p in folder.rglob(".*")]
     assert not hidden, f"left behind: {hidden}"

@@ -68,3 +68,12 @@ def test_what_answers_otherwise_is_not_kept(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
     assert model.training, "its mode stays"
     assert write_program(model, [given], tmp_path / "x.pt2") < 1e-6
+
+
+@pytest.mark.parametrize("write", [write_onnx, write_program])
+def test_a_file_of_another_kind_is_not_written_over(write, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    weights = tmp_path / "adapter_model.safetensors"
+    weights.write_text("precious")
+    with pytest.raises(InputError, match="must end in"):
+        write(nn.Linear(3, 2), [torch.randn(2, 3)], weights)
+    assert weights.read_text() == "precious"

@@ -73,7 +73,7 @@ def apply_adapter(
         >>> sorted(adapter.state_dict())[-1]
         'patch_embed.proj.shift'
     """
-    cls, config = _resolve(config, settings)
+    cls, config = resolve_config(config, settings)
     target = _one_module(model)
     adapter = cls(config, name=name).attach(target)
     if freeze:
@@ -90,8 +90,8 @@ def _one_module(model: Any) -> nn.Module:
     raise InputError(f"An adapter goes on an nn.Module, or a dict of such by name, not {type(model).__name__}.")
 
 
-def _resolve(config: Any, settings: dict[str, Any]) -> tuple[type[Adapter], Any]:
-    """The class and the config that a user's `config` means."""
+def resolve_config(config: Any, settings: dict[str, Any]) -> tuple[type[Adapter], Any]:
+    """The class and the config that a user's `config` means. Raises `InputError` for an unknown method or setting."""
     if isinstance(config, str):
         cls = ADAPTERS.get(config)
         try:

@@ -89,7 +89,7 @@ def _settings(pairs: list[str]) -> dict[str, Any]:
             raise InputError(f"--set needs NAME=VALUE, such as --set r=8, not {pair!r}.")
         try:
             found[name.strip()] = tomllib.loads(f"x = {value.strip()}")["x"]
-        except tomllib.TOMLDecodeError:
+        except (ValueError, RecursionError):
             found[name.strip()] = value.strip()
     return found
 
@@ -159,9 +159,7 @@ def finetune(
     output = output.expanduser().absolute()
     if task not in TASKS:
         python = " Segmentation is trained from Python, see mmkit.vision.medical." if "segment" in task else ""
-        raise InputError(
-            f"There is no training of {task!r} by command.{python} {nearest(task, TASKS)} Known: {', '.join(TASKS)}."
-        )
+        raise InputError(f"There is no training of {task!r} by command.{python} {nearest(task, TASKS)}")
     common: dict[str, Any] = {"seed": seed, "settings": _settings(set_ or []), "val": val}
     pictures = {
         "augment": augment, "auto_augment": auto_augment, "color_jitter": color_jitter, "erase": erase, "solve_heads": solve_heads,
@@ -177,11 +175,13 @@ def finetune(
         return
     pictures["on_error"] = "skip" if pictures.pop("skip_bad") else "raise"
     pictures["checkpoint_path"] = pictures.pop("checkpoint")
-    methods = [m.strip() for m in (adapter or "ssf").split(",") if m.strip()]
+    methods = [m.strip() for m in ("ssf" if adapter is None else adapter).split(",") if m.strip()]
+    if not methods:
+        raise InputError(f"--adapter {adapter!r} names no method. `mmkit list adapters` lists them.")
     if dry_run or find_lr:
         for method in methods:
             _look(data, backbone, method, common | pictures, given, find_lr, folds)
-    elif len(methods) > 1 or folds:
+    elif len(methods) > 1 or folds is not None:
         _several(data, backbone, methods, output, folds, restart, common | pictures, given)
     else:
         _one(data, backbone, methods[0], output, restart, common | pictures, given)
@@ -208,7 +208,7 @@ def _look(
 ) -> None:
     """--dry-run and --find-lr: nothing is trained for good, nothing written."""
     job = COMMANDS.get("finetune")
-    fold = (1, folds) if folds else None
+    fold = (1, folds) if folds is not None else None
     prepared = job.prepare(data, backbone, method, fold=fold, **options)
     about = _say(prepared, method)
     if search:

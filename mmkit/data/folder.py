@@ -26,6 +26,9 @@ from mmkit.data.listing import Folder, PathList, list_folder, natural
 from mmkit.errors import InputError
 from mmkit.storage import clean, temporary_name
 
+LARGEST_SEED = 2**32 - 1
+"""Seeds lie within ± this, as numpy and torch both take them."""
+
 _INDEX_NAMES = ("index.csv", "labels.csv", "metadata.csv", "data.csv")
 
 
@@ -168,6 +171,9 @@ def open_dataset(
     if len(class_names) < min_classes:
         found = f"only the class {class_names[0]!r}" if len(class_names) == 1 else f"{len(class_names)} classes"
         raise InputError(f"{source} holds {found}; at least {min_classes} are needed, one sub-folder each.")
+    for name in class_names:  # a file's name may be any bytes, what is written about it may not
+        if not name.isprintable() and any("\ud800" <= c <= "\udfff" for c in name):
+            raise InputError(f"{source}: the class name {name!r} is no UTF-8. Rename the folder.")
     number = {name: i for i, name in enumerate(class_names)}
     splits = [s for _, _, s in rows] if any(s for _, _, s in rows) else None
     if splits is not None:
@@ -277,12 +283,24 @@ def stratified_split(labels: Sequence[int], share: float, seed: int = 0) -> tupl
     for i, label in enumerate(labels):
         by_label.setdefault(int(label), []).append(i)
     for label, members in sorted(by_label.items()):
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + label)
+        generator = _generator(seed, label)
         order = [members[i] for i in torch.randperm(len(members), generator=generator).tolist()]
         count = min(max(round(len(order) * share), 1), len(order) - 1)
         second += order[:count]
         first += order[count:]
     return sorted(first), sorted(second)
+
+
+def check_seed(seed: int) -> None:
+    """Raise `InputError` for a seed beyond `LARGEST_SEED`."""
+    if not -LARGEST_SEED <= seed <= LARGEST_SEED:
+        raise InputError(f"seed must lie within ±{LARGEST_SEED}, not {seed}.")
+
+
+def _generator(seed: int, label: int) -> torch.Generator:
+    """Of the shuffle of one class."""
+    check_seed(seed)
+    return torch.Generator().manual_seed(seed * 1_000_003 + label)
 
 
 def fold_dataset(dataset: D, fold: int, folds: int, seed: int = 0) -> tuple[D, D]:
@@ -305,7 +323,7 @@ def fold_dataset(dataset: D, fold: int, folds: int, seed: int = 0) -> tuple[D, D
         if len(members) < folds:
             name = dataset.class_names[label]
             raise InputError(f"Class {name!r} has {len(members)} pictures, too few for {folds} folds.")
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + label)
+        generator = _generator(seed, label)
         order = [members[i] for i in torch.randperm(len(members), generator=generator).tolist()]
         held += order[
             (fold - 1 + place) % folds :: folds

@@ -52,6 +52,7 @@ def write_onnx(
         BackendUnavailableError: onnx, onnxscript or onnxruntime are missing.
         InputError: the model cannot be exported, or the file answers differently; nothing is written.
     """
+    path = _named(path, ".onnx")
     names = ("onnx", "onnxscript", "onnxruntime")
     if missing := [n for n in names if sys.modules.get(n, n) is None or importlib.util.find_spec(n) is None]:
         raise BackendUnavailableError(f"ONNX export needs {', '.join(missing)}: pip install {' '.join(missing)}")
@@ -60,7 +61,7 @@ def write_onnx(
 
     answers = answers or answers_of(model, example, dynamic_batch=dynamic_batch)
     program = exported(model, example, dynamic_batch=dynamic_batch)
-    with atomic_write(Path(path).expanduser()) as draft:
+    with atomic_write(path) as draft:
         try:
             with _quiet():
                 torch.onnx.export(
@@ -92,9 +93,7 @@ def write_program(
     dynamic_batch: bool = True,
 ) -> float:
     """Write `model` as a `torch.export` program (`.pt2`), for `torch.export.load(path).module()`; see `write_onnx`."""
-    path = Path(path).expanduser()
-    if path.suffix != ".pt2":
-        raise InputError(f"torch.export writes files that end in .pt2: {path.with_suffix('.pt2').name}.")
+    path = _named(path, ".pt2")
     answers = answers or answers_of(model, example, dynamic_batch=dynamic_batch)
     program = exported(model, example, dynamic_batch=dynamic_batch)
     with atomic_write(path) as draft, _quiet():
@@ -103,6 +102,14 @@ def write_program(
         with draft.open("rb") as file:
             again: Any = torch.export.load(file).module()
         return compare(answers, again, "The exported program")
+
+
+def _named(path: str | os.PathLike[str], suffix: str) -> Path:
+    """The path, if it ends so: another file, such as the weights it is made from, is not written over."""
+    path = Path(path).expanduser()
+    if path.suffix != suffix:
+        raise InputError(f"{path.name!r} must end in {suffix}: {path.stem or 'model'}{suffix}.")
+    return path
 
 
 def exported(

@@ -10,6 +10,9 @@ from typing import Any
 
 from mmkit.errors import InputError
 
+MAX_BYTES = 1_000_000
+"""A larger file holds no settings; a device that never ends would fill the memory."""
+
 
 def settings_text(settings: Mapping[str, Any], heading: str = "") -> str:
     """TOML of plain values, lists and one level of tables, which come last; `None` is left out.
@@ -52,11 +55,17 @@ def _value(value: Any) -> str:
 
 
 def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The values of a TOML file. Raises `InputError` when it is missing or not TOML."""
+    """The values of a TOML file. Raises `InputError` when it is missing, not TOML or above `MAX_BYTES`."""
     try:
         with open(path, "rb") as file:
-            return tomllib.load(file)
+            content = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}.") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    if len(content) > MAX_BYTES:
+        raise InputError(f"{path} is above {MAX_BYTES / 1e6:g} MB, which no settings are. Give a run.toml.")
+    try:
+        return tomllib.loads(content.decode())
+    except RecursionError as error:
+        raise InputError(f"{path} is no TOML of settings: it is nested too deeply.") from error
+    except ValueError as error:  # not TOML, not UTF-8, or a number of thousands of digits
         raise InputError(f"{path} is no TOML: {error}.") from error

@@ -12,6 +12,7 @@ from typing import Any
 
 from PIL import Image
 
+from mmkit.adapters.api import resolve_config
 from mmkit.data import ImageDataset, open_dataset
 from mmkit.errors import InputError, InterruptedRun
 from mmkit.storage import atomic_write
@@ -20,7 +21,7 @@ from mmkit.storage.folders import check_no_saved
 from mmkit.storage.settings import settings_text
 from mmkit.training.answers import Answers, joined
 from mmkit.training.page import report_page
-from mmkit.vision.classification.preparing import Prepared, prepare
+from mmkit.vision.classification.preparing import Prepared, check_method, prepare
 from mmkit.vision.classification.report import HEADING, table_rows
 from mmkit.vision.classification.training import FinetuneResult, train_prepared
 
@@ -55,6 +56,10 @@ def compare(
     if folds is not None and folds < 2:
         raise InputError(f"Cross validation needs 2 folds or more, not {folds}.")
     options = dict(prepare_options or {})
+    for method in methods:  # the last one's mistakes, too, before the first is trained
+        check_method(method)
+        if method != "full":
+            resolve_config(method, dict(options.get("settings") or {}))
     opened = data if isinstance(data, ImageDataset) else open_dataset(data, on_error=options.get("on_error", "raise"))
     folder = absolute(output_dir)
     check_no_saved(folder)
@@ -175,4 +180,4 @@ def _write(folder: Path, report: dict[str, Any], page: str, options: dict[str, A
         files["run.toml"] = settings_text({**options, "settings": settings}, HEADING)
     for name, text in files.items():
         with atomic_write(folder / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+            temporary.write_text(text, encoding="utf-8", errors="replace")  # a path may be no UTF-8

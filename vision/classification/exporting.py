@@ -59,7 +59,7 @@ def export(
         MMKitError: what was written answers otherwise; nothing is left then.
     """
     if format not in FORMATS:
-        raise InputError(f"Unknown format {format!r}. {nearest(format, FORMATS)} Known: {', '.join(FORMATS)}.")
+        raise InputError(f"Unknown format {format!r}. {nearest(format, FORMATS)}")
     model = load_finetuned(run, backbone=backbone, **options).float()
     return FORMATS[format](model, absolute(output))
 

@@ -14,6 +14,7 @@ from torch import nn
 from mmkit.adapters import Adapter, apply_adapter, list_adapters
 from mmkit.backbones import create_backbone, image_info, warn_if_random
 from mmkit.data import ImageDataset, ImageTransform, fold_dataset, open_dataset, split_dataset
+from mmkit.data.folder import check_seed
 from mmkit.errors import InputError, nearest
 from mmkit.storage.files import absolute
 from mmkit.training.digest import tensors_digest
@@ -22,6 +23,12 @@ from mmkit.training.digest import tensors_digest
 def finetune_methods() -> list[str]:
     """Names `finetune` takes as `adapter`: every method that suits pictures, and "full" for all weights."""
     return sorted({*list_adapters(task="image-classification"), "full"})
+
+
+def check_method(name: str) -> None:
+    """Raise `InputError` unless `name` is one of `finetune_methods()`."""
+    if name not in finetune_methods():
+        raise InputError(f"Unknown adapter {name!r}. {nearest(name, finetune_methods())}")
 
 
 @dataclass
@@ -133,8 +140,8 @@ def prepare(
     Raises:
         InputError: unusable data (empty, one class, unreadable files), unknown names or settings.
     """
-    if adapter not in finetune_methods():
-        raise InputError(f"Unknown adapter {adapter!r}. {nearest(adapter, finetune_methods())}")
+    check_method(adapter)
+    check_seed(seed)
     dataset = data if isinstance(data, ImageDataset) else open_dataset(data, on_error=on_error)
     if len(dataset.class_names) < 2:
         raise InputError(f"Training needs at least two classes; found {dataset.class_names}.")

@@ -48,7 +48,7 @@ def save_run(prepared: Prepared, folder: Path, documents: Callable[[int], Mappin
         size = sum(f.stat().st_size for f in draft.iterdir() if f.is_file())
         for name, text in (documents(size) if documents is not None else {}).items():
             with atomic_write(draft / name) as temporary:
-                temporary.write_text(text, encoding="utf-8")
+                temporary.write_text(text, encoding="utf-8", errors="replace")  # a path may be no UTF-8
     return size
 
 

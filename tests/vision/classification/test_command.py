@@ -205,3 +205,42 @@ def test_the_report_counts_right_and_its_page_holds_names_as_text_and_asks_nobod
     assert not re.search(r"""(?:src|href)=["'](?!data:)|url\(|@import""", page)
     for word in ("mmkit predict", "mmkit merge", "mmkit export", "numbers trained", "Curves"):
         assert word in page
+
+
+def test_settings_that_no_reader_can_take_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    for content, told in (
+        (b"x = " + b"[" * 5000 + b"]" * 5000, "nested too deeply"),
+        (b"x = " + b"9" * 5000, "is no TOML"),
+        (b"#" * 1_000_001, "above 1 MB"),
+    ):
+        file.write_bytes(content)
+        with pytest.raises(InputError, match=told):
+            read_settings(file)
+
+
+def test_a_mistake_in_the_last_method_is_told_before_the_first_is_trained(pictures: Path, tmp_path: Path) -> None:
+    for more, told in (
+        (("--adapter", ","), "names no method"),
+        (("--adapter", "ssf,nope"), "Unknown adapter 'nope'"),
+        (("--adapter", "lora,ssf", "--set", "r=4"), "unexpected keyword argument 'r'"),
+        (("--folds", 0), "2 folds or more"),
+        (("--seed", 2**64), "seed must lie within"),
+        (("--seed", 2**64, "--val", 0), "seed must lie within"),
+        (("--set", "r=" + "9" * 5000), "unexpected keyword argument 'r'"),
+    ):
+        code, said = run(pictures, tmp_path / "out", "--epochs", 1, *more)
+        assert code == 1
+        assert told in said
+        assert not (tmp_path / "out").exists(), more
+    assert run(pictures, None, "--dry-run", "--adapter", ",")[0] == 1
+
+
+def test_names_that_are_no_utf_8(pictures: Path, tmp_path: Path) -> None:
+    out = Path(f"{tmp_path}/run\udcff")
+    prepared = prepare(pictures, "tiny_vit", "bitfit")
+    train_prepared(prepared, output_dir=out, epochs=1, progress=False)
+    assert read_settings(out / "run.toml")["output"].endswith("/run?")
+    (pictures / "cat").rename(f"{pictures}/c\udcff")
+    with pytest.raises(InputError, match="is no UTF-8"):
+        open_dataset(pictures)

@@ -57,7 +57,7 @@ def about() -> None:
     """The page "About": what comes with the package, and what happens to what visitors bring."""
     gr.Markdown(
         f"# About\n**mmkit {__version__}**, license Apache-2.0. "
-        "The models below come with the package: small, trained by a script in the repository, and measured by it. "
+        "The models below come with the package: small, made by a script in the repository, and measured. "
         "They let every page work at once; for demanding work load larger weights (`checkpoint_path=`, `weights=`).",
         elem_id="about-header",
         elem_classes="studio-header",

@@ -1,6 +1,6 @@
 """Which method for how many bytes: accuracy, drift, size, CPU time and memory of all methods on one backbone and three data sets.
 
-    python benchmarks/pareto.py --data shared/data/cls_clothing     # goes on where it stopped; about 5 CPU minutes for each of --seeds
+    python benchmarks/pareto.py --data DIR/cls_clothing     # goes on where it stopped; about 5 CPU minutes for each of --seeds
 
 The bundled `tiny_vit` (32 pixels) is adapted to scikit-learn's digits, to drawn scenes (shape and texture of what they show) and to photos
 of clothes (CC0) made small: 240 pictures for 6 epochs, at one rate per method, the best of three on a quarter of the training digits that

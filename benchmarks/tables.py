@@ -124,7 +124,7 @@ def documents() -> list[Path]:
 
 
 def rewritten(text: str) -> str:
-    """The same text with the figures and tables of today's results."""
+    """The same text with the figures and tables of the results as they are."""
     text = FIGURE.sub(lambda m: f"<!-- ={m[1]} -->{figure(m[1])}<!-- / -->", text)
     return TABLE.sub(lambda m: f"<!-- table {m[1]} -->\n\n{table(m[1])}\n<!-- end -->", text)
 

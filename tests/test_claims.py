@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from mmkit.cli import app
 from mmkit.storage import sha256_file
 from mmkit.weights import FOLDER, list_weights, weight_entry
 
@@ -83,3 +85,12 @@ def test_the_table_says_what_the_scripts_measured() -> None:
     for key, score in weight_entry("video_motion").score.items():
         if "backwards" not in key:
             assert found["video_motion", f"clips: {key}"] == pytest.approx(score, abs=0.01)
+
+
+def test_every_license_that_is_not_apache_is_said_in_the_readme_and_all_in_the_list() -> None:
+    told = readme().split("## License")[1]
+    licenses = {name: weight_entry(name).license for name in list_weights()}
+    others = {name: said.split(" ")[0] for name, said in licenses.items() if not said.startswith("Apache-2.0")}
+    assert all(f"`{name}`" in told and said in told for name, said in others.items())
+    listed = CliRunner().invoke(app, ["list", "weights"]).output
+    assert all(f"License: {said}" in listed for said in licenses.values())

@@ -18,7 +18,7 @@ from mmkit.memory import keep_freed_memory
 from mmkit.registry import COMMANDS
 
 app = typer.Typer(
-    help="Adapt vision models for images and video.", no_args_is_help=True, add_completion=False,
+    help="Adapt vision models for images, video, point clouds and text-to-image.", no_args_is_help=True, add_completion=False,
     pretty_exceptions_enable=False,
 )  # fmt: skip
 
@@ -258,7 +258,8 @@ def list_(what: Annotated[str, typer.Argument(help="adapters, models, tasks, wei
         from mmkit.weights import list_weights, weight_entry
 
         for name in list_weights():
-            print(f"{name}: {weight_entry(name).summary}")
+            entry = weight_entry(name)
+            print(f"{name}: {entry.summary} License: {entry.license}")
     elif what in tables:
         print("\n".join(tables[what].names()))
     else:

@@ -2,7 +2,7 @@
 
 scorer = ClipScorer("ViT-B-32", "open_clip_model.safetensors")
 scorer(pictures, ["snoopy"] * len(pictures)).mean()   # falls when a concept is erased, and stays for others
-scorer.error_rate(pictures, "snoopy")                 # share of pictures that fit no words better than the concept's
+scorer.error_rate(pictures, "snoopy")                 # share of pictures that fit the empty text at least as well
 """
 
 from __future__ import annotations

@@ -18,11 +18,9 @@ from mmkit.adapters.peft import PeftAdapter
 from mmkit.backbones import image_info, save_backbone
 from mmkit.errors import InputError, NotMergeableError, nearest
 from mmkit.storage import new_folder
-from mmkit.storage.exports import Answers, compare, write_onnx, write_program
+from mmkit.storage.exports import Answers, answers_of, compare, write_onnx, write_program
 from mmkit.storage.files import absolute
 from mmkit.vision.classification.saving import load_finetuned
-
-_SIZES = (1, 3)
 
 
 @dataclass(frozen=True)
@@ -67,12 +65,13 @@ def export(
 # ------------------------------------------------------------------------------------------------------------- comparing
 
 
-@torch.no_grad()
-def _answers(model: Any, info: Any) -> Answers:
+def _answers(model: nn.Module, info: Any) -> Answers:
     """Random pictures, one and several at a time, with what the model says."""
-    generator = torch.Generator().manual_seed(0)
-    batches = [torch.randn(n, *info.input_size, generator=generator) for n in _SIZES]
-    return [([x], [model(x)]) for x in batches]
+    return answers_of(model, [torch.zeros(1, *info.input_size)])
+
+
+def _exported(path: Path, difference: float, answers: Answers) -> Exported:
+    return Exported(path, difference, sum(len(pictures) for (pictures,), _ in answers))
 
 
 def _plain(model: nn.Module) -> nn.Module:
@@ -102,9 +101,8 @@ def _file(write: Callable[..., float], **names: Any) -> Callable[[nn.Module, Pat
     def written(model: nn.Module, path: Path) -> Exported:
         info = image_info(model)
         answers, example = _answers(model, info), torch.zeros(2, *info.input_size)
-        return Exported(
-            path, write(_plain(model), [example], path, metadata=_metadata(info), answers=answers, **names), sum(_SIZES)
-        )
+        difference = write(_plain(model), [example], path, metadata=_metadata(info), answers=answers, **names)
+        return _exported(path, difference, answers)
 
     return written
 
@@ -126,7 +124,7 @@ def _timm(model: nn.Module, path: Path) -> Exported:
         except Exception as error:  # an architecture that its config does not describe
             raise InputError(f"timm cannot build this model from a folder: {str(error).splitlines()[0]}") from error
         difference = compare(expected, again, "What timm loads")
-    return Exported(path, difference, sum(_SIZES))
+    return _exported(path, difference, expected)
 
 
 def _peft(model: nn.Module, path: Path) -> Exported:
@@ -145,7 +143,7 @@ def _peft(model: nn.Module, path: Path) -> Exported:
             difference = compare(expected, _read_by_peft(base, draft), "What peft loads")
         except (RuntimeError, ValueError, KeyError) as error:
             raise InputError(f"peft cannot load this adapter: {str(error).splitlines()[0]}") from error
-    return Exported(path, difference, sum(_SIZES))
+    return _exported(path, difference, expected)
 
 
 def _read_by_peft(base: nn.Module, folder: Path) -> Callable[[Tensor], Any]:

@@ -1,7 +1,7 @@
 """A plain U-Net (arXiv 1505.04597) in 2D and 3D: what LightM-UNet is measured against, and often the better choice on a CPU.
 
 Convolutions keep the size (the paper crops), instance norms stand before the activations as in nnU-Net (arXiv 1809.10486), and the way
-up interpolates. A network of LightM-UNet's parameters takes a third of its time.
+up interpolates. What a network of LightM-UNet's size costs and reaches beside it: benchmarks/results/defaults.md.
 """
 
 from __future__ import annotations

@@ -14,10 +14,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers.modular_pipelines import SequentialPipelineBlocks
+from diffusers.modular_pipelines import ModularPipelineBlocks, SequentialPipelineBlocks
 from torch import Tensor
 
-from mmkit.diffusion.spm.permeability import gate, token_scores
+from mmkit.diffusion.spm.permeability import MATCHING, check_gates, gate, token_scores
 from mmkit.diffusion.spm.pipeline import erasers_of, opened
 from mmkit.errors import InputError
 
@@ -66,10 +66,11 @@ def transport(denoise: Any, *, matching: str | float = "tokens", floor: float = 
 
     Raises `InputError` for other values.
     """
-    if matching != "tokens" and not isinstance(matching, int | float):
+    if isinstance(matching, str) and matching in MATCHING[:2]:
         raise InputError(f"A block goes by 'tokens' or a number, not {matching!r}; ConceptEraser compares embeddings.")
-    if not 0 <= floor <= 1:
-        raise InputError(f"floor lies in 0..1, not {floor!r}.")
+    check_gates(matching, floor, ("tokens",))
+    if not isinstance(denoise, ModularPipelineBlocks):
+        raise InputError(f"denoise is a block of a modular pipeline, not {type(denoise).__name__}.")
     block = TransportDenoise.from_blocks_dict({"denoise": denoise})
     block.matching, block.floor = matching, floor
     return block  # type: ignore[no-any-return]

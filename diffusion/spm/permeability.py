@@ -6,7 +6,9 @@ encoder's outputs, flattened over the whole padded sequence, and the share of th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
+from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +17,18 @@ from torch import Tensor
 from mmkit.errors import InputError
 
 MATCHING = ("clipcos+tokens", "clipcos", "tokens")
+
+
+def check_gates(matching: object, floor: object, known: Collection[str] = MATCHING) -> None:
+    """Raise `InputError` unless `matching` is one of `known` or a finite number, and `floor` a number in 0..1."""
+    if not ((isinstance(matching, str) and matching in known) or _number(matching)):
+        raise InputError(f"matching is one of {', '.join(known)}, or a number; not {matching!r}.")
+    if not (_number(floor) and 0 <= floor <= 1):
+        raise InputError(f"floor lies in 0..1, not {floor!r}.")
+
+
+def _number(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def cosine_scores(prompt: Tensor, concepts: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from mmkit.diffusion.pipeline import TextToImagePipeline
 from mmkit.diffusion.spm.adapter import SPM
 from mmkit.diffusion.spm.calls import Calls
 from mmkit.diffusion.spm.official import composed, load_lora, load_official_checkpoint
-from mmkit.diffusion.spm.permeability import MATCHING, cosine_scores, gate, scores, token_scores
+from mmkit.diffusion.spm.permeability import check_gates, cosine_scores, gate, scores, token_scores
 from mmkit.errors import InputError, nearest
 
 
@@ -55,11 +55,7 @@ class ConceptEraser(TextToImagePipeline):
         composition: str = "sum",
         **settings: Any,
     ):
-        number = isinstance(matching, int | float)
-        if not number and matching not in MATCHING:
-            raise InputError(f"matching is one of {', '.join(MATCHING)}, or a number; not {matching!r}.")
-        if not 0 <= floor <= 1:
-            raise InputError(f"floor lies in 0..1, not {floor!r}.")
+        check_gates(matching, floor)
         if composition not in ("sum", "released"):
             raise InputError(f"composition is 'sum' or 'released', not {composition!r}.")
         super().__init__(model, **settings)

@@ -28,7 +28,9 @@ def concept_prompts(
 
 
 def filled(template: str, word: str) -> str:
-    """The template with `word` in place of {}; without double spaces, where the word is none."""
+    """The template with `word` in place of {}; without double spaces, where the word is none. Raises `InputError` for no text."""
+    if not isinstance(word, str):
+        raise InputError(f"What stands in place of a concept is text, such as 'a dog', or ''; not {word!r}.")
     return " ".join(template.replace("{}", word).split())
 
 

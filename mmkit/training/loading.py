@@ -92,7 +92,7 @@ class Batches(Dataset[Any]):
         except Exception as error:
             name = describe_examples(self.data, [index])[0]
             raise InputError(
-                f"The data set failed at {name}: {type(error).__name__}: {error}. Mend or leave out this example."
+                f"The data set failed at {name}: {type(error).__name__}: {str(error).rstrip('.')}. Mend or leave out this example."
             ) from error
 
 

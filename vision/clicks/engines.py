@@ -300,8 +300,10 @@ class CallableEngine:
             real = l != PADDING
             logits = np.asarray(self.function(state, p[real].numpy(), l[real].numpy()), np.float32)
             logits = logits[None] if logits.ndim == 2 else logits
-            if logits.ndim != 3 or logits.shape[1:] != state.shape[:2]:
+            if logits.ndim != 3 or not len(logits) or logits.shape[1:] != state.shape[:2]:
                 raise InputError(f"The function returned {logits.shape}; expected logits {state.shape[:2]}.")
+            if np.isnan(logits).any():
+                raise InputError("The function returned NaN among its logits; give numbers, above 0 inside the mask.")
             rows.append(torch.from_numpy(logits))
         masks = torch.stack(rows)
         return masks, torch.full(masks.shape[:2], torch.nan), lambda x: x

@@ -232,18 +232,18 @@ class InteractiveSegmenter(Pipeline):
 
     @overload
     def __call__(
-        self, image: ImageLike, points: Sequence[tuple[float, float]] = ..., labels: Sequence[int] | None = ...,
+        self, image: ImageLike, points: Sequence[tuple[float, float]] | None = ..., labels: Sequence[int] | None = ...,
         box: Box | None = ..., multimask_output: Literal[False] = ...,
     ) -> Mask: ...  # fmt: skip
     @overload
     def __call__(
-        self, image: ImageLike, points: Sequence[tuple[float, float]] = ..., labels: Sequence[int] | None = ...,
+        self, image: ImageLike, points: Sequence[tuple[float, float]] | None = ..., labels: Sequence[int] | None = ...,
         box: Box | None = ..., *, multimask_output: Literal[True],
     ) -> list[Mask]: ...  # fmt: skip
     def __call__(
         self,
         image: ImageLike,
-        points: Sequence[tuple[float, float]] = (),
+        points: Sequence[tuple[float, float]] | None = (),
         labels: Sequence[int] | None = None,
         box: Box | None = None,
         multimask_output: bool = False,
@@ -261,10 +261,10 @@ class InteractiveSegmenter(Pipeline):
             InputError: an unreadable picture, points outside it, or other labels.
         """
         self.set_image(image)
-        if not len(points) and box is None:
+        if (points is None or not len(points)) and box is None:
             self.propose()
         else:
-            self._run(self._prompt(points, labels, box), None)
+            self._run(self._prompt(() if points is None else points, labels, box), None)
         assert self.mask is not None
         return self.masks if multimask_output else self.mask
 

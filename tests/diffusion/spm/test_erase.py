@@ -275,6 +275,7 @@ def test_wrong_input_leaves_the_model_alone(sd: Any, pipe: Any) -> None:
         ("templates", "cat", {"templates": ("a photo",)}),
         ("has 9 tokens", "a photo of a red cat dog", {}),
         ("one of", "cat", {"method": "magic"}),
+        ("is text", "cat", {"surrogate": None}),
         ("not for method", "cat", {"method": "uce", "config": TINY}),
         ("needs prompts", "cat", {"config": EraseConfig(anchor_kind="prompts")}),
         ("layers", "cat", {"method": "esd", "settings": {"layers": "some"}}),

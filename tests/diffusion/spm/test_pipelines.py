@@ -162,6 +162,8 @@ def test_a_block_of_modular_pipelines_opens_erasers_by_the_words() -> None:
     opened = drawn(matching=1.0)
     torch.testing.assert_close(gated[2:], opened[2:])
     assert not torch.allclose(opened[:2], base[:2])
-    for wrong in ({"matching": "clipcos"}, {"floor": 2.0}):
-        with pytest.raises(InputError):
+    for wrong in ({"matching": "clipcos"}, {"matching": float("nan")}, {"floor": 2.0}, {"floor": "a"}):
+        with pytest.raises(InputError, match=r"lies in|number"):
             transport(None, **wrong)
+    with pytest.raises(InputError, match="denoise is a block"):
+        transport(None)

@@ -85,3 +85,11 @@ def test_wrong_input(sd: Any, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no eraser"):
         draw.remove("cat")
     assert draw.permeability("a cat") == {}
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"matching": float("nan")}, {"matching": True}, {"matching": "x"}, {"floor": "a"}, {"floor": 2}]
+)
+def test_gates_are_numbers(wrong: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=f"^{next(iter(wrong))} "):
+        ConceptEraser(**wrong)

@@ -101,6 +101,14 @@ def test_misuse_is_explained(session):
         InteractiveSegmenter(torch.nn.Linear(1, 1))
     with pytest.raises(InputError, match="expected logits"):
         InteractiveSegmenter(lambda image, points, labels: np.zeros((3, 3)))(PICTURE, [(1, 1)])
+    with pytest.raises(InputError, match="expected logits"):
+        InteractiveSegmenter(lambda image, points, labels: np.zeros((0, 40, 60)))(PICTURE, [(1, 1)])
+    with pytest.raises(InputError, match="NaN"):
+        InteractiveSegmenter(lambda image, points, labels: np.full((40, 60), np.nan))(PICTURE, [(1, 1)])
+
+
+def test_no_points_are_no_points(session):
+    assert (session(PICTURE, None).binary == session(PICTURE).binary).all()
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "CMYK", "I;16", "1"])

@@ -12,7 +12,7 @@ from mmkit.data.drawn.scans import sample_picture
 def main(picture: str = "lightm_unet.png") -> None:
     """Segment, measure, save; .nii.gz and .json work as well."""
     cells, truth = sample_picture(seed=7)
-    result = mmkit.pipeline("medical-segmentation")(cells)
+    result = mmkit.pipeline("medical-segmentation", "lightm_unet_nuclei")(cells)
     for measure in result.measures():
         print(measure)
     print(f"Dice {2 * (result.mask & truth).sum() / (result.mask.sum() + truth.sum()):.3f}")

@@ -1,4 +1,4 @@
-"""What an `InteractiveSegmenter` drives: SqueezeSAM, HF SAM and SAM 2, or any function, behind one small protocol."""
+"""What an `InteractiveSegmenter` drives: ClickNet, SqueezeSAM, HF SAM and SAM 2, or any function, behind one small protocol."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ COLORS = ("#0d9488", "#d97706", "#8b5cf6", "#db2777", "#3b82f6", "#65a30d")
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 380, 196, 40, 14, 8, 36
 _ROW, _NAMES = 26, 96
+_LETTER = 6.25  # width of a letter of the labels, on average
 
 
 @dataclass(frozen=True)
@@ -177,16 +178,22 @@ def frontier(points: Sequence[tuple[float, float]]) -> list[int]:
 def heat_chart(
     title: str, names: Sequence[str], stretches: Sequence[tuple[float, float, Sequence[float]]], note: str = ""
 ) -> str:
-    """A row per name over true time: `stretches` are (start, end, value in 0..1 per name); the fuller, the larger the value."""
+    """A row per name over true time: `stretches` are (start, end, value in 0..1 per name); the fuller, the larger the value.
+
+    Names take the room that they need, up to half of the chart; longer ones are cut, and whole in the tooltips.
+    """
     start, end = stretches[0][0], max(s[1] for s in stretches)
-    scale = (WIDTH - _NAMES - RIGHT) / max(end - start, 1e-6)
+    room = min(max(_NAMES, 8 + math.ceil(_LETTER * max(map(len, names)))), WIDTH // 2)
+    most = int((room - 8) / _LETTER)
+    scale = (WIDTH - room - RIGHT) / max(end - start, 1e-6)
     height = TOP + _ROW * len(names) + 34
     parts = []
     for row, name in enumerate(names):
         top = TOP + row * _ROW
-        parts.append(f'<text x="{_NAMES - 8}" y="{top + 17}" text-anchor="end">{html.escape(name)}</text>')
+        shown = name if len(name) <= most else name[: most - 1] + "…"
+        parts.append(f'<text x="{room - 8}" y="{top + 17}" text-anchor="end">{html.escape(shown)}</text>')
         for first, last, values in stretches:
-            left, width = _NAMES + (first - start) * scale, max((last - first) * scale - 1, 0.5)
+            left, width = room + (first - start) * scale, max((last - first) * scale - 1, 0.5)
             parts.append(
                 f'<rect class="heat" x="{left:.1f}" y="{top}" width="{width:.1f}" height="{_ROW - 2}" '
                 f'fill-opacity="{0.04 + 0.96 * values[row]:.2f}"><title>{html.escape(name)}, {first:.1f} to {last:.1f} s: '
@@ -195,7 +202,7 @@ def heat_chart(
     below = TOP + _ROW * len(names) + 14
     for i in range(5):
         second = start + i / 4 * (end - start)
-        place = _NAMES + (second - start) * scale
+        place = room + (second - start) * scale
         parts.append(f'<text x="{place:.1f}" y="{below}" text-anchor="middle">{second:.3g}</text>')
     parts.append(f'<text x="{WIDTH - RIGHT}" y="{height - 4}" text-anchor="end">seconds</text>')
     return _figure(title, note, WIDTH, height, parts)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mmkit.errors import BackendUnavailableError, InputError
 from mmkit.storage.files import atomic_write
+from mmkit.storage.folders import check_outside
 
 TOLERANCE = 1e-4
 """Largest difference to the model, relative to its largest answer (at least 1)."""
@@ -109,6 +110,7 @@ def _named(path: str | os.PathLike[str], suffix: str) -> Path:
     path = Path(path).expanduser()
     if path.suffix != suffix:
         raise InputError(f"{path.name!r} must end in {suffix}: {path.stem or 'model'}{suffix}.")
+    check_outside(path)
     return path
 
 

@@ -95,6 +95,7 @@ def new_folder(
 def check_free(path: str | os.PathLike[str], kinds: Iterable[str], keep: Iterable[str] = ()) -> None:
     """Raise `InputError` unless a folder of one of `kinds` may be written at `path`; see `new_folder`."""
     target = absolute(path).resolve()
+    check_outside(target)
     recover(target)
     if not os.path.lexists(target):
         return
@@ -122,9 +123,22 @@ def check_no_saved(path: str | os.PathLike[str]) -> None:
     """Raise `InputError` when `path` holds something that was saved whole, which further files would spoil."""
     folder = absolute(path)
     if os.path.isfile(folder / MANIFEST):  # unlike pathlib's, it takes names of any length
-        raise InputError(
-            f"{folder} holds {_a(_manifest(folder)['kind'])}, no run. Choose another folder, or one below it."
-        )
+        raise InputError(f"{folder} holds {_a(_manifest(folder)['kind'])}, no run. Choose another folder.")
+    check_outside(folder)
+
+
+def check_outside(path: str | os.PathLike[str]) -> None:
+    """Raise `InputError` when `path` lies in a folder that was saved whole: it would no longer be as it was saved."""
+    target = absolute(path).resolve()
+    for folder in target.parents:
+        if not os.path.isfile(folder / MANIFEST):
+            continue
+        manifest = _manifest(folder)
+        if target.relative_to(folder).parts[0] not in manifest.get("kept", ()):
+            raise InputError(
+                f"{target} lies in {folder}, which holds {_a(manifest['kind'])} and would no longer be as it was saved. "
+                "Choose a place beside it."
+            )
 
 
 def _seal(draft: Path, manifest: dict[str, Any], keep: tuple[str, ...]) -> None:

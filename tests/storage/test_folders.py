@@ -10,9 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 from mmkit.errors import CheckpointError, InputError, StorageError
 from mmkit.storage import folders, new_folder, open_folder, write_json
+from mmkit.storage.exports import write_program
 
 WRITE = """
 import os, signal, sys
@@ -224,3 +227,18 @@ def test_a_run_that_changes_its_files_meanwhile_is_no_stranger(tmp_path: Path, m
     with new_folder(tmp_path / "out", "thing", keep=("training",)) as draft:
         write_json(draft / "a.json", 1)
     assert open_folder(tmp_path / "out", "thing")
+
+
+def test_nothing_is_written_into_what_was_saved_whole(tmp_path: Path) -> None:
+    saved = write(tmp_path / "saved")
+    for inside in (saved / "new", saved / "sub" / "new"):
+        with pytest.raises(InputError, match="Choose a place beside it"):
+            write(inside)
+        with pytest.raises(InputError, match="Choose a place beside it"):
+            folders.check_no_saved(inside)
+    with pytest.raises(InputError, match="Choose a place beside it"):
+        write_program(nn.Linear(3, 2), [torch.randn(2, 3)], saved / "model.pt2")
+    assert open_folder(saved)
+    kept = write(tmp_path / "run", keep=("training",))
+    assert open_folder(write(kept / "training" / "best"))
+    assert open_folder(kept)

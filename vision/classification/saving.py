@@ -80,9 +80,7 @@ def load_finetuned(
         if backbone is not None or any(options.values()):
             raise InputError(f"{folder} holds a whole model, which takes no other backbone or weights. Leave them out.")
         return create_backbone(folder).eval()
-    extra = (manifest or {}).get("extra") or {}
-    spec = extra.get("backbone") or {}
-    classes = extra.get("class_names") or []
+    spec, classes = _needed(folder, manifest or {})
     if backbone is None:
         if "name" not in spec:
             raise CheckpointError(f"{folder} does not say which backbone it was made for; pass backbone=.")
@@ -94,3 +92,21 @@ def load_finetuned(
     if load_adapter(model, folder).config.modules_to_save:
         mark_trained(model)
     return model.eval()
+
+
+def _needed(folder: Path, manifest: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Which backbone an adapter's folder needs ("name" and "overrides", as far as it says), and its classes."""
+    extra = manifest.get("extra") or {}
+    spec, classes = (extra.get("backbone") or {}, extra.get("class_names") or []) if isinstance(extra, dict) else (0, 0)
+    if (
+        not isinstance(spec, dict)
+        or not isinstance(spec.get("name", ""), str)
+        or not isinstance(spec.get("overrides", {}), dict)
+        or "num_classes" in spec.get("overrides", {})
+        or not isinstance(classes, list)
+        or not all(isinstance(c, str) for c in classes)
+    ):
+        raise CheckpointError(
+            f"{folder}: what mmkit.json says of backbone and classes is damaged. Copy the folder again."
+        )
+    return spec, classes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from typer.testing import CliRunner
 
 from mmkit.cli import app
 from mmkit.data import load_digits
-from mmkit.errors import InputError, MMKitError, NotMergeableError
+from mmkit.errors import CheckpointError, InputError, MMKitError, NotMergeableError
 from mmkit.vision.classification import export, exporting, load_finetuned, prepare, train_prepared
 
 
@@ -100,3 +101,22 @@ def test_what_cannot_be_exported_is_said(runs, tmp_path: Path):  # type: ignore[
     with pytest.raises(NotMergeableError, match="cannot be folded"):
         export(runs["gmm"], "torch-export", tmp_path / "x.pt2")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "extra", [3, {"backbone": 5}, {"backbone": {"name": 7}}, {"backbone": {"name": "tiny_vit", "overrides": 5}},
+              {"backbone": {"name": "tiny_vit", "overrides": {"num_classes": 5}}}, {"class_names": 7}],
+)  # fmt: skip
+def test_a_folder_that_says_nonsense_of_its_backbone_is_damaged(runs, tmp_path: Path, extra: object) -> None:  # type: ignore[no-untyped-def]
+    run = shutil.copytree(runs["ssf"], tmp_path / "run")
+    manifest = json.loads((run / "mmkit.json").read_text())
+    (run / "mmkit.json").write_text(json.dumps(manifest | {"extra": extra}))
+    with pytest.raises(CheckpointError, match="damaged"):
+        load_finetuned(run)
+
+
+def test_a_run_is_not_spoilt_by_what_is_made_of_it(runs) -> None:  # type: ignore[no-untyped-def]
+    for format, name in (("torch-export", "model.pt2"), ("timm", "model")):
+        with pytest.raises(InputError, match="Choose a place beside it"):
+            export(runs["ssf"], format, runs["ssf"] / name)
+    assert load_finetuned(runs["ssf"])

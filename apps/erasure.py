@@ -207,7 +207,7 @@ def build() -> None:
     with gr.Row():
         with gr.Column(scale=1, min_width=320):
             word = gr.Dropdown(list(WORDS), value="circle", label="Concept", elem_id="erasure-concept")
-            steps = gr.Slider(25, 600, 300, step=25, label="Steps", elem_id="erasure-steps")
+            steps = gr.Slider(25, 600, 450, step=25, label="Steps", elem_id="erasure-steps")
             with gr.Row():
                 run = gr.Button(
                     "Erase", variant="primary", elem_id="erasure-run", elem_classes=shows("erasure-status", work=True)

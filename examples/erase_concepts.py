@@ -22,14 +22,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--concepts", nargs="+", default=["circle", "red"])
     parser.add_argument("--output", type=Path, default=Path("runs/erased"))
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, help="of training; default: what each concept wants")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
 
     draw = TextToImagePipeline()
     draw(PROMPTS, seed=1).save(args.output / "before.png")
     for word in args.concepts:
-        done = erase(draw, **scene_recipe(word, max_steps=args.steps), output_dir=args.output)
+        more = {} if args.steps is None else {"max_steps": args.steps}
+        done = erase(draw, **scene_recipe(word, **more), output_dir=args.output)
         export_lora(done.adapters[word], args.output / f"{word}_lora.safetensors")  # for diffusers alone
         print(f"{word}: {scene_rates(draw, word)}.")
 

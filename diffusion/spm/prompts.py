@@ -114,7 +114,9 @@ def scene_recipe(word: str, method: str = "spm", *, held_out: Collection[str] = 
         templates, open_ = ("{}", *(t for t in templates if t != "{}" and t.endswith("{}"))), ()
     if method != "uce":
         esd = {"anchor_kind": "none", "lr": 1e-3, "max_steps": 60} if method == "esd" else {}
-        config = EraseConfig.small(**{"guidance_scale": scene_guidance(word), **esd, **settings})
+        own: dict[str, Any] = {"guidance_scale": scene_guidance(word)}
+        own |= {"max_steps": 450} if open_ else {}  # two things to learn
+        config = EraseConfig.small(**own | esd | settings)
     return {
         "concepts": {word: scene_phrases(word)}, "method": method, "surrogate": scene_surrogate(word), "superclass": open_,
         "config": config, "templates": templates,

@@ -108,7 +108,7 @@ def forget_a_concept(
     """Train one membrane and show the same seeds losing the concept; then everything that is erased by now, at full strength."""
     if word not in WORDS:
         raise InputError(f"Concept must be one of {', '.join(WORDS)}, not {str(word)[:40]!r}.")
-    lines, total = prompts_of(prompts), int(number("Steps", steps, 10, 300, whole=True))
+    lines, total = prompts_of(prompts), int(number("Steps", steps, 10, 600, whole=True))
     seed = int(number("Seed", seed, 0, 2**31 - 99, whole=True))
     mine = SESSIONS.find(key) or Mine(ConceptEraser(calibrate=True))
     if word not in mine.words and len(mine.words) >= SLOTS:

@@ -159,11 +159,11 @@ def click_pixel() -> Callable[..., None]:
 
     def click(page: Any, selector: str, x: float, y: float, **options: Any) -> None:
         img = page.locator(selector).first
-        page.wait_for_function(
-            "s => document.querySelector(s)?.naturalWidth", arg=selector
-        )  # 0 while it is being replaced
+        measured = (
+            "s => { const e = document.querySelector(s); return e?.naturalWidth && [e.naturalWidth, e.naturalHeight] }"
+        )
+        width, height = page.wait_for_function(measured, arg=selector).json_value()  # 0 while it is being replaced
         box = img.bounding_box()
-        width, height = img.evaluate("e => [e.naturalWidth, e.naturalHeight]")
         scale = min(box["width"] / width, box["height"] / height)
         left, top = (box["width"] - width * scale) / 2, (box["height"] - height * scale) / 2
         img.click(position={"x": left + x * scale, "y": top + y * scale}, **options)

@@ -132,7 +132,8 @@ def test_a_large_turned_photo_is_clicked_and_cut_out_in_its_own_pixels(launch, p
     load(page, size=(2600, 1500), ball=(2200, 400), exif=exif)
     page.locator("#segment-clear").click()
     expect(page.locator("#segment-status")).to_contain_text("Click the object")
-    width = page.locator("#segment-picture img").first.evaluate("e => e.naturalWidth")
+    shown = "document.querySelector('#segment-picture img').naturalWidth"  # 0 while it is being replaced
+    width = page.wait_for_function(shown).json_value()
     ball = (1499 - 400, 2200)
     click_pixel(page, "#segment-picture img", ball[0] * width / 1500, ball[1] * width / 1500)
     wait_clicks(page, 1)

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageEnhance
+from timm.layers import build_sincos2d_pos_embed
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -86,8 +87,7 @@ def ask_teacher(photos: list[Image.Image], count: int, seed: int) -> dict[str, T
                 for i in range(first, min(first + 50, start + 2000, count))
             ]
             x = torch.from_numpy(np.stack([np.asarray(c) for c in crops])).permute(0, 3, 1, 2) / 127.5 - 1
-            with torch.autocast("cpu", torch.bfloat16):
-                maps.append(teacher.forward_features(x).float())
+            maps.append(teacher.forward_features(x))
             small = [np.asarray(c.resize((SIDE, SIDE), Image.Resampling.BOX)) for c in crops]
             parts["crops"].append(torch.from_numpy(np.stack(small)).permute(0, 3, 1, 2))
         found = torch.cat(maps)
@@ -160,11 +160,43 @@ class Student(nn.Module):
         self.vit = create_backbone(
             "timm:vit_tiny_patch16_224", num_classes=num_classes, dynamic_img_size=True, **ARCHITECTURE
         )
+        begin(self.vit)
         dim = ARCHITECTURE["embed_dim"]
         self.whole, self.places, self.names = nn.Linear(dim, WHOLE), nn.Linear(dim, PLACE), nn.Linear(dim, 1000)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.vit(x)
+
+    def some_places(self, x: Tensor, cells: Tensor) -> Tensor:
+        """Tokens (N, 1 + 4 k, C), the class first, of crops of which only the `cells` (N, k) of the 4 x 4 grid are seen."""
+        vit = self.vit
+        x = vit._pos_embed(vit.patch_embed(x))
+        side = SIDE // 8
+        corner = (cells // 4) * 2 * side + cells % 4 * 2
+        index = (corner[..., None] + torch.tensor([0, 1, side, side + 1])).flatten(1)
+        seen = x[:, 1:].gather(1, index[..., None].expand(-1, -1, x.shape[2]))
+        return vit.norm(vit.blocks(torch.cat([x[:, :1], seen], 1)))
+
+
+@torch.no_grad()
+def begin(vit: nn.Module) -> None:
+    """Weights as those of trained ViTs are on average (mimetic initialisation, arXiv 2305.09828): a token looks for what resembles it
+    and takes the opposite of its value; places are sines and cosines. From timm's weights the first thousand steps go into that.
+    """
+    dim, heads = ARCHITECTURE["embed_dim"], ARCHITECTURE["num_heads"]
+    size = dim // heads
+    for block in vit.blocks:
+        products = [0.7 * torch.randn(dim, dim) / dim**0.5 + 0.7 * torch.eye(dim) for _ in range(heads)]
+        for head, product in enumerate(products):
+            u, s, v = torch.linalg.svd(product)
+            rows, scale = slice(head * size, (head + 1) * size), s[:size].sqrt()
+            block.attn.qkv.weight[:dim][rows] = (u[:, :size] * scale).T
+            block.attn.qkv.weight[dim : 2 * dim][rows] = (v.T[:, :size] * scale).T
+        u, s, v = torch.linalg.svd(0.4 * torch.randn(dim, dim) / dim**0.5 - 0.4 * torch.eye(dim))
+        block.attn.qkv.weight[2 * dim :] = s.sqrt()[:, None] * v
+        block.attn.proj.weight.copy_(u * s.sqrt())
+    side = ARCHITECTURE["img_size"] // ARCHITECTURE["patch_size"]
+    vit.pos_embed[:, 1:] = build_sincos2d_pos_embed([side, side], dim)
 
 
 def loss_fn(model: Student, batch: tuple[Tensor, ...]) -> Tensor:
@@ -210,7 +242,7 @@ def main() -> None:
     val = Drawn(1200, args.seed + 2)
     config = FitConfig(
         max_steps=args.steps, batch_size=args.batch_size, lr=1.5e-3, weight_decay=0.05, warmup_steps=args.steps // 20,
-        checkpoint_every=1000, mixed_precision="bf16", restore_best=False, eval_every=1, seed=args.seed, device="cpu",
+        checkpoint_every=1000, restore_best=False, eval_every=1, seed=args.seed, device="cpu",
     )  # fmt: skip
     train = Lessons(taught, Drawn(args.crops, args.seed + 1))
     result = fit(

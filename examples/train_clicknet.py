@@ -33,6 +33,7 @@ from PIL import Image
 from torch import Tensor
 
 from mmkit.backbones import load_weights
+from mmkit.devices import cpu_multiplies_bf16
 from mmkit.storage import read_tensors, write_safetensors
 from mmkit.training import FitConfig, fit
 from mmkit.vision.clicks import (
@@ -238,7 +239,8 @@ def train(args: argparse.Namespace) -> None:
         model.load_state_dict(
             {k: v.float() if v.is_floating_point() else v for k, v in read_tensors(args.start).items()}
         )
-    fast = copy.deepcopy(model.encoder).to(torch.bfloat16)
+    halved = cpu_multiplies_bf16()
+    fast = copy.deepcopy(model.encoder).to(torch.bfloat16 if halved else torch.float32)
 
     def loss_fn(model: ClickNet, numbers: Tensor) -> tuple[Tensor, dict[str, float]]:
         """The scenes are made here; the data set only counts them."""
@@ -247,7 +249,7 @@ def train(args: argparse.Namespace) -> None:
     output, reached = Path(args.output), [0]
     config = FitConfig(
         max_steps=args.steps, max_seconds=60 * args.minutes, batch_size=args.batch_size, lr=args.lr, min_lr=0.01 * args.lr,
-        warmup_steps=round(0.03 * args.steps), ema_decay=0.998, mixed_precision="bf16", checkpoint_every=args.report,
+        warmup_steps=round(0.03 * args.steps), ema_decay=0.998, mixed_precision="bf16" if halved else "no", checkpoint_every=args.report,
         monitor="coco@1", restore_best=False, weight_decay=0.02, seed=args.seed, device="cpu", progress=False,
     )  # fmt: skip
     result = fit(

@@ -107,7 +107,7 @@ def main() -> None:
     """Train, measure, and bundle if asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder that holds photos_more and seg_more")
-    parser.add_argument("--steps", type=int, default=1800)
+    parser.add_argument("--steps", type=int, default=4500)
     parser.add_argument("--easy", type=int, default=150, help="steps of easy clips only; they fade in as many again")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)

@@ -35,7 +35,7 @@ from mmkit.vision.medical import (
 from mmkit.weights import WeightEntry, bundle, record, weight_entry
 
 NETWORKS = {
-    "unet": ("unet_nuclei", "unet_2d_tiny", {"in_chans": 3, "num_classes": 2}),
+    "unet": ("unet_nuclei", "unet_2d_small", {"in_chans": 3, "num_classes": 2}),
     "lightm_unet": (
         "lightm_unet_nuclei",
         "lightm_unet_2d_tiny",
@@ -71,6 +71,7 @@ def main() -> None:
     parser.add_argument("--patch", type=int, default=128)
     parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--ema", type=float, help="decay of the average of the weights that is kept; default none")
     parser.add_argument("--light", action="store_true", help="change patches in exposure only; all pictures alike")
     parser.add_argument("--hold-back", action="store_true", help="score a fifth of the training pictures; no test")
     parser.add_argument("--output", type=Path, help="folder for save_pretrained")
@@ -88,7 +89,7 @@ def main() -> None:
     if args.familiarity:
         for name in {row[0] for row in NETWORKS.values()}:
             old = weight_entry(name)
-            record(dataclasses.replace(old, extra={**old.extra, "familiarity": familiarity}))
+            record(dataclasses.replace(old, extra={**old.extra, "familiarity": familiarity, "touching": True}))
         return
     if args.hold_back:
         test, test_kinds = cases[2::5], kinds[2::5]
@@ -102,7 +103,7 @@ def main() -> None:
     train = Patches(cases, (args.patch,) * 2, args.steps * args.batch_size, turn=True, **changes)
     config = FitConfig(
         max_steps=args.steps, batch_size=args.batch_size, lr=args.lr, warmup_steps=min(30, args.steps // 10),
-        weight_decay=1e-4, seed=args.seed, resume=False, device="cpu",
+        weight_decay=1e-4, ema_decay=args.ema, seed=args.seed, resume=False, device="cpu",
     )  # fmt: skip
     start = time.process_time()
     result = fit(model, train, loss_fn=segmentation_loss, config=config)
@@ -127,7 +128,7 @@ def main() -> None:
             data="BBBC038v1 (2018 Data Science Bowl, CC0): 66 training and 20 test pictures",
             seed=args.seed,
             score=found,
-            extra={"class_names": ["background", "nucleus"], "familiarity": familiarity},
+            extra={"class_names": ["background", "nucleus"], "familiarity": familiarity, "touching": True},
         )
         print(f"bundled as {bundle(entry, rounded).file}")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import platform
+
 import torch
 
 from mmkit.errors import BackendUnavailableError, InputError
@@ -26,3 +28,11 @@ def resolve_dtype(dtype: str | torch.dtype = "auto", auto: torch.dtype = torch.f
     if not isinstance(resolved, torch.dtype) or not resolved.is_floating_point:
         raise InputError(f"dtype must be 'auto', 'float32', 'bfloat16' or 'float16', not {dtype!r}.")
     return resolved
+
+
+def cpu_multiplies_bf16() -> bool:
+    """Whether the CPU has instructions for bfloat16. An x86 CPU without them converts each number, many times slower than float32."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return True  # torch does not tell; nothing is claimed
+    checks = (getattr(torch.cpu, name, bool) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return any(check() for check in checks)

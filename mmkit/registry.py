@@ -156,7 +156,7 @@ MODELS = Registry(
             "mmkit.vision.medical", "lightm_unet_2d", "lightm_unet_3d", "lightm_unet_2d_tiny", "lightm_unet_3d_tiny"
         ),
         "unet": "mmkit.vision.medical:UNet",
-        "unet_2d_tiny": "mmkit.vision.medical:unet_2d_tiny",
+        **_from("mmkit.vision.medical", "unet_2d_tiny", "unet_2d_small"),
         **_from("mmkit.video.zeroi2v", "zeroi2v_clip_b16_8f", "zeroi2v_clip_b16_16f_ssv2", "zeroi2v_clip_b16_32f"),
         **_from("mmkit.video.zeroi2v", "zeroi2v_clip_l14_8f", "zeroi2v_clip_l14_32f", "zeroi2v_clip_l14_32f_ssv2"),
         **_from("mmkit.vision.piip", "piip_tsb", "piip_sbl", "piip_tsbl", "piip_h6b", "piip_lh6b"),

@@ -73,6 +73,11 @@ def make_accelerator(config: FitConfig) -> Any:
             raise InputError("fit needs version 2 of FSDP: `accelerate launch --use_fsdp --fsdp_version 2`.")
         # the short cut over the meta device goes by state_dict() keys, which an adapter writes without infix
         accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = False
+    if config.mixed_precision == "bf16" and accelerator.device.type == "cpu" and not cpu_multiplies_bf16():
+        warnings.warn(
+            "mixed_precision='bf16' on a CPU without bfloat16 instructions: steps take several times as long as with 'no'.",
+            stacklevel=2,
+        )
     known = (DistributedType.NO, DistributedType.FSDP, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
     if accelerator.distributed_type not in known:
         raise InputError(f"fit does not run under {accelerator.distributed_type.value}; use DDP or FSDP.")

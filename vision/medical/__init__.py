@@ -45,7 +45,7 @@ if TYPE_CHECKING:
         dice_ce_loss as dice_ce_loss,
         segmentation_loss as segmentation_loss,
     )
-    from mmkit.vision.medical.unet import UNet as UNet, unet_2d_tiny as unet_2d_tiny
+    from mmkit.vision.medical.unet import UNet as UNet, unet_2d_small as unet_2d_small, unet_2d_tiny as unet_2d_tiny
     from mmkit.vision.medical.volumes import (
         Volume as Volume,
         is_volume as is_volume,

@@ -39,6 +39,8 @@ class MedicalSegmentationPipeline(Pipeline):
         familiarity: tells inputs that are unlike the training data, see `Familiarity.measure`; default from the bundled weights.
         window: window size, one number or one per axis, rounded up to what the network needs. Give the size of the training
             patches: norms over a larger field see other statistics. Default: that of the bundled weights, else 256 (2D) or 64 (3D).
+        touching: objects of a class touch each other, as cells do, and are to be counted one by one; default from the bundled weights,
+            else False.
 
     Example:
         >>> import mmkit
@@ -63,9 +65,10 @@ class MedicalSegmentationPipeline(Pipeline):
         class_names: Sequence[str] | None = None,
         window: int | Sequence[int] | None = None,
         familiarity: Familiarity | None = None,
+        touching: bool | None = None,
     ):
         self.class_names: tuple[str, ...] = tuple(class_names or ())
-        self.familiarity = familiarity
+        self.familiarity, self.touching = familiarity, touching
         self.window = [] if window is None else [window] if isinstance(window, int) else list(window)
         super().__init__(model, device=device, dtype=dtype)
         missing = [k for k in ("spatial_dims", "in_chans", "num_classes") if not hasattr(self.model, k)]
@@ -98,6 +101,7 @@ class MedicalSegmentationPipeline(Pipeline):
         self.window = self.window or list(entry.extra.get("window", ()))
         if self.familiarity is None and "familiarity" in entry.extra:
             self.familiarity = Familiarity.from_dict(entry.extra["familiarity"])
+        self.touching = entry.extra.get("touching") if self.touching is None else self.touching
         return load_weights(str(model))
 
     def example(self) -> tuple[torch.Tensor, ...]:
@@ -155,6 +159,7 @@ class MedicalSegmentationPipeline(Pipeline):
             affine,
             time.perf_counter() - start,
             None if self.familiarity is None else self.familiarity.distance(x),
+            bool(self.touching),
         )
 
     def unlike(self, image: ImageLike | Volume) -> float | None:

@@ -12,6 +12,7 @@ from PIL import Image
 
 from mmkit.errors import InputError
 from mmkit.results import Result, json_text, png
+from mmkit.vision.medical.instances import split_touching
 from mmkit.vision.medical.metrics import dice
 from mmkit.vision.medical.volumes import ras
 
@@ -45,6 +46,7 @@ class SegmentationResult(Result):
         affine: voxel-to-world matrix of a volume, else None.
         seconds: time of the prediction.
         unlike: distance from the training data over the limit; above 1 there is a `warning`. `None`: the weights do not tell.
+        touching: objects of a class touch each other, as cells do: `objects` parts them with `split_touching`.
     """
 
     mask: np.ndarray
@@ -55,6 +57,21 @@ class SegmentationResult(Result):
     affine: np.ndarray | None
     seconds: float
     unlike: float | None = None
+    touching: bool = False
+
+    def objects(self, number: int = 1, labels: np.ndarray | None = None) -> np.ndarray:
+        """The single objects of a class: int32 numbers from 1, 0 elsewhere, of the mask's shape.
+
+        Args:
+            number: the class.
+            labels: another label map of the mask's shape to look into (the truth).
+        """
+        where = (self.mask if labels is None else labels) == number
+        if self.touching:
+            return split_touching(where)
+        from scipy.ndimage import label
+
+        return label(where)[0].astype(np.int32)
 
     @property
     def warning(self) -> str:
@@ -72,8 +89,6 @@ class SegmentationResult(Result):
 
         With `truth` (a label map of the mask's shape) also the Dice overlap. Raises `InputError` when shapes differ.
         """
-        from scipy.ndimage import label
-
         size_name = "volume_mm3" if self.mask.ndim == 3 else "area_px"
         rows = []
         for number, name in enumerate(self.class_names[1:], 1):
@@ -81,7 +96,7 @@ class SegmentationResult(Result):
             count = int(where.sum())
             row: dict[str, Any] = {"class": name, "pixels": count, "percent": round(100 * count / where.size, 3)}
             row[size_name] = round(count * float(np.prod(self.spacing)), 2)
-            row["objects"] = int(label(where)[1])
+            row["objects"] = int(self.objects(number).max(initial=0))
             row["mean_score"] = round(float(self.score[where].mean()), 4) if count else None
             if truth is not None:
                 row["dice"] = round(dice(self.mask, truth, number), 4)
@@ -155,10 +170,21 @@ class SegmentationResult(Result):
         alpha = np.where(labels[..., None] > 0, float(opacity), 0.0)
         base = base * (1 - alpha) + colors * alpha
         if outline:
-            base[_rim(labels, 2 * outline)] = OUTLINE_GROUND
-            rim = _rim(labels, outline)
+            regions = self._regions(labels)
+            base[_rim(regions, 2 * outline)] = OUTLINE_GROUND
+            rim = _rim(regions, outline)
             base[rim] = np.array([self.outline_color(i) for i in range(len(self.class_names))])[labels[rim]]
         return Image.fromarray((base + 0.5).astype(np.uint8))
+
+    def _regions(self, labels: np.ndarray) -> np.ndarray:
+        """What outlines go around: classes, or their single objects where those touch."""
+        if not self.touching:
+            return labels
+        found = np.zeros(labels.shape, np.int32)
+        for number in range(1, len(self.class_names)):
+            objects = self.objects(number, labels)
+            found = np.where(objects > 0, objects + found.max(), found)
+        return found
 
     @property
     def outline_width(self) -> int:
@@ -174,15 +200,23 @@ class SegmentationResult(Result):
         return self.overlay(0.0, outline=self.outline_width) if self.stained else self.overlay()
 
     def formats(self) -> dict[str, Callable[[], bytes]]:
-        """`.nii` and `.nii.gz`: the mask with spacing and affine; `.png`: class numbers as a palette picture (pictures only);
-        `.json`: `record()`.
+        """`.nii` and `.nii.gz`: the mask with spacing and affine; `.json`: `record()`. Of pictures also `.png`: class numbers as a palette
+        picture, and `.objects.png`: the numbers of the single objects of the first class, 16 bits.
         """
         formats = {
             ".nii.gz": lambda: gzip.compress(self._nifti(), mtime=0),
             ".nii": self._nifti,
             ".json": lambda: json_text(self.record()),
         }
-        return formats if self.mask.ndim == 3 else {".png": lambda: png(self._palette()), **formats}
+        return (
+            formats
+            if self.mask.ndim == 3
+            else {
+                ".objects.png": lambda: png(Image.fromarray(self.objects().astype(np.uint16))),
+                ".png": lambda: png(self._palette()),
+                **formats,
+            }
+        )
 
     def _palette(self) -> Image.Image:
         picture = Image.fromarray(self.mask)

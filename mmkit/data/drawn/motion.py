@@ -68,9 +68,9 @@ def any_motion(
 ) -> tuple[Tensor, Tensor]:
     """Clips `(batch, frames, 3, size, size)` with values in 0..1, and their classes: indices into `(*MOTIONS, WHOLE)`.
 
-    One object of any color and texture, round, square or ragged, 6 to 20 px wide, goes 0.7 to 5.5 px a frame (for 48 px and 8 frames),
+    One object of any color and texture, round, square or ragged, 6 to 20 px wide, goes 0.7 to 7 px a frame (for 48 px and 8 frames),
     faster or slower towards the end, over a ground that is plain, smooth, rough or a photograph, bright or dark. It stands out by its
-    mean brightness or color. In the sixth class everything moves together, with an object or without one, and the ground is never plain
+    mean brightness or color. In the sixth class, twice as often as any other, everything moves together, with an object or without one, and the ground is never plain
     or smooth: there it could not be told from an object that moves.
 
     Args:
@@ -89,11 +89,11 @@ def any_motion(
     def wide(values: Tensor) -> Tensor:
         return values[:, None, None, None]
 
-    labels = torch.randint(len(MOTIONS) + 1, (batch,), generator=generator)
+    labels = torch.randint(len(MOTIONS) + 2, (batch,), generator=generator).clamp(max=len(MOTIONS))
     whole = labels == len(MOTIONS)
     time = torch.linspace(-1, 1, num_frames)
     way = 3.5 * (time + uniform(-0.25, 0.25, batch)[:, None] * (1 - time.square()))  # steady, or faster at one end
-    speed = 0.7 * (5.5 / 0.7) ** uniform(0, 1, batch)
+    speed = 0.7 * (7 / 0.7) ** uniform(0, 1, batch)
     across = speed * uniform(-0.25, 0.25, batch)
     angle = uniform(0, 2 * torch.pi, batch)
     sideways = labels <= 1

@@ -87,6 +87,21 @@ def test_picture_in_mask_out(tmp_path) -> None:
     assert np.array_equal(painted[truth == 0], result.image[truth == 0])
 
 
+def test_touching_objects_are_counted_and_outlined_one_by_one(tmp_path) -> None:
+    y, x = np.mgrid[:40, :60]
+    truth = (np.hypot(y - 20, x - 20) < 10) | (np.hypot(y - 20, x - 38) < 10)
+    picture = Image.fromarray((truth * 200 + 20).astype(np.uint8))
+    together, apart = (segmenter(window=64, touching=touching)(picture) for touching in (False, True))
+    assert [r.measures()[0]["objects"] for r in (together, apart)] == [1, 2]
+    numbers = np.asarray(Image.open(apart.save(tmp_path / "cells.objects.png")))
+    assert (numbers > 0).sum() == truth.sum()
+    assert set(np.unique(numbers)) == {0, 1, 2}
+    assert numbers[20, 20] != numbers[20, 38]
+    rims = [np.asarray(r.overlay(0.0, outline=1))[20, 29] for r in (together, apart)]
+    assert (rims[0] == together.image[20, 29]).all()
+    assert (rims[1] != apart.image[20, 29]).any()
+
+
 def test_volume_keeps_spacing_and_affine(tmp_path) -> None:
     truth = blob((20, 24, 18))
     affine = np.array([[0, -0.5, 0, 3], [2, 0, 0, 1], [0, 0, 1.5, 7], [0, 0, 0, 1.0]])

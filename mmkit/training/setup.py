@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from mmkit.devices import cpu_multiplies_bf16
 from mmkit.errors import InputError, nearest
 from mmkit.training.config import FitConfig
 from mmkit.training.loading import Batches, is_map_style

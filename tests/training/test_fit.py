@@ -19,6 +19,7 @@ import mmkit
 from mmkit.errors import InputError, TrainingError
 from mmkit.storage.runs import list_checkpoints
 from mmkit.training import FitConfig, fit
+from mmkit.training.setup import make_accelerator
 
 QUIET = {"progress": False, "device": "cpu"}
 
@@ -251,6 +252,14 @@ def test_custom_loss_metrics_and_extra_columns(tmp_path):
     )
     assert result.metrics["mse"] < 0.05 * result.history[0]["mse"] or result.metrics["mse"] < 1e-2
     assert "root" in (tmp_path / "log.csv").read_text().splitlines()[0].split(",")
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_bf16_on_a_cpu_that_cannot_multiply_it_is_told(monkeypatch, recwarn, fast):
+    monkeypatch.setattr("mmkit.training.setup.cpu_multiplies_bf16", lambda: fast)
+    make_accelerator(FitConfig(mixed_precision="bf16", device="cpu"))
+    make_accelerator(FitConfig(device="cpu"))  # accelerate keeps its settings for the life of the process
+    assert any("bfloat16" in str(w.message) for w in recwarn) is not fast
 
 
 @pytest.mark.parametrize("precision", ["bf16"])

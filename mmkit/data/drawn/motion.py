@@ -70,8 +70,8 @@ def any_motion(
 
     One object of any color and texture, round, square or ragged, 6 to 20 px wide, goes 0.7 to 7 px a frame (for 48 px and 8 frames),
     faster or slower towards the end, over a ground that is plain, smooth, rough or a photograph, bright or dark. It stands out by its
-    mean brightness or color. In the sixth class, twice as often as any other, everything moves together, with an object or without one, and the ground is never plain
-    or smooth: there it could not be told from an object that moves.
+    mean brightness or color. In the sixth class, twice as often drawn as any other, everything moves together, with an object or without
+    one, and the ground is never plain or smooth: there it could not be told from an object that moves.
 
     Args:
         batch: number of clips.

@@ -1,6 +1,6 @@
 """Train a small U-Net or LightM-UNet to find cell nuclei in microscopy pictures; the former is the default of "medical-segmentation".
 
-    python examples/train_nuclei.py --data data/med_nuclei --network unet --bundle          # replaces the bundled weights
+    python examples/train_nuclei.py --data data/med_nuclei --network unet --ema 0.995 --bundle    # replaces the bundled weights
     python examples/train_nuclei.py --data data/med_nuclei --network lightm_unet --light --steps 500 --patch 96 --bundle
     python examples/train_nuclei.py --data data/med_nuclei --network unet --hold-back       # for choosing settings
     python examples/train_nuclei.py --data data/med_nuclei --familiarity  # only records what the training pictures look like
@@ -66,10 +66,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--network", choices=list(NETWORKS), default="unet")
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--patch", type=int, default=128)
-    parser.add_argument("--lr", type=float, default=4e-3)
+    parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ema", type=float, help="decay of the average of the weights that is kept; default none")
     parser.add_argument("--light", action="store_true", help="change patches in exposure only; all pictures alike")
@@ -124,7 +124,8 @@ def main() -> None:
             summary=SUMMARIES[args.network],
             license="Apache-2.0",
             command=f"python examples/train_nuclei.py --data data/med_nuclei --network {args.network} --steps {args.steps} "
-            f"--batch-size {args.batch_size} --patch {args.patch} --lr {args.lr} --seed {args.seed}{' --light' * args.light} --bundle",
+            f"--batch-size {args.batch_size} --patch {args.patch} --lr {args.lr} --seed {args.seed}"
+            f"{f' --ema {args.ema}' * bool(args.ema)}{' --light' * args.light} --bundle",
             data="BBBC038v1 (2018 Data Science Bowl, CC0): 66 training and 20 test pictures",
             seed=args.seed,
             score=found,

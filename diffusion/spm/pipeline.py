@@ -12,6 +12,7 @@ weights takes the adapter off.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -143,7 +144,9 @@ class ConceptEraser(TextToImagePipeline):
         with contextlib.ExitStack() as stack:
             for adapter in erasers.values():
                 stack.enter_context(adapter.disabled())
-            one = SPM(next(iter(erasers.values())).config, name="composed").attach(self.denoiser)
+            taken = attached_adapters(self.denoiser)
+            unused = next(n for n in (f"composed{i}" for i in itertools.count()) if n not in taken)
+            one = SPM(next(iter(erasers.values())).config, name=unused).attach(self.denoiser)
             stack.callback(one.detach)
             one.load_state_dict(tensors)
             yield

@@ -144,7 +144,7 @@ class ClickNet(Model):
 
         self.img_size, self.num_masks = img_size, num_masks
         options: dict[str, Any] = {"pad_type": "same"} if encoder.startswith("mobilenet") else {}
-        built: nn.Module = timm.create_model(encoder, features_only=True, **options).requires_grad_(False)
+        built: nn.Module = timm.create_model(encoder, features_only=True, **options).requires_grad_(False).eval()
         self.encoder = cast(Any, built)
         about: Any = self.encoder.feature_info
         widths = about.channels()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 
 from mmkit.adapters import apply_adapter, forward_context, save_adapter
 from mmkit.diffusion import TextToImagePipeline
-from mmkit.diffusion.spm import ConceptEraser, composed, save_official_checkpoint
+from mmkit.diffusion.spm import SPM, ConceptEraser, composed, save_official_checkpoint
 from mmkit.errors import CheckpointError, InputError
 
 LATENT = {"output_type": "latent"}
@@ -62,6 +63,10 @@ def test_each_prompt_of_a_batch_has_its_own_gates(sd: Any, tmp_path: Path) -> No
 
 def test_released_composition_squares_a_gate_and_mixes_erasers(sd: Any, tmp_path: Path) -> None:
     draw = eraser(sd, tmp_path, matching=0.7, composition="released")
+    taken = SPM(replace(draw.erasers["gogh"].config, concepts=()), name="composed0").attach(
+        draw.denoiser
+    )  # any name may be taken
+    taken.enabled = False
     gogh, dog = draw.erasers["gogh"], draw.erasers["dog"]
     mixed = draw.run(["a cat", "snoopy"], [4, 5], 2, 3.0, options=LATENT)
     tensors = composed({gogh: 0.7, dog: 0.7})

@@ -66,10 +66,7 @@ def launch_studio(
         InputError: unknown page, a host without passwords, a size that is none, or the port is taken.
     """
     names = None if names is None else list(names)
-    if isinstance(auth, tuple):
-        passwords = dict([auth])
-    else:
-        passwords = read_passwords(auth) if isinstance(auth, (str, os.PathLike)) else dict(auth or {})
+    passwords = _passwords(auth)
     local = host in LOOPBACK
     if not local and not passwords:
         raise InputError(
@@ -79,12 +76,8 @@ def launch_studio(
     limits.DISK_QUOTA = str(limits.in_bytes(quota))
     max_upload = limits.in_bytes(max_file_size)
     limits.MAX_FILE_SIZE = limits.of_bytes(max_upload)
-    keep_freed_memory()  # the sweeper gives it back
     files = workspace().files
-    os.environ["GRADIO_TEMP_DIR"] = str(files)  # read when components are built: uploads and pictures go there
-    os.environ.setdefault("GRADIO_ANALYTICS_MAX_EVENTS", "200")  # kept, and summed up at every event
-    os.environ.setdefault("MPLBACKEND", "agg")  # gradio asks for it at every event; to find one takes 15 MB
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")  # not 1024: every size of picture has its own
+    _set_process(str(files))
     studio = build_studio(names)
     _reach_own_server()
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # where gradio itself decodes (ImageEditor), PIL refuses above twice this
@@ -135,6 +128,22 @@ def launch_studio(
         threading.Thread(target=load_ahead, args=(names,), name="mmkit-load", daemon=True).start()
         studio.block_thread()
     return studio, url
+
+
+def _passwords(auth: tuple[str, str] | Mapping[str, str] | str | os.PathLike[str] | None) -> dict[str, str]:
+    """User -> password; empty where nobody is asked."""
+    if isinstance(auth, tuple):
+        return dict([auth])
+    return read_passwords(auth) if isinstance(auth, (str, os.PathLike)) else dict(auth or {})
+
+
+def _set_process(files: str) -> None:
+    """What holds for the whole process, before components are built."""
+    keep_freed_memory()  # the sweeper gives it back
+    os.environ["GRADIO_TEMP_DIR"] = files  # read when components are built: uploads and pictures go there
+    os.environ.setdefault("GRADIO_ANALYTICS_MAX_EVENTS", "200")  # kept, and summed up at every event
+    os.environ.setdefault("MPLBACKEND", "agg")  # gradio asks for it at every event; to find one takes 15 MB
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")  # not 1024: every size of picture has its own
 
 
 def load_ahead(names: Iterable[str] | None = None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 from mmkit.adapters import Adapter, apply_adapter, list_adapters
-from mmkit.backbones import create_backbone, image_info, warn_if_random
+from mmkit.backbones import ImageBackboneInfo, create_backbone, image_info, warn_if_random
 from mmkit.data import ImageDataset, ImageTransform, fold_dataset, open_dataset, split_dataset
 from mmkit.data.folder import check_seed
 from mmkit.errors import InputError, nearest
@@ -156,34 +157,17 @@ def prepare(
         "name": str(Path(backbone).expanduser().resolve()) if is_folder else str(backbone),
         "overrides": overrides or {},
     }
-    model = create_backbone(
-        backbone, checkpoint_path, pretrained=pretrained, num_classes=len(dataset.class_names), **(overrides or {})
-    )
-    warn_if_random(model)
-    info = dataclasses.replace(image_info(model), class_names=tuple(dataset.class_names))
-    if not info.heads:
-        raise InputError(
-            f"{backbone!r} has no classifier that could be trained; choose an image classification backbone."
-        )
-    model.__dict__["backbone_info"] = info
+    building = {"checkpoint_path": checkpoint_path, "pretrained": pretrained, **(overrides or {})}
+    model, info = _classifier(backbone, building, dataset.class_names)
     if solve_heads is None:
         solve_heads = _photographs(dataset) and info.trained is not False
-    attached = None
-    if adapter == "full":
-        _keep_statistics(model)
-    else:
-        attached = apply_adapter(model, adapter, **{"modules_to_save": info.heads, **(settings or {})})
-        attached.check()
+    attached = _attached(model, adapter, info.heads, settings or {})
     plain = info.preprocessing()
     more = {"auto_augment": auto_augment, "color_jitter": color_jitter, "erase": erase}
-    whole = {} if augment else {"scale": (1.0, 1.0), "hflip": 0.0}
-    drawing = ImageTransform.of(
-        plain, train=augment or any(more.values()), **(more | whole if any(more.values()) else {})
-    )
     return Prepared(
         model=model,
         adapter=attached,
-        train=train.with_transform(drawing),
+        train=train.with_transform(_drawn(plain, augment, more)),
         val=held.with_transform(ImageTransform.of(plain)),
         class_names=list(dataset.class_names),
         method=adapter,
@@ -220,6 +204,38 @@ def prepare(
             "settings": settings or {},
         },
     )
+
+
+def _classifier(
+    backbone: str | os.PathLike[str], building: dict[str, Any], class_names: Sequence[str]
+) -> tuple[nn.Module, ImageBackboneInfo]:
+    """The backbone with a fresh classifier, and what is known of it."""
+    model = create_backbone(backbone, num_classes=len(class_names), **building)
+    warn_if_random(model)
+    info = dataclasses.replace(image_info(model), class_names=tuple(class_names))
+    if not info.heads:
+        raise InputError(
+            f"{backbone!r} has no classifier that could be trained; choose an image classification backbone."
+        )
+    model.__dict__["backbone_info"] = info
+    return model, info
+
+
+def _attached(model: nn.Module, method: str, heads: Sequence[str], settings: dict[str, Any]) -> Adapter | None:
+    """The adapter, seen to act; `None` for all weights."""
+    if method == "full":
+        _keep_statistics(model)
+        return None
+    adapter = apply_adapter(model, method, **{"modules_to_save": heads, **settings})
+    adapter.check()
+    return adapter
+
+
+def _drawn(plain: dict[str, Any], augment: bool, more: dict[str, Any]) -> ImageTransform:
+    """How training pictures are drawn: cropped and flipped with `augment`, and changed as `more` says."""
+    whole = {} if augment else {"scale": (1.0, 1.0), "hflip": 0.0}
+    changed = any(more.values())
+    return ImageTransform.of(plain, train=augment or changed, **(more | whole if changed else {}))
 
 
 def _split(

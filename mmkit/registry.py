@@ -254,6 +254,7 @@ COMMANDS = Registry(  # what `mmkit <command>` runs, so that the core need not k
         "finetune-text-to-image": "mmkit.diffusion:finetune",
         "finetune-video-classification": "mmkit.video.zeroi2v:finetune",
         "finetune-point-cloud-classification": "mmkit.pointcloud.point_peft:finetune",
+        "finetune-segmentation": "mmkit.vision.medical:finetune",
         "splat": "mmkit.pointcloud.splats",
         "slam": "mmkit.pointcloud.slam.command:slam",
         "erase": "mmkit.diffusion.spm.command:erase",

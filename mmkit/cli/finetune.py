@@ -23,7 +23,7 @@ def _option(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-TASKS = ("image-classification", "text-to-image", "video-classification", "point-cloud-classification")
+TASKS = ("image-classification", "text-to-image", "video-classification", "point-cloud-classification", "segmentation")
 _HIDDEN = {"resume", "seed"}  # --restart, and an option that all tasks have
 _ALSO = {"max_steps": ("--steps",), "max_seconds": ("--time-limit",)}
 _CHOSEN = {"lr", "warmup_epochs", "weight_decay", "label_smoothing"}  # where the rooms have their own
@@ -96,7 +96,10 @@ def _settings(pairs: list[str]) -> dict[str, Any]:
 
 def finetune(
     data: Annotated[
-        Path, typer.Option(help="Folder with a sub-folder per class, CSV or zip; videos, clouds or captioned pictures.")
+        Path,
+        typer.Option(
+            help="Sub-folders per class, CSV or zip; or videos, clouds, captioned pictures, images/ and masks/."
+        ),
     ],
     task: Annotated[str, typer.Option(help=f"One of {', '.join(TASKS)}.")] = "image-classification",
     backbone: Annotated[
@@ -154,12 +157,11 @@ def finetune(
     ] = None,
     **fit: Any,
 ) -> None:
-    """Adapt a model to your own data: pictures, videos or point clouds by class, or captioned pictures."""
+    """Adapt a model to your own data: pictures, videos or point clouds by class, captioned pictures, or images with masks."""
     given = {k: v for k, v in fit.items() if v is not None}
     output = output.expanduser().absolute()
     if task not in TASKS:
-        python = " Segmentation is trained from Python, see mmkit.vision.medical." if "segment" in task else ""
-        raise InputError(f"There is no training of {task!r} by command.{python} {nearest(task, TASKS)}")
+        raise InputError(f"There is no training of {task!r} by command. {nearest(task, TASKS)}")
     common: dict[str, Any] = {"seed": seed, "settings": _settings(set_ or []), "val": val}
     pictures = {
         "augment": augment, "auto_augment": auto_augment, "color_jitter": color_jitter, "erase": erase, "solve_heads": solve_heads,

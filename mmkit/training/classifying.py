@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +12,10 @@ from PIL import Image
 from torch import nn
 
 from mmkit.errors import InputError
-from mmkit.storage import atomic_write
-from mmkit.storage.settings import settings_text
 from mmkit.training.answers import Answers
 from mmkit.training.config import FitConfig, FitResult
 from mmkit.training.loop import fit
-from mmkit.training.page import report_page
+from mmkit.training.reporting import told, write_report
 
 
 @dataclass
@@ -44,13 +40,9 @@ class Classified:
     def summary(self, model: str | None = None) -> str:
         """What came out and how to use it, for people."""
         held = (
-            ""
-            if self.accuracy is None
-            else f" {100 * self.accuracy:.1f} % of what was held back is right (best epoch)."
+            "" if self.accuracy is None else f"{100 * self.accuracy:.1f} % of what was held back is right (best epoch)."
         )
-        told = f"{self.fit.trainable_parameters:,} parameters trained in {self.fit.steps} steps.{held}"
-        where = f"\nSaved to {self.folder}; look at {self.folder / 'report.html'}." if self.folder else ""
-        return f"{told}{where} Try it in Python: {self.use}"
+        return told(self.fit, self.folder, held, self.use)
 
 
 def config_of(given: Mapping[str, Any], **usual: Any) -> FitConfig:
@@ -94,7 +86,25 @@ def train_classifier(
     done = Classified(model, adapter, run, output_dir, run.best_metrics.get("accuracy"), answers, use)
     if output_dir is not None:
         save(output_dir)
-        _write(done, output_dir, title, settings, trained, adapter, picture, len(train))
+        sites = adapter.site_paths if adapter is not None else ["(all that requires a gradient)"]
+        held = f", {len(answers.labels):,} held back." if answers else "; none held back."
+        write_report(
+            output_dir,
+            model,
+            run,
+            title=title,
+            subtitle=f"{len(train):,} training examples{held}",
+            score=("best accuracy", done.accuracy),
+            found={
+                "accuracy": done.accuracy,
+                "sites": sites,
+                "answers": answers and answers.report() | {"of": "validation"},
+            },
+            settings=settings,
+            trained=trained,
+            use=use,
+            thumbnails=[picture(i) for i in answers.most_wrong()] if answers and picture else [],
+        )
     return done
 
 
@@ -106,48 +116,6 @@ def _answers(
     device = next(model.parameters()).device
     found = [model(torch.as_tensor(val[i][0])[None].to(device)).float().softmax(-1).cpu() for i in range(len(val))]
     return Answers(torch.cat(found), torch.tensor(labels), class_names, names)
-
-
-def _write(
-    done: Classified, folder: Path, title: str, settings: Mapping[str, Any], trained: Sequence[tuple[str, str]], adapter: Any,
-    picture: Callable[[int], Image.Image] | None, count: int,
-) -> None:  # fmt: skip
-    run, answers = done.fit, done.answers
-    sites = adapter.site_paths if adapter is not None else ["(all that requires a gradient)"]
-    total = sum(p.numel() for p in done.model.parameters())
-    text = settings_text(
-        settings, "mmkit finetune --config run.toml repeats this run; what the command line says wins."
-    )
-    report = {
-        "accuracy": done.accuracy, "trainable_parameters": run.trainable_parameters, "total_parameters": total, "sites": sites,
-        "steps": run.steps, "seconds": round(run.seconds, 2), "stopped": run.stopped, "best": run.best_metrics, "last": run.metrics,
-        "history": run.history, "answers": answers and answers.report() | {"of": "validation"}, "run": text,
-    }  # fmt: skip
-    every = -(-len(run.losses) // 400) or 1
-    page = report | {
-        "title": title,
-        "subtitle": f"{count:,} training examples"
-        + (f", {len(answers.labels):,} held back." if answers else "; none held back."),
-        "figures": [
-            ("best accuracy", "–" if done.accuracy is None else f"{100 * done.accuracy:.1f} %"),
-            ("numbers trained", f"{run.trainable_parameters:,}"),
-            ("steps", f"{run.steps:,}"),
-            ("in training", f"{run.seconds:,.0f} s"),
-        ],
-        "losses": [(i + 1, v) for i, v in enumerate(run.losses)][::every],
-        "trained": [*trained, ("trained", f"{run.trainable_parameters:,} of {total:,} parameters")],
-        "settings": text,
-        "next": [("Ask it, in Python", done.use), ("Run it again", f"mmkit finetune --config {shlex.quote(str(folder))}/run.toml")],
-    }  # fmt: skip
-    thumbs = [picture(i) for i in answers.most_wrong()] if answers and picture else []
-    files = {
-        "report.json": json.dumps(report, indent=2) + "\n",
-        "report.html": report_page(page, thumbs),
-        "run.toml": text,
-    }
-    for name, content in files.items():
-        with atomic_write(folder / name) as temporary:
-            temporary.write_text(content, encoding="utf-8")
 
 
 def known_method(method: str, methods: Sequence[str], task: str) -> None:

@@ -24,14 +24,17 @@ def report_page(report: Mapping[str, Any], thumbnails: Sequence[Image.Image | No
     Args:
         report: "title", "subtitle", "figures" [(name, value)], "history", "losses", "answers" (`Answers.report`, or None), "trained"
             [(name, value)], "sites", "next" [(what for, command)], "rows" (a table of several runs: a list of rows of cells, the
-            heading first); what is missing is left out.
+            heading first), "measure" (what of the history is drawn, default "accuracy"), "table" (title, rows, note), "pictures"
+            (title, [(caption, name, wide picture)]); what is missing is left out.
         thumbnails: a picture for each of the most wrong answers, or None.
     """
     answers = report.get("answers")
     parts = [
         _header(report),
-        _compared(report.get("rows")),
-        _curves(report.get("history") or [], report.get("losses") or []),
+        _table("Side by side", report.get("rows") or []),
+        _curves(report.get("history") or [], report.get("losses") or [], report.get("measure", "accuracy")),
+        _table(*report.get("table", ("", []))),
+        _pictures(*report.get("pictures", ("", []))),
         _classes(answers) if answers else "",
         _wrong(answers, thumbnails) if answers else "",
         _trained(report),
@@ -61,7 +64,7 @@ def _section(title: str, body: str, note: str = "") -> str:
     return f"<section><h2>{escape(title)}</h2>{body}{told}</section>"
 
 
-def _compared(rows: Sequence[Sequence[Any]] | None) -> str:
+def _table(title: str, rows: Sequence[Sequence[Any]], note: str = "") -> str:
     if not rows:
         return ""
 
@@ -70,13 +73,20 @@ def _compared(rows: Sequence[Sequence[Any]] | None) -> str:
         return "".join(f"<{tag}{k}>{escape(str(c))}</{tag}>" for k, c in zip(kinds, cells, strict=True))
 
     body = "".join(f"<tr>{line(row, 'td')}</tr>" for row in rows[1:])
-    return _section(
-        "Side by side",
-        f'<div class="wide"><table><thead><tr>{line(rows[0], "th")}</tr></thead><tbody>{body}</tbody></table></div>',
-    )
+    head = f"<thead><tr>{line(rows[0], 'th')}</tr></thead>"
+    return _section(title, f'<div class="wide"><table>{head}<tbody>{body}</tbody></table></div>', note)
 
 
-def _curves(history: Sequence[Mapping[str, float]], losses: Sequence[tuple[int, float]]) -> str:
+def _pictures(title: str, rows: Sequence[tuple[str, str, Image.Image]]) -> str:
+    figures = [
+        f'<figure><img alt="{escape(name)}" src="{data_uri(picture, 3 * SIDE)}">'
+        f"<figcaption>{escape(caption)}<small>{escape(name)}</small></figcaption></figure>"
+        for caption, name, picture in rows
+    ]
+    return _section(title, f'<div class="wrong strips">{"".join(figures)}</div>') if rows else ""
+
+
+def _curves(history: Sequence[Mapping[str, float]], losses: Sequence[tuple[int, float]], measure: str) -> str:
     charts = []
     points = [(float(s), float(v)) for s, v in losses]
     if len(points) > 1:
@@ -88,14 +98,16 @@ def _curves(history: Sequence[Mapping[str, float]], losses: Sequence[tuple[int, 
         lines += [Line("held-out pictures", held)] if held else []
         top = max(top, *(v for _, v in held)) if held else top
         charts.append(line_chart("Loss", "step", lines, (points[0][0], points[-1][0]), (0.0, max(top, 1e-6))))
-    right = [(h["epoch"], 100 * h["accuracy"]) for h in history if "accuracy" in h]
+    right = [(h["epoch"], 100 * h[measure]) for h in history if measure in h]
     if right:
         best = max(range(len(right)), key=lambda i: right[i][1])
         low = max(0.0, min(v for _, v in right) // 10 * 10 - 10)
         span = (min(right[0][0], 1.0), max(right[-1][0], right[0][0] + 1))
         note = f"best {right[best][1]:.1f} % after {right[best][0]:g}"
         charts.append(
-            line_chart("Accuracy, %", "epoch", [Line("", right, mark=best)], span, (low, 100.0), "{:.0f}", note)
+            line_chart(
+                f"{measure.capitalize()}, %", "epoch", [Line("", right, mark=best)], span, (low, 100.0), "{:.0f}", note
+            )
         )
     return _section("Curves", f'<div class="pair">{"".join(charts)}</div>') if charts else ""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,9 @@ from mmkit.storage.settings import settings_text
 from mmkit.training import FitConfig, FitResult
 from mmkit.training.answers import Answers
 from mmkit.training.page import report_page
+from mmkit.training.reporting import HEADING, thinned
 from mmkit.vision.classification.preparing import Prepared
 
-POINTS = 400
-"""The loss curve keeps at most so many points."""
-HEADING = "mmkit finetune --config run.toml repeats this run; what the command line says wins."
 _OURS = ("resume", "progress", "seed")
 
 
@@ -59,13 +56,6 @@ def run_settings(prepared: Prepared, config: FitConfig, output: Path | None) -> 
     where = {"output": str(output) if output is not None and given.get("data") else None}
     fitting = {k: v for k, v in vars(config).items() if k not in _OURS}
     return settings_text({**given, **where, **fitting, **tables}, HEADING)
-
-
-def thinned(losses: Sequence[float]) -> list[tuple[int, float]]:
-    """(step, loss), means over as many steps as leave at most `POINTS` of them."""
-    size = -(-len(losses) // POINTS) or 1
-    groups = [losses[i : i + size] for i in range(0, len(losses), size)]
-    return [(min((i + 1) * size, len(losses)), round(statistics.mean(g), 5)) for i, g in enumerate(groups)]
 
 
 def run_page(

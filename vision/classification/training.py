@@ -21,10 +21,11 @@ from mmkit.storage.files import absolute
 from mmkit.storage.folders import check_free
 from mmkit.training import FitConfig, FitResult, RateSearch, StepInfo, find_lr, fit
 from mmkit.training.answers import Answers
+from mmkit.training.reporting import thinned
 from mmkit.vision.classification.metrics import answers_on, merge_error
 from mmkit.vision.classification.preparing import Prepared, prepare
 from mmkit.vision.classification.probe import start_heads
-from mmkit.vision.classification.report import run_page, run_settings, thinned
+from mmkit.vision.classification.report import run_page, run_settings
 from mmkit.vision.classification.saving import KEPT, KINDS, save_run
 
 LEARNING_RATES = {"linear_probe": 3e-2, "ssf": 2e-2, "bitfit": 2e-2, "lora": 5e-3, "full": 5e-4}

@@ -11,13 +11,16 @@ from mmkit.lazy import door
 if TYPE_CHECKING:
     from mmkit.vision.medical.datasets import (
         Case as Case,
+        Pairs as Pairs,
         drawn_cases as drawn_cases,
+        find_pairs as find_pairs,
         hippocampus_cases as hippocampus_cases,
         nuclei_cases as nuclei_cases,
         nuclei_instances as nuclei_instances,
         nuclei_kinds as nuclei_kinds,
     )
     from mmkit.vision.medical.familiar import Familiarity as Familiarity
+    from mmkit.vision.medical.finetuning import Segmented as Segmented, finetune as finetune
     from mmkit.vision.medical.instances import split_touching as split_touching
     from mmkit.vision.medical.labels import load_labels as load_labels
     from mmkit.vision.medical.metrics import (

@@ -34,6 +34,13 @@ def load_labels(source: str | os.PathLike[str] | np.ndarray, num_classes: int) -
     return _classes(labels, num_classes, name)
 
 
+def label_values(source: str | os.PathLike[str]) -> list[int]:
+    """The distinct numbers in a file of a label map, ascending. Raises `InputError` for what `load_labels` refuses with many classes."""
+    labels = load_volume(source).data if is_volume(source) else _numbers(open_image(source), str(source))
+    _classes(labels, 1 << 16, str(source))
+    return [int(v) for v in np.unique(np.round(labels))]
+
+
 def _classes(labels: np.ndarray, num_classes: int, name: str) -> np.ndarray:
     if labels.dtype.kind not in "buif" or labels.size == 0:
         raise InputError(f"{name} holds {labels.size} {labels.dtype} values; labels are whole numbers.")

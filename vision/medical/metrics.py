@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from torch import nn
 
 from mmkit.errors import InputError
 from mmkit.vision.medical.datasets import Case
-from mmkit.vision.medical.windows import sliding_window
+from mmkit.vision.medical.windows import fitting, sliding_window
 
 
 def dice(predicted: np.ndarray, truth: np.ndarray, label: int) -> float:
@@ -30,6 +30,38 @@ def dice_per_class(model: nn.Module, cases: Sequence[Case], window: Sequence[int
         mask = sliding_window(model, image.to(device), window, progress=False).argmax(0).cpu().numpy()
         scores.append([dice(mask, labels.numpy(), k) for k in range(1, num_classes)])
     return [float(x) for x in np.mean(scores, 0)]
+
+
+def confusion(predicted: np.ndarray, truth: np.ndarray, num_classes: int) -> np.ndarray:
+    """(K, K) counts of pixels: row is the truth, column the answer."""
+    return np.bincount(truth.ravel() * num_classes + predicted.ravel(), minlength=num_classes**2).reshape(
+        -1, num_classes
+    )
+
+
+def confusions(model: nn.Module, cases: Iterable[Case], window: Sequence[int]) -> np.ndarray:
+    """(N, K, K) `confusion` of each whole case, predicted in windows as the pipeline does."""
+    device = next(model.parameters()).device
+    found = []
+    for image, labels in cases:
+        size = fitting(window, image.shape[1:], int(model.multiple))  # type: ignore[arg-type]
+        probabilities = sliding_window(model, image.to(device), size, progress=False)
+        found.append(confusion(probabilities.argmax(0).cpu().numpy(), labels.cpu().numpy(), len(probabilities)))
+    return np.stack(found)
+
+
+def overlaps(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Dice and intersection over union of each class, 0..1, (..., K) each, from counts (..., K, K); NaN where it is nowhere."""
+    both, total = np.diagonal(counts, axis1=-2, axis2=-1), counts.sum(-1) + counts.sum(-2)
+    with np.errstate(invalid="ignore"):
+        return 2 * both / total, both / (total - both)
+
+
+def mean_dice(counts: np.ndarray) -> np.ndarray:
+    """Mean of Dice over the foreground classes that occur, (...), from counts (..., K, K); NaN where none does."""
+    found = overlaps(counts)[0][..., 1:]
+    with np.errstate(invalid="ignore"):
+        return np.nansum(found, -1) / (~np.isnan(found)).sum(-1)
 
 
 def average_precision(predicted: np.ndarray, truth: np.ndarray, overlap: float = 0.5) -> float:

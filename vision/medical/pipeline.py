@@ -18,15 +18,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mmkit.backbones.model import Model, open_model
 from mmkit.data.images import ImageLike, load_image
-from mmkit.errors import InputError
+from mmkit.errors import CheckpointError, InputError
 from mmkit.pipelines import Pipeline
+from mmkit.storage import new_folder, read_json, write_json
 from mmkit.vision.medical.familiar import Familiarity
 from mmkit.vision.medical.result import SegmentationResult
 from mmkit.vision.medical.volumes import Volume, from_ras, is_volume, load_volume, normalize, ras
-from mmkit.vision.medical.windows import sliding_window
+from mmkit.vision.medical.windows import fitting, sliding_window
 
 _WINDOW = {2: 256, 3: 64}
+_EXTRA = "segmentation.json"  # beside the weights: what bundled ones have in the manifest
 
 
 class MedicalSegmentationPipeline(Pipeline):
@@ -89,20 +92,43 @@ class MedicalSegmentationPipeline(Pipeline):
         self.window = [-(-s // self.multiple) * self.multiple for s in sizes]
 
     def load(self, model: str | os.PathLike[str]) -> nn.Module:
-        """A folder written by `save_pretrained`, or bundled weights with their class names and window."""
+        """A folder of `save_pretrained`, the model's or ours, or bundled weights; with their class names and window."""
         from mmkit.backbones import load_weights
-        from mmkit.backbones.model import open_model
         from mmkit.weights import weight_entry
 
-        if Path(model).expanduser().is_dir():
-            return open_model(model)
-        entry = weight_entry(str(model))
-        self.class_names = self.class_names or tuple(entry.extra.get("class_names", ()))
-        self.window = self.window or list(entry.extra.get("window", ()))
-        if self.familiarity is None and "familiarity" in entry.extra:
-            self.familiarity = Familiarity.from_dict(entry.extra["familiarity"])
-        self.touching = entry.extra.get("touching") if self.touching is None else self.touching
-        return load_weights(str(model))
+        folder = Path(model).expanduser()
+        if folder.is_dir():
+            network = open_model(folder)
+            extra = read_json(folder / _EXTRA) if (folder / _EXTRA).is_file() else {}
+        else:
+            network, extra = load_weights(str(model)), weight_entry(str(model)).extra
+        try:
+            self.class_names = self.class_names or tuple(extra.get("class_names", ()))
+            self.window = self.window or list(extra.get("window", ()))
+            if self.familiarity is None and extra.get("familiarity"):
+                self.familiarity = Familiarity.from_dict(extra["familiarity"])
+            self.touching = extra.get("touching") if self.touching is None else self.touching
+        except (AttributeError, TypeError, KeyError, ValueError) as error:
+            raise CheckpointError(f"{folder / _EXTRA} is damaged: {error!r}. Save the folder again.") from error
+        return network
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write a folder that a pipeline opens with the same network and all that this one knows of it.
+
+        Raises `InputError` when the network is no model of mmkit, or the folder holds anything else.
+        """
+        if not isinstance(self.model, Model):
+            raise InputError(f"{type(self.model).__name__} is no model of mmkit; save it as its library does.")
+        known = self.familiarity and self.familiarity.to_dict()
+        with new_folder(folder, kind="model") as draft:
+            self.model.save_pretrained(draft)
+            told = {
+                "class_names": self.class_names,
+                "window": self.window,
+                "familiarity": known,
+                "touching": self.touching,
+            }
+            write_json(draft / _EXTRA, told)
 
     def example(self) -> tuple[torch.Tensor, ...]:
         """A window in numbers, (1, C, H, W) or (1, C, D, H, W)."""
@@ -133,7 +159,7 @@ class MedicalSegmentationPipeline(Pipeline):
         """
         start = time.perf_counter()
         shown, x, spacing, affine = self._prepare(image, spacing)
-        window = [min(w, -(-s // self.multiple) * self.multiple) for w, s in zip(self.window, x.shape[1:], strict=True)]
+        window = fitting(self.window, x.shape[1:], self.multiple)
 
         def run(batch: Tensor) -> Tensor:
             if not tta:

@@ -22,6 +22,11 @@ def _starts(size: int, window: int, overlap: float) -> list[int]:
     return [round(x) for x in np.linspace(0, size - window, count)]
 
 
+def fitting(window: Sequence[int], size: Sequence[int], multiple: int) -> list[int]:
+    """The window for an image of `size`: no larger than it needs to be, in steps of `multiple`."""
+    return [min(w, -(-s // multiple) * multiple) for w, s in zip(window, size, strict=True)]
+
+
 def _gaussian(window: Sequence[int], device: torch.device) -> Tensor:
     weight = torch.ones(1, device=device)
     for size in window:

@@ -175,7 +175,8 @@ def test_what_means_nothing_for_a_task_is_refused(pictures: Path, tmp_path: Path
     for task, more, told in (
         ("text-to-image", ("--augment",), "--augment means nothing"),
         ("text-to-image", ("--mixup", 0.2), "--mixup means nothing for --task text-to-image; it takes"),
-        ("segmentation", (), "no training of 'segmentation' by command"),
+        ("segmentation", ("--erase", 0.2), "--erase means nothing"),
+        ("segmentaton", (), "no training of 'segmentaton' by command. Did you mean 'segmentation'"),
     ):
         code, output = run(pictures, tmp_path / "out", "--task", task, *more)
         assert code == 1

@@ -46,8 +46,8 @@ NETWORKS = {
 SUMMARIES = {
     "unet": "Nuclei in fluorescence and stained brightfield microscopy, 10 to 60 px wide, against background; "
     "mmkit.vision.medical.split_touching parts touching ones. Other kinds of images are out of its reach. Not a medical device.",
-    "lightm_unet": "Nuclei in fluorescence and stained brightfield microscopy, about 20 px wide, against background. A plain U-Net of its "
-    "size learns the same better in the same minutes: unet_nuclei. Other kinds of images are out of its reach. Not a medical device.",
+    "lightm_unet": "Nuclei in fluorescence and stained brightfield microscopy, about 20 px wide, against background. A plain U-Net "
+    "learns the same better in the same minutes: unet_nuclei. Other kinds of images are out of its reach. Not a medical device.",
 }
 WINDOW = 256
 

@@ -286,7 +286,7 @@ def _other(
     if unused := [k for k in given if k not in known]:
         usual = ", ".join(_option(k) for k in sorted(known & set(fit_fields())))
         raise InputError(f"{_option(unused[0])} means nothing for --task {task}; it takes {usual}.")
-    if common.pop("dry_run") and "dry_run" not in known:
+    if common["dry_run"] and "dry_run" not in known:
         raise InputError(f"--task {task} has no --dry-run.")
     if not common["settings"]:
         common.pop("settings")

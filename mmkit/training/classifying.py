@@ -15,7 +15,7 @@ from mmkit.errors import InputError
 from mmkit.training.answers import Answers
 from mmkit.training.config import FitConfig, FitResult
 from mmkit.training.loop import fit
-from mmkit.training.reporting import told, write_report
+from mmkit.training.reporting import dry, told, write_report
 
 
 @dataclass
@@ -23,10 +23,11 @@ class Classified:
     """What training brought.
 
     Attributes:
-        model: trained, its adapter attached. adapter: it, or None. fit: history, metrics, seconds; `fit.stopped` says how it ended.
+        model: trained, its adapter attached. adapter: it, or None. fit: history, metrics, seconds; `fit.stopped` says how it ended,
+            "dry run" that nothing was trained.
         folder: holds `model/` (and `adapter/`), `run/`, report.json, report.html and run.toml; None when it was interrupted.
         accuracy: best on what was held back, 0..1; None without. answers: to what was held back.
-        use: a line of Python that loads it.
+        use: a line of Python that loads it. plan: what would be trained, of a dry run.
     """
 
     model: nn.Module
@@ -36,13 +37,14 @@ class Classified:
     accuracy: float | None
     answers: Answers | None
     use: str
+    plan: str = ""
 
     def summary(self, model: str | None = None) -> str:
         """What came out and how to use it, for people."""
         held = (
             "" if self.accuracy is None else f"{100 * self.accuracy:.1f} % of what was held back is right (best epoch)."
         )
-        return told(self.fit, self.folder, held, self.use)
+        return self.plan or told(self.fit, self.folder, held, self.use)
 
 
 def config_of(given: Mapping[str, Any], **usual: Any) -> FitConfig:
@@ -67,6 +69,7 @@ def train_classifier(
     adapter: Any = None,
     trained: Sequence[tuple[str, str]] = (),
     picture: Callable[[int], Image.Image] | None = None,
+    dry_run: bool = False,
     **options: Any,
 ) -> Classified:
     """`fit` with a report.
@@ -76,7 +79,11 @@ def train_classifier(
         names, labels: of the examples of `val`.
         output_dir: gets `run/`, what `save(output_dir)` writes, and the report. None writes nothing.
         settings: for run.toml. trained: facts for the page. picture: of a held-back example, for the page.
+        dry_run: train and write nothing.
     """
+    if dry_run:
+        planned, plan = dry(model, config, len(train), len(labels), class_names, adapter)
+        return Classified(model, adapter, planned, None, None, None, use, plan)
     run = fit(
         model, train, val, config=config, adapter=adapter, output_dir=output_dir and output_dir / "run", **options
     )

@@ -14,7 +14,7 @@ from torch import nn
 
 from mmkit.storage import atomic_write
 from mmkit.storage.settings import settings_text
-from mmkit.training.config import FitResult
+from mmkit.training.config import FitConfig, FitResult
 from mmkit.training.page import report_page
 
 POINTS = 400
@@ -34,6 +34,22 @@ def told(run: FitResult, folder: Path | None, held: str, use: str) -> str:
     where = f"\nSaved to {folder}; look at {folder / 'report.html'}." if folder else ""
     numbers = f"{run.trainable_parameters:,} parameters trained in {run.steps} steps."
     return f"{numbers}{held and f' {held}'}{where} Try it in Python: {use}"
+
+
+def dry(
+    model: nn.Module, config: FitConfig, count: int, held: int, class_names: Sequence[str], adapter: Any = None
+) -> tuple[FitResult, str]:
+    """What would be trained, instead of `fit`: a run of no steps, and lines for people."""
+    named = adapter.trainable_parameters() if adapter is not None else model.named_parameters()
+    trainable = sum(p.numel() for _, p in named if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    settings = ", ".join(f"{k}={v!r}" for k, v in vars(config).items() if v is not None and k not in ("resume", "seed"))
+    lines = [
+        f"{count:,} training examples and {held:,} held back, of {len(class_names)} classes: {', '.join(class_names)}.",
+        f"{trainable:,} of {total:,} parameters would be trained. Nothing was written.",
+        f"settings: {settings}",
+    ]
+    return FitResult([], [], {}, {}, 0, "dry run", None, 0.0, trainable), "\n".join(lines)
 
 
 def write_report(

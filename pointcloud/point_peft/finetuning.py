@@ -41,6 +41,7 @@ def finetune(
     val: float = 0.2,
     seed: int = 0,
     resume: bool = True,
+    dry_run: bool = False,
     **fit_options: Any,
 ) -> Classified:
     """Train a classifier of clouds on `data/<class>/<cloud>`, or `data/{train,val}/<class>/<cloud>`; up is +y.
@@ -51,6 +52,7 @@ def finetune(
         output_dir: gets `model/`, `adapter/`, as `mmkit.pipeline("point-cloud-classification", model, adapter=...)` takes them, `run/`, and
             the report.
         settings: of the adapter. val: share held back where the folder has no "val"; 0: none.
+        dry_run: read everything and say what would be trained (`plan`), no more.
         fit_options: fields of `FitConfig`.
 
     Raises:
@@ -106,6 +108,7 @@ def finetune(
         trained=[("method", adapter), ("backbone", name), ("points of a cloud", str(num_points))],
         picture=lambda i: drawn(second[i][0].numpy()),
         loss_fn=augmented(Augment("y", (0.8, 1.2), per_axis=False)),
+        dry_run=dry_run,
         identity={"backbone": name, "method": adapter, "validation share": val, "points": num_points},
     )
 

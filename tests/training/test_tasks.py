@@ -55,6 +55,17 @@ def test_clips(clips: Path, tmp_path: Path):
     found = CliRunner().invoke(app, ["finetune", "--config", str(tmp_path / "out" / "run.toml"), "--lr", "0.5"])
     assert found.exit_code == 1
     assert "--lr:" in found.output
+    code, told = run("video-classification", clips, tmp_path / "other", "--dry-run", "--lr", 0.25)
+    assert code == 0, told
+    assert "8 training examples and 2 held back, of 2 classes: left, right." in told
+    assert "lr=0.25" in told
+    damaged = clips / "left" / "1.mp4"
+    damaged.write_bytes(damaged.read_bytes()[:200])
+    code, told = run("video-classification", clips, tmp_path / "other")
+    assert code == 1
+    assert "1 of 10 videos cannot be used" in told
+    assert "1.mp4" in told
+    assert not (tmp_path / "other").exists()
     code, told = run("video-classification", clips, tmp_path / "other", "--adapter", "lora")
     assert code == 1
     assert "Known: zeroi2v, linear_probe, full" in told
@@ -76,9 +87,14 @@ def clouds(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("method", ["point_peft", "ssf", "full"])
 def test_clouds(clouds: Path, tmp_path: Path, method: str):
     out = tmp_path / "out"
-    code, told = run("point-cloud-classification", clouds, out, "--adapter", method, "--val", 0.34)
+    words = ("point-cloud-classification", clouds, out, "--adapter", method, "--val", 0.34)
+    code, planned = run(*words, "--dry-run")
+    assert code == 0, planned
+    assert not out.exists()
+    code, told = run(*words)
     assert code == 0, told
     check_report(out, 4)
+    assert f"{json.loads((out / 'report.json').read_text())['trainable_parameters']:,} of " in planned
     adapter = {} if method == "full" else {"adapter": out / "adapter"}
     classify = mmkit.pipeline("point-cloud-classification", out / "model", **adapter)
     report = json.loads((out / "report.json").read_text())["answers"]

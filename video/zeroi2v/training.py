@@ -16,7 +16,7 @@ from mmkit.errors import InputError
 from mmkit.storage.files import absolute
 from mmkit.training.classifying import Classified, config_of, known_method, train_classifier
 from mmkit.training.digest import short_name
-from mmkit.video.datasets import VideoClassificationDataset
+from mmkit.video.datasets import VideoClassificationDataset, check_videos
 from mmkit.video.samplers import UniformSampler
 from mmkit.video.transforms import ClipTransform
 from mmkit.video.zeroi2v.model import VideoClassifier
@@ -35,6 +35,7 @@ def finetune(
     val: float = 0.2,
     seed: int = 0,
     resume: bool = True,
+    dry_run: bool = False,
     num_frames: int = 8,
     flip: float = 0.0,
     **fit_options: Any,
@@ -47,10 +48,11 @@ def finetune(
         output_dir: gets `model/` (for `mmkit.pipeline("video-classification", ...)`), `run/`, and the report.
         settings: of ZeroI2V. val: share held back where the folder has no "val"; 0: none.
         flip: how often clips are mirrored in training; 0 where left and right differ.
+        dry_run: read everything and say what would be trained (`plan`), no more.
         fit_options: fields of `FitConfig`.
 
     Raises:
-        InputError: a folder that cannot be read, another method, a backbone that does not fit.
+        InputError: a folder or a video that cannot be read, another method, a backbone that does not fit.
     """
     known_method(adapter, METHODS, "video-classification")
     source, name = Path(data), str(model or "tiny_vit")
@@ -90,6 +92,11 @@ def finetune(
         "val": val,
     }
     samples = held.samples if held is not None else []
+    if broken := check_videos(s.path for s in (*train.samples, *samples)):  # rather than in the middle of training
+        shown = " ".join(list(broken.values())[:5])
+        raise InputError(
+            f"{len(broken)} of {len(train) + len(samples)} videos cannot be used: {shown} Remove or mend them."
+        )
 
     def save(place: Path) -> None:
         net.save_pretrained(place / "model")
@@ -109,6 +116,7 @@ def finetune(
         save=save,
         trained=[("method", adapter), ("backbone", name), ("frames of a clip", str(num_frames))],
         picture=lambda i: _frame(held, i, net),
+        dry_run=dry_run,
         identity={"backbone": name, "method": adapter, "validation share": val},
     )
 

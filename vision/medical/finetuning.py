@@ -18,11 +18,12 @@ from mmkit.backbones.model import create_model, list_models, open_model
 from mmkit.data import stratified_split
 from mmkit.errors import InputError, nearest
 from mmkit.storage.files import absolute
+from mmkit.storage.folders import check_free
 from mmkit.training.classifying import config_of, known_method
 from mmkit.training.config import FitResult
 from mmkit.training.digest import short_name
 from mmkit.training.loop import fit
-from mmkit.training.reporting import told, write_report
+from mmkit.training.reporting import dry, told, write_report
 from mmkit.vision.medical.datasets import Case, Pairs, find_pairs
 from mmkit.vision.medical.familiar import Familiarity
 from mmkit.vision.medical.labels import load_labels
@@ -53,11 +54,11 @@ class Segmented:
 
     Attributes:
         model: trained, in eval mode. class_names: background first.
-        fit: history, metrics, seconds; `fit.stopped` says how it ended.
+        fit: history, metrics, seconds; `fit.stopped` says how it ended, "dry run" that nothing was trained.
         folder: holds `model/`, `run/`, report.json, report.html and run.toml; None when it was interrupted.
         dice: mean over the classes of what was held back, 0..1, all its pixels taken together; None without.
         per_class: for each class but the background its "class", "pixels" in truth, "dice" and "iou" (None where it is nowhere).
-        use: a line of Python that loads it.
+        use: a line of Python that loads it. plan: what would be trained, of a dry run.
     """
 
     model: nn.Module
@@ -67,11 +68,12 @@ class Segmented:
     dice: float | None
     per_class: list[dict[str, Any]]
     use: str
+    plan: str = ""
 
     def summary(self, model: str | None = None) -> str:
         """What came out and how to use it, for people."""
         held = "" if self.dice is None else f"Mean Dice {100 * self.dice:.1f} % on what was held back (best epoch)."
-        return told(self.fit, self.folder, held, self.use)
+        return self.plan or told(self.fit, self.folder, held, self.use)
 
 
 def finetune(
@@ -84,6 +86,7 @@ def finetune(
     val: float = 0.2,
     seed: int = 0,
     resume: bool = True,
+    dry_run: bool = False,
     **fit_options: Any,
 ) -> Segmented:
     """Train on `data/images` and `data/masks` (or `labels`), or such folders in `data/train` and `data/val`; see `find_pairs`.
@@ -99,6 +102,7 @@ def finetune(
             "mirror": axes that may be mirrored, default all of pictures, left and right of volumes; "turn": by 90 degrees;
             "touching": count touching objects one by one, as the pipeline's argument of that name.
         val: share held back where the folder has no "val"; 0: none.
+        dry_run: read everything and say what would be trained (`plan`), no more.
         fit_options: fields of `FitConfig`; an epoch has at least 50 steps.
 
     Raises:
@@ -122,8 +126,14 @@ def finetune(
     )  # fmt: skip
     patches = Patches(train, patch, max(len(train), _STEPS * config.batch_size), **changes)
     folder = None if output_dir is None else absolute(output_dir)
+    if folder is not None:
+        check_free(folder / "model", ("model",))  # rather than after the training
     where, image = folder / "model" if folder else "MODEL", "image.nii.gz" if pairs.volumes else "image.png"
     use = f'mmkit.pipeline("medical-segmentation", "{where}")("{image}").plot()'
+
+    if dry_run:
+        planned, plan = dry(net, config, len(train), len(held), pairs.class_names)
+        return Segmented(net, pairs.class_names, planned, None, None, [], use, plan)
 
     def measured(network: nn.Module, loader: Iterable[Sequence[Any]]) -> dict[str, float]:
         cases = (case for batch in loader for case in zip(*batch, strict=True))

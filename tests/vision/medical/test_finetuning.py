@@ -48,6 +48,10 @@ def test_a_folder_of_pictures_and_masks_becomes_a_folder_that_answers(cells: Pat
     (cells / "classes.txt").write_text("background\n<b>nucleus\n")
     out = tmp_path / "out"
     words = ("--task", "segmentation", "--data", cells, "--output", out, "--steps", 3, "--val", 0.25, "--no-progress")
+    code, told = run(*words, "--dry-run")
+    assert code == 0, told
+    assert "6 training examples and 2 held back, of 2 classes: background, <b>nucleus." in told
+    assert not out.exists()
     code, told = run(*words, "--set", "patch=32", "--set", "touching=true")
     assert code == 0, told
     assert "Mean Dice" in told
@@ -81,6 +85,10 @@ def test_a_folder_of_pictures_and_masks_becomes_a_folder_that_answers(cells: Pat
     code, told = run("--config", out / "run.toml", "--no-progress")
     assert code == 0, told
     (out / "model" / "segmentation.json").write_text("[]")
+    (out / "model" / "mine.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"would be lost: mine\.txt"):
+        finetune(cells, output_dir=out, **QUICK)
+    (out / "model" / "mine.txt").unlink()
     with pytest.raises(CheckpointError, match=r"changed: segmentation\.json"):
         mmkit.pipeline("medical-segmentation", out / "model")
 

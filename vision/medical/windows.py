@@ -23,8 +23,11 @@ def _starts(size: int, window: int, overlap: float) -> list[int]:
 
 
 def fitting(window: Sequence[int], size: Sequence[int], multiple: int) -> list[int]:
-    """The window for an image of `size`: no larger than it needs to be, in steps of `multiple`."""
-    return [min(w, -(-s // multiple) * multiple) for w, s in zip(window, size, strict=True)]
+    """The window for an image of `size`: no larger than it needs to be, in steps of `multiple`, of which it has two at least.
+
+    With one step along every axis the deepest level of a network is a single point, which an instance norm refuses.
+    """
+    return [min(w, max(2, -(-s // multiple)) * multiple) for w, s in zip(window, size, strict=True)]
 
 
 def _gaussian(window: Sequence[int], device: torch.device) -> Tensor:

@@ -223,6 +223,12 @@ def test_kinds_and_single_nuclei_belong_to_the_cases(data_dir) -> None:
     assert max(numbers.max() for numbers in single) > 50
 
 
+def test_pictures_smaller_than_a_step_of_the_network_are_segmented() -> None:
+    for size in ((5, 5), (1, 1), (3, 40)):
+        result = mmkit.pipeline("medical-segmentation")(np.full((*size, 3), 90, np.uint8))
+        assert result.mask.shape == size
+
+
 def test_how_unlike_an_input_is_can_be_asked_without_segmenting_it() -> None:
     pipe = mmkit.pipeline("medical-segmentation", "lightm_unet_blobs")
     volume = Volume(sample_volume(7)[0], (1.0, 1.0, 1.0), np.eye(4))

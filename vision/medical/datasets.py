@@ -214,9 +214,9 @@ def _class_names(root: Path, masks: Sequence[Path]) -> tuple[str, ...]:
     if len(values) > 2 or 0 not in values:
         if values[-1] >= _UNNAMED:
             raise InputError(
-                f"The masks of {root} hold {len(values)} numbers up to {values[-1]}. Number the classes 0, 1, 2 ...; of object numbers, "
-                f'or grey borders around one class, make one with a classes.txt of the lines "background" and its name; more than '
-                f"{_UNNAMED} classes are named there as well."
+                f"The masks of {root} hold {len(values)} numbers up to {values[-1]}. Number the classes 0, 1, 2 ...; no number "
+                f'means "ignore" here, 255 neither. Object numbers, or grey borders around one class, become one with a classes.txt of '
+                f'the lines "background" and its name; more than {_UNNAMED} classes are named there as well.'
             )
         return ("background", *(f"class {i}" for i in range(1, values[-1] + 1)))
     return ("background", "class 1")

@@ -268,7 +268,7 @@ def _per_class(counts: np.ndarray | None, names: Sequence[str]) -> list[dict[str
     if counts is None:
         return []
     whole = counts.sum(0)
-    dice, iou = (np.where(np.isnan(v), None, v.round(4)).tolist() for v in overlaps(whole))
+    dice, iou = ([None if np.isnan(v) else round(float(v), 4) for v in values] for values in overlaps(whole))
     pixels = whole.sum(1).tolist()
     return [{"class": name, "pixels": pixels[i], "dice": dice[i], "iou": iou[i]} for i, name in enumerate(names) if i]
 
@@ -279,7 +279,7 @@ def _write(
 ) -> None:  # fmt: skip
     """The report, with the images that came out worst."""
     page: dict[str, Any] = {"measure": "dice"}
-    worst = []
+    worst: list[dict[str, Any]] = []
     if counts is not None:
         unit = "voxels" if len(patch) == 3 else "pixels"
         rows = [

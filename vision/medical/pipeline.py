@@ -97,6 +97,7 @@ class MedicalSegmentationPipeline(Pipeline):
         from mmkit.weights import weight_entry
 
         folder = Path(model).expanduser()
+        network: nn.Module
         if folder.is_dir():
             network = open_model(folder)
             extra = read_json(folder / _EXTRA) if (folder / _EXTRA).is_file() else {}

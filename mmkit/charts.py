@@ -105,9 +105,10 @@ def scatter_chart(
     )
     parts.append(f'<path class="best" d="{steps}" fill="none"/>' if best else "")
     groups = list(dict.fromkeys(d.group for d in dots))
-    for i, d in enumerate(dots):
+    for i in sorted(range(len(dots)), key=lambda i: i in best):  # names lie over all dots
+        d = dots[i]
         color, px, py = COLORS[groups.index(d.group) % len(COLORS)], x(d.x), y(d.y)
-        anchor, shift = ("end", -10) if px > 0.72 * width else ("start", 10)
+        anchor, shift = ("end", -10) if px > (0.2 if i in best else 0.72) * width else ("start", 10)
         known = "named" if i in best else "dot"
         words = html.escape(f"{d.name}: {d.told}")
         parts.append(

@@ -159,7 +159,7 @@ def test_every_suffix_is_written_in_any_case_and_read_back(result, tmp_path):
             content = path.read_bytes()
             if suffix == ".json":
                 json.loads(content, parse_constant=lambda value: pytest.fail(f"{value} is not JSON"))
-            elif suffix == ".png":
+            elif suffix.endswith(".png"):
                 Image.open(path).load()
             elif suffix == ".npy":
                 assert np.array_equal(np.load(path), result.binary)

@@ -60,7 +60,7 @@ class SegmentationResult(Result):
     touching: bool = False
 
     def objects(self, number: int = 1, labels: np.ndarray | None = None) -> np.ndarray:
-        """The single objects of a class: int32 numbers from 1, 0 elsewhere, of the mask's shape.
+        """The single objects of a class: int32 numbers from 1, 0 elsewhere, of the mask's shape. Of `touching` ones, those from 12 pixels.
 
         Args:
             number: the class.
@@ -208,15 +208,17 @@ class SegmentationResult(Result):
             ".nii": self._nifti,
             ".json": lambda: json_text(self.record()),
         }
-        return (
-            formats
-            if self.mask.ndim == 3
-            else {
-                ".objects.png": lambda: png(Image.fromarray(self.objects().astype(np.uint16))),
-                ".png": lambda: png(self._palette()),
-                **formats,
-            }
-        )
+        if self.mask.ndim == 3:
+            return formats
+        return {".objects.png": self._numbers, ".png": lambda: png(self._palette()), **formats}
+
+    def _numbers(self) -> bytes:
+        numbers = self.objects()
+        if numbers.max(initial=0) > 65_535:
+            raise InputError(
+                f"A picture of 16 bits cannot number {numbers.max():,} objects; save `objects()` as an array."
+            )
+        return png(Image.fromarray(numbers.astype(np.uint16)))
 
     def _palette(self) -> Image.Image:
         picture = Image.fromarray(self.mask)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import nibabel
@@ -97,6 +98,11 @@ def test_touching_objects_are_counted_and_outlined_one_by_one(tmp_path) -> None:
     assert (numbers > 0).sum() == truth.sum()
     assert set(np.unique(numbers)) == {0, 1, 2}
     assert numbers[20, 20] != numbers[20, 38]
+    many = np.zeros((2, 140_000), np.uint8)
+    many[0, ::2] = 1
+    crowd = dataclasses.replace(together, mask=many, score=many.astype(np.float32))
+    with pytest.raises(InputError, match="70,000 objects"):
+        crowd.save(tmp_path / "crowd.objects.png")
     rims = [np.asarray(r.overlay(0.0, outline=1))[20, 29] for r in (together, apart)]
     assert (rims[0] == together.image[20, 29]).all()
     assert (rims[1] != apart.image[20, 29]).any()

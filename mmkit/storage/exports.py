@@ -35,6 +35,7 @@ def write_onnx(
     metadata: Mapping[str, str] | None = None,
     answers: Answers | None = None,
     dynamic_batch: bool = True,
+    dynamic_axes: Sequence[Sequence[int]] | None = None,
 ) -> float:
     """Write `model` as an ONNX file that onnxruntime answers with as the model does; tried on other numbers and another batch.
 
@@ -45,6 +46,7 @@ def write_onnx(
         metadata: kept in the file.
         answers: to compare with instead of the model's own (`answers_of`), such as those before an adapter was folded.
         dynamic_batch: let the file take any batch.
+        dynamic_axes: of each input the axes that may have other lengths, where it is not the batch alone; goes with `answers`.
 
     Returns:
         The largest difference.
@@ -61,7 +63,7 @@ def write_onnx(
     import onnxruntime
 
     answers = answers or answers_of(model, example, dynamic_batch=dynamic_batch)
-    program = exported(model, example, dynamic_batch=dynamic_batch)
+    program = exported(model, example, dynamic_batch=dynamic_batch, dynamic_axes=dynamic_axes)
     with atomic_write(path) as draft:
         try:
             with _quiet():
@@ -115,11 +117,16 @@ def _named(path: str | os.PathLike[str], suffix: str) -> Path:
 
 
 def exported(
-    model: nn.Module, example: Sequence[Tensor], *, dynamic_batch: bool = True
+    model: nn.Module,
+    example: Sequence[Tensor],
+    *,
+    dynamic_batch: bool = True,
+    dynamic_axes: Sequence[Sequence[int]] | None = None,
 ) -> torch.export.ExportedProgram:
     """`torch.export` of `model` in eval mode. Raises `InputError` where its code depends on values."""
     given = tuple(_sample(t, 2, 0) for t in example) if dynamic_batch else tuple(example)
-    shapes = tuple({0: torch.export.Dim.DYNAMIC} for _ in given) if dynamic_batch else None
+    axes = dynamic_axes or [(0,) if dynamic_batch else ()] * len(given)
+    shapes = tuple(dict.fromkeys(found, torch.export.Dim.DYNAMIC) for found in axes)
     try:
         with _still(model), torch.no_grad(), _quiet():
             return torch.export.export(model, given, dynamic_shapes=shapes)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         SqueezeSAMEngine as SqueezeSAMEngine,
     )
     from mmkit.vision.clicks.export import (
+        export_clicknet as export_clicknet,
         export_onnx as export_onnx,
         export_program as export_program,
         load_int8 as load_int8,

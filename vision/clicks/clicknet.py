@@ -254,7 +254,7 @@ class ClickNet(Model):
         place = cell[..., 1] * side + cell[..., 0]
         seeds = []
         for kind in (POSITIVE, NEGATIVE):
-            grid = torch.zeros(len(points), side * side, device=points.device)
+            grid = torch.zeros(points.shape[0], side * side, device=points.device)
             seeds.append(grid.scatter_add(1, place, (labels == kind).float()).unflatten(1, (side, side)) > 0)
         near = click_maps(view.small.float(), seeds[0][:, None], (seeds[1] & ~seeds[0])[:, None])[:, 0, 2:]
         return F.interpolate(near, scale_factor=2, mode="bilinear")
@@ -315,7 +315,7 @@ class ClickNet(Model):
             min=1
         )
         known = maps[:, 8].float().mean(dim=(1, 2))[:, None, None].expand_as(area)
-        kind = self.mask_kind.expand(len(low), -1, -1)
+        kind = self.mask_kind.expand(low.shape[0], -1, -1)
         parts = [within, around, context[:, None].expand(-1, low.shape[1], -1), kind, area.sqrt(), sure, soft, known]
         return self.rate(torch.cat([p.float() for p in parts], dim=2))[..., 0].sigmoid()
 

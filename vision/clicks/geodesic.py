@@ -41,9 +41,18 @@ def geodesic_distance(pixels: Tensor, seeds: Tensor, *, ground: float = 0.2, swe
 
 def _sweep(distance: Tensor, walked: Tensor, dim: int) -> Tensor:
     """The best of staying and of walking along `dim`; `walked` is the cost from the first cell to each."""
-    forward = walked + (distance - walked).cummin(dim).values
-    backward = (distance + walked).flip(dim).cummin(dim).values.flip(dim) - walked
+    forward = walked + _running_minimum(distance - walked, dim)
+    backward = _running_minimum((distance + walked).flip(dim), dim).flip(dim) - walked
     return torch.minimum(forward, backward)
+
+
+def _running_minimum(x: Tensor, dim: int) -> Tensor:
+    """`cummin`, which ONNX does not have; there each cell takes the least of all cells before it."""
+    if not torch.compiler.is_exporting():
+        return x.cummin(dim).values
+    rows = x.transpose(dim, -1)
+    before = torch.ones(rows.shape[-1], rows.shape[-1], dtype=torch.bool, device=x.device).tril()
+    return torch.where(before, rows[..., None, :], torch.inf).amin(-1).transpose(dim, -1)
 
 
 def click_maps(pixels: Tensor, positive: Tensor, negative: Tensor, reach: float = 10.0) -> Tensor:

@@ -135,6 +135,20 @@ class InteractiveSegmenter(Pipeline):
         loader = transformers.SamModel if kind == "sam" else transformers.Sam2Model
         return loader.from_pretrained(folder, local_files_only=True, use_safetensors=True)
 
+    def export(self, path: str | os.PathLike[str]) -> Path:
+        """A `ClickNet` as a folder of two ONNX files, one that sees a picture and one that answers prompts: see `export_clicknet`."""
+        from mmkit.vision.clicks.export import export_clicknet
+
+        if not isinstance(getattr(self, "model", None), ClickNet):
+            raise InputError(
+                "Only ClickNet is exported with its prompts; SqueezeSAM by mmkit.vision.clicks.export_onnx, SAM by its own project."
+            )
+        if Path(path).suffix in (".onnx", ".pt2"):
+            raise InputError(
+                f"A click model becomes a folder of two ONNX files; give a folder, not {Path(path).name!r}."
+            )
+        return export_clicknet(self.model, path)
+
     def set_image(self, image: ImageLike) -> None:
         """Take a new picture (path, bytes, PIL, array): encodes it once and forgets all clicks."""
         self.predictor.set_picture(load_image(image))

@@ -17,6 +17,7 @@ from mmkit.vision.clicks import (
     clicknet_mobilenetv2,
     two_look_loss,
 )
+from mmkit.vision.clicks.geodesic import _running_minimum
 from mmkit.vision.clicks.scenes import WHOLE
 
 TINY = {"img_size": 64, "dims": (8, 8, 8, 16, 16), "depth": (1, 1, 1, 1), "heads": (1, 1, 1, 1)}
@@ -216,3 +217,43 @@ def test_the_loss_of_two_looks_teaches_the_decoder_and_not_the_encoder(model):
     assert np.mean(losses[-8:]) < 0.7 * np.mean(losses[:4])
     assert all(torch.equal(v, encoder[k]) for k, v in model.encoder.state_dict().items())
     assert all(p.grad is not None for p in trained)
+
+
+@pytest.mark.slow
+def test_two_onnx_files_answer_clicks_like_the_model(model: ClickNet, tmp_path) -> None:
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    segmenter = InteractiveSegmenter(model)
+    with pytest.raises(InputError, match="give a folder"):
+        segmenter.export(tmp_path / "model.onnx")
+    folder = segmenter.export(tmp_path / "clicks")
+    assert sorted(p.name for p in folder.iterdir()) == ["decoder.onnx", "encoder.onnx", "mmkit.json"]
+    see, answer = (runtime.InferenceSession(str(folder / f"{name}.onnx")) for name in ("encoder", "decoder"))
+    image = torch.from_numpy(picture()).permute(2, 0, 1)[None].float() / 255
+    framed = model.preprocess(image)
+    seen = dict(zip([o.name for o in see.get_outputs()], see.run(None, {"image": framed.numpy()}), strict=True))
+    half = model.img_size // 2
+    before = np.full((1, 1, half, half), np.nan, np.float32)
+    for points, labels in (([[60.0, 40.0]], [1]), ([[60.0, 40.0], [10.0, 10.0]], [1, 0])):
+        at = np.array([points], np.float32) * (model.img_size / 120)
+        given = {"image": framed.numpy(), **seen, "points": at, "labels": np.array([labels]), "previous": before}
+        masks, iou = answer.run(None, given)
+        with torch.no_grad():
+            known = None if np.isnan(before).all() else torch.from_numpy(before)[:, 0][None]
+            wanted, rated = model(image, torch.tensor([[points]]), torch.tensor([[labels]]), known)
+        found = model.upscale(torch.from_numpy(masks), (80, 120))
+        torch.testing.assert_close(found, wanted[0], atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(torch.from_numpy(iou), rated[0], atol=1e-4, rtol=1e-3)
+        before = masks[:, :1]
+    other = InteractiveSegmenter(lambda image, points, labels: np.zeros(image.shape[:2]))
+    with pytest.raises(InputError, match="Only ClickNet"):
+        other.export(tmp_path / "other")
+
+
+def test_a_running_minimum_is_the_same_in_words_that_onnx_knows(monkeypatch) -> None:
+    x = torch.randn(2, 3, 5, 7, generator=torch.Generator().manual_seed(0))
+    for dim in (2, 3):
+        wanted = _running_minimum(x, dim)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.compiler, "is_exporting", lambda: True)
+            assert torch.equal(_running_minimum(x, dim), wanted)

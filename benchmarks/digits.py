@@ -2,7 +2,7 @@
 
     python benchmarks/digits.py            # about three minutes on two cores; writes benchmarks/results/digits.json
 
-The ViT has seen drawn pictures only. Each seed draws its own 80/20 split; all methods share it, with 15 epochs and each its usual
+The ViT has seen no handwriting. Each seed draws its own 80/20 split; all methods share it, with 15 epochs and each its usual
 learning rate.
 """
 

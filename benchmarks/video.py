@@ -146,7 +146,7 @@ def fight(args: argparse.Namespace) -> dict[str, Any]:
         rows.append({**row, "mean": round(statistics.mean(scores), 3)})
         print(rows[-1], flush=True)
     return {
-        "task": "video_fight, 80/40 clips, 64 px, bundled ViT (trained on drawn pictures)",
+        "task": "video_fight, 80/40 clips, 64 px, bundled tiny ViT",
         "epochs": args.epochs,
         "rows": rows,
     }

@@ -46,7 +46,7 @@ def run_demo(
     folder = absolute(output_dir)
     digits = load_digits()
     print(
-        f"{len(digits)} real handwritten digits, 10 classes. Backbone: bundled tiny ViT, pre-trained on drawn pictures only.\n"
+        f"{len(digits)} real handwritten digits, 10 classes. Backbone: bundled tiny ViT, which has seen no handwriting.\n"
     )
     results: list[FinetuneResult] = []
     for method in METHODS:

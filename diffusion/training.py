@@ -23,7 +23,10 @@ from mmkit.diffusion.pipeline import TextToImagePipeline
 from mmkit.errors import InputError
 from mmkit.storage import read_tensors, write_safetensors
 from mmkit.training import FitConfig, FitResult, StepInfo, fit
+from mmkit.training.classifying import no_settings
 from mmkit.training.digest import tensors_digest
+from mmkit.training.reporting import dry
+from mmkit.training.setup import kept_modes
 
 LEARNING_RATES = {"difffit": 1e-2, "bitfit": 1e-2, "ia3": 1e-2, "lora": 2e-3, "oft": 2e-3, "full": 5e-4}
 """Peak learning rates for small models and few pictures; other methods start from 2e-3."""
@@ -41,6 +44,7 @@ class FinetuneResult:
         fit: history, seconds, why it stopped. `fit.metrics["loss"]` is the validation loss.
         folder: where the adapter (or the pipeline) was saved, or `None`.
         trained, total: numbers of parameters.
+        plan: what would be trained, of a dry run (`fit.stopped` is "dry run" then).
     """
 
     pipeline: TextToImagePipeline
@@ -49,9 +53,12 @@ class FinetuneResult:
     folder: Path | None
     trained: int
     total: int
+    plan: str = ""
 
     def summary(self, model: str | None = None) -> str:
         """What came out and how to use it on `model`, for people."""
+        if self.plan:
+            return self.plan
         method = self.adapter.method if self.adapter is not None else "full"
         told = (
             f"{method} trained {self.trained:,} of {self.total:,} parameters in {self.fit.steps} steps; denoising loss on pictures "
@@ -147,6 +154,7 @@ def finetune(
     should_stop: Callable[[], bool] | None = None,
     progress: bool = True,
     resume: bool | str = "auto",
+    dry_run: bool = False,
 ) -> FinetuneResult:
     """Adapt a text-to-image model to pictures.
 
@@ -163,30 +171,37 @@ def finetune(
         ema_decay, max_steps, batch_size, seed, progress, resume: see `FitConfig`.
         sample_every: every so many steps draw `samples` (default: the first captions) into `samples/step_*.png`.
         on_step, should_stop: see `mmkit.training.fit`.
+        dry_run: read everything and say what would be trained (`plan`), no more; nothing is written, and the model stays as it was.
 
     Raises:
         InputError: unusable pictures or captions, an unknown adapter, a denoiser that cannot be trained here.
         TrainingError: the loss became NaN.
     """
+    if adapter == "full":
+        no_settings(settings, adapter)
     draw = model if isinstance(model, TextToImagePipeline) else TextToImagePipeline(model)
     denoiser = Denoiser(draw.pipe)
     folder = None if output_dir is None else Path(output_dir).expanduser()
     pictures, captions = _pictures(data, denoiser.size)
-    latents = _encoded(denoiser, pictures, folder)
     distinct = list(dict.fromkeys(captions))
-    conditions = denoiser.encode_captions([*distinct, *denoiser.empty_captions(1)])
     numbers = [distinct.index(c) for c in captions]
     order = torch.randperm(len(numbers), generator=torch.Generator().manual_seed(seed)).tolist()
     held = max(1, round(val * len(order)))
     train, kept = order[held:], order[:held]
-    attached = None if adapter == "full" else apply_adapter(denoiser.model, adapter, **(settings or {}))
-    if attached is None:
-        denoiser.model.requires_grad_(True)
     config = FitConfig(
         max_steps=max_steps, batch_size=batch_size, lr=lr or LEARNING_RATES.get(adapter, 2e-3), warmup_steps=max_steps // 20,
         weight_decay=0.0, monitor="-loss", ema_decay=ema_decay, seed=seed, progress=progress, resume=resume,
         restore_best=False,
     )  # fmt: skip
+    total = sum(p.numel() for p in denoiser.model.parameters())
+    if dry_run:
+        planned, plan = _dry(denoiser, adapter, settings, config, (len(train), len(kept), len(distinct)))
+        return FinetuneResult(draw, None, planned, None, planned.trainable_parameters, total, plan)
+    latents = _encoded(denoiser, pictures, folder)
+    conditions = denoiser.encode_captions([*distinct, *denoiser.empty_captions(1)])
+    attached = None if adapter == "full" else apply_adapter(denoiser.model, adapter, **(settings or {}))
+    if attached is None:
+        denoiser.model.requires_grad_(True)
     loss = DenoisingLoss(conditions, drop)
     result = fit(
         denoiser,
@@ -202,8 +217,23 @@ def finetune(
     )
     denoiser.eval()
     saved = _save(draw, attached, folder) if folder is not None and result.stopped != "interrupted" else None
-    total = sum(p.numel() for p in denoiser.model.parameters())
     return FinetuneResult(draw, attached, result, saved, result.trainable_parameters, total)
+
+
+def _dry(
+    denoiser: Denoiser, adapter: str, settings: dict[str, Any] | None, config: FitConfig, counts: tuple[int, int, int]
+) -> tuple[FitResult, str]:
+    """What would be trained; the adapter is attached for as long as it takes to count. `counts`: to train on, held back, captions."""
+    train, held, captions = counts
+    told = f"{captions:,} caption{'s' if captions > 1 else ''}"
+    if adapter == "full":
+        with kept_modes(denoiser.model):
+            return dry(denoiser.model.requires_grad_(True), config, train, held, told)
+    attached = apply_adapter(denoiser.model, adapter, **(settings or {}))
+    try:
+        return dry(denoiser.model, config, train, held, told, attached)
+    finally:
+        attached.detach()
 
 
 def _pictures(data: Any, size: int) -> tuple[Tensor, list[str]]:

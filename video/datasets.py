@@ -94,6 +94,11 @@ class VideoClassificationDataset(Dataset[Any]):
         self.missing: list[str] = []
 
     @property
+    def labels(self) -> list[int]:
+        """The class of every video."""
+        return [s.label for s in self.samples]
+
+    @property
     def classes(self) -> list[str]:
         """`class_names`, under the name torchvision's data sets use."""
         return self.class_names

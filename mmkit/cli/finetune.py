@@ -16,6 +16,7 @@ import typer
 from mmkit.errors import InputError, InterruptedRun, RunDiffersError, nearest
 from mmkit.registry import COMMANDS
 from mmkit.storage.settings import read_settings
+from mmkit.training.classifying import unused_settings
 from mmkit.training.config import FitConfig
 
 
@@ -162,6 +163,10 @@ def finetune(
     output = output.expanduser().absolute()
     if task not in TASKS:
         raise InputError(f"There is no training of {task!r} by command. {nearest(task, TASKS)}")
+    if given.get("steps_per_epoch") is not None:
+        raise InputError(
+            f"--steps-per-epoch means nothing for --task {task}: files make epochs of their own length. Leave it out."
+        )
     common: dict[str, Any] = {"seed": seed, "settings": _settings(set_ or []), "val": val}
     pictures = {
         "augment": augment, "auto_augment": auto_augment, "color_jitter": color_jitter, "erase": erase, "solve_heads": solve_heads,
@@ -283,11 +288,10 @@ def _other(
     parameters = inspect.signature(train).parameters
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     known = {*parameters, *(fit_fields() if open_ended else ())}
-    if unused := [k for k in given if k not in known]:
-        usual = ", ".join(_option(k) for k in sorted(known & set(fit_fields())))
+    unused = [k for k in given if k not in known] + unused_settings(train, given)
+    if unused:
+        usual = ", ".join(_option(k) for k in sorted((known & set(fit_fields())) - {*unused, "steps_per_epoch"}))
         raise InputError(f"{_option(unused[0])} means nothing for --task {task}; it takes {usual}.")
-    if common["dry_run"] and "dry_run" not in known:
-        raise InputError(f"--task {task} has no --dry-run.")
     if not common["settings"]:
         common.pop("settings")
     options = {k: v for k, v in (common | given).items() if k in known}

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from PIL import Image
@@ -15,7 +16,7 @@ from mmkit.errors import InputError
 from mmkit.training.answers import Answers
 from mmkit.training.config import FitConfig, FitResult
 from mmkit.training.loop import fit
-from mmkit.training.reporting import dry, told, write_report
+from mmkit.training.reporting import classes_told, dry, told, write_report
 
 
 @dataclass
@@ -47,9 +48,17 @@ class Classified:
         return self.plan or told(self.fit, self.folder, held, self.use)
 
 
-def config_of(given: Mapping[str, Any], **usual: Any) -> FitConfig:
-    """`usual` settings, and what was `given`. Raises `InputError` for a value that makes no sense."""
-    return FitConfig(**{"progress": True, **usual, **{k: v for k, v in given.items() if v is not None}})
+def config_of(given: Mapping[str, Any], metrics: Sequence[str] = ("accuracy", "loss"), **usual: Any) -> FitConfig:
+    """`usual` settings, and what was `given`. Raises `InputError` for a value that makes no sense.
+
+    `metrics`: those that `monitor` may name; found out only after an epoch, a slip would cost it.
+    """
+    config = FitConfig(**{"progress": True, **usual, **{k: v for k, v in given.items() if v is not None}})
+    if config.monitor.lstrip("-") not in metrics:
+        raise InputError(
+            f"monitor is one of {', '.join(metrics)}, with a - in front where less is better, not {config.monitor!r}."
+        )
+    return config
 
 
 def train_classifier(
@@ -82,7 +91,7 @@ def train_classifier(
         dry_run: train and write nothing.
     """
     if dry_run:
-        planned, plan = dry(model, config, len(train), len(labels), class_names, adapter)
+        planned, plan = dry(model, config, len(train), len(labels), classes_told(class_names), adapter)
         return Classified(model, adapter, planned, None, None, None, use, plan)
     run = fit(
         model, train, val, config=config, adapter=adapter, output_dir=output_dir and output_dir / "run", **options
@@ -123,6 +132,42 @@ def _answers(
     device = next(model.parameters()).device
     found = [model(torch.as_tensor(val[i][0])[None].to(device)).float().softmax(-1).cpu() for i in range(len(val))]
     return Answers(torch.cat(found), torch.tensor(labels), class_names, names)
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def without(*names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Mark a `finetune` function for which these settings of `FitConfig` mean nothing: it refuses them before it reads or writes anything.
+
+    Their default values may be given, as every run.toml has them. The command asks `unused_settings` and names its options.
+    """
+
+    def mark(function: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(function)
+        def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+            if wrong := unused_settings(checked, kwargs):
+                raise InputError(f"{wrong[0]} means nothing here. Leave it out.")
+            return function(*args, **kwargs)
+
+        checked.without = frozenset(names)  # type: ignore[attr-defined]
+        return checked
+
+    return mark
+
+
+def unused_settings(function: Callable[..., Any], given: Mapping[str, Any]) -> list[str]:
+    """Which of the settings `given` mean nothing to a function marked by `without`."""
+    usual = FitConfig()
+    without = getattr(function, "without", ())
+    return [k for k, v in given.items() if k in without and v is not None and v != getattr(usual, k)]
+
+
+def no_settings(settings: Mapping[str, Any] | None, method: str) -> None:
+    """Raise `InputError` when settings are given to a method that has none."""
+    if settings:
+        raise InputError(f"{method} has no settings; {', '.join(settings)} cannot be set.")
 
 
 def known_method(method: str, methods: Sequence[str], task: str) -> None:

@@ -40,6 +40,11 @@ _SIMPLE = (type(None), bool, int, float, complex, str, bytes)
 _STREAMS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)  # fit seeds per example
 
 
+def acts_on(value: Any) -> tuple[str, ...]:
+    """The settings of `FitConfig` that a loss or data set acts on itself, by its class's `acts_on`: they count as settings of the run."""
+    return tuple(getattr(type(value), "acts_on", ()))
+
+
 class FileDigests:
     """Content digests of files, remembered by path, size and both time stamps, so that a resume reads no file again.
 
@@ -224,6 +229,7 @@ class _Walk:
         self.calls(kind)
         attributes = dict(vars(value)) if hasattr(value, "__dict__") else {}
         attributes |= {n: getattr(value, n) for n in getattr(kind, "__slots__", ()) if hasattr(value, n)}
+        attributes = {k: v for k, v in attributes.items() if k not in acts_on(value)}
         if hasattr(kind, "__getitem__") or hasattr(kind, "__iter__"):
             attributes = {k: v for k, v in attributes.items() if k not in PASSING}
         if isinstance(value, nn.Module):

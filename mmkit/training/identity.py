@@ -22,7 +22,17 @@ from torch import Tensor, nn
 
 from mmkit.errors import MMKitError
 from mmkit.storage import read_json, write_json
-from mmkit.training.digest import PASSING, FileDigests, code_digest, digest, is_file, short_name, shown, tensors_digest
+from mmkit.training.digest import (
+    PASSING,
+    FileDigests,
+    acts_on,
+    code_digest,
+    digest,
+    is_file,
+    short_name,
+    shown,
+    tensors_digest,
+)
 from mmkit.training.randomness import kept_rng, seed_everything
 
 DETAILS = "data.json"
@@ -120,7 +130,7 @@ def _data(data: Any, files: FileDigests, skip: Sequence[Any]) -> tuple[dict[str,
             facts["content"] = digest(_fetched(data), files, skip)
     if isinstance(names, (list, tuple)):
         facts["class names"] = [str(n) for n in names]
-    rest = {k: v for k, v in attributes.items() if k not in covered and k not in _CLASSES}
+    rest = {k: v for k, v in attributes.items() if k not in covered and k not in _CLASSES and k not in acts_on(data)}
     facts |= {k: _fact(v, files, [*skip, data]) for k, v in rest.items()}
     return facts | {"code": code_digest(type(data), files, [*skip, data])}, rows
 

@@ -20,6 +20,7 @@ from mmkit.storage import folder_lock, runs as ckpt, write_json
 from mmkit.storage.files import absolute
 from mmkit.storage.folders import check_no_saved
 from mmkit.training.config import FitConfig, FitResult, StepInfo
+from mmkit.training.digest import acts_on
 from mmkit.training.ema import MovingAverage
 from mmkit.training.evaluation import Evaluator, MetricsFn
 from mmkit.training.failures import explaining
@@ -86,7 +87,8 @@ def fit(
         train: a map-style or iterable data set.
         val: a map-style data set.
         loss_fn: `(model, batch) -> loss`, or `(loss, {name: number})`, the mean over the batch's examples. Default:
-            cross entropy. It may call any method of `model`.
+            cross entropy. It may call any method of `model`. An object whose class has `acts_on`, a tuple of names such as
+            "label_smoothing", acts on these settings itself; a data set may have "sampling" there.
         metrics_fn: `(model, loader) -> {name: number}` in eval mode without gradients; under several processes each one
             runs it over all of `val`. Default: accuracy and loss.
         config: see `FitConfig`.
@@ -157,9 +159,11 @@ class _Run:
         self.model, self.val, self.config, self.adapter = model, val, config, adapter
         self.train: Any = train if is_map_style(train) else Stream(train, config.seed)
         mixing = (config.mixup, config.cutmix, config.mixup_prob)
-        labels = labels_of(train) if config.class_weights or config.sampling else []
-        self.labels = labels if config.sampling else None
-        weights = balanced_weights(labels) if config.class_weights else None
+        weighed = config.class_weights and "class_weights" not in acts_on(loss_fn)
+        sampled = config.sampling and "sampling" not in acts_on(train)
+        labels = labels_of(train) if weighed or sampled else []
+        self.labels = labels if sampled else None
+        weights = balanced_weights(labels) if weighed else None
         self.loss_fn = loss_fn or CrossEntropyLoss(config.label_smoothing, *mixing, weights=weights)
         self.metrics_fn, self.given_groups, self.collate_fn = metrics_fn, parameter_groups, collate_fn
         self.on_step, self.should_stop = hooks

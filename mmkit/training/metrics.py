@@ -107,7 +107,7 @@ class CrossEntropyLoss:
         weights: Sequence[float] | None = None,
     ) -> None:
         self.label_smoothing, self.cutmix, self.mixup = label_smoothing, cutmix, None
-        self.weights = None if weights is None else torch.tensor(weights, dtype=torch.float32)
+        self.class_weights = None if weights is None else torch.tensor(weights, dtype=torch.float32)
         self.num_classes: int | None = None
         if mixup or cutmix:
             from timm.data import Mixup
@@ -137,12 +137,14 @@ class CrossEntropyLoss:
             targets = targets.long() if shares is None else F.one_hot(targets.long(), logits.shape[-1]).to(logits.dtype)
         if shares is not None:
             targets = shares.to(targets.dtype) @ targets
-        if self.weights is None:
+        if self.class_weights is None:
             return F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing, ignore_index=_NO_LABEL)
-        if len(self.weights) > logits.shape[-1]:
-            raise InputError(f"There are {len(self.weights)} classes and the model tells {logits.shape[-1]} apart.")
+        if len(self.class_weights) > logits.shape[-1]:
+            raise InputError(
+                f"There are {len(self.class_weights)} classes and the model tells {logits.shape[-1]} apart."
+            )
         weights = logits.new_ones(logits.shape[-1])
-        weights[: len(self.weights)] = self.weights.to(weights)
+        weights[: len(self.class_weights)] = self.class_weights.to(weights)
         each = F.cross_entropy(
             logits,
             targets,
@@ -196,9 +198,14 @@ def labels_of(data: Any) -> list[int]:
 
 def balanced_weights(labels: Sequence[int]) -> list[float]:
     """A weight per class, n / (K n_k): rare classes count more, the mean over the examples is 1; 0 for a class without any."""
-    counts = torch.bincount(torch.as_tensor(labels))
-    present = int((counts > 0).sum())
-    return [len(labels) / (present * int(n)) if n else 0.0 for n in counts]
+    return weights_of_counts(torch.bincount(torch.as_tensor(labels)).tolist())
+
+
+def weights_of_counts(counts: Iterable[int]) -> list[float]:
+    """`balanced_weights` of classes that occur so often."""
+    found = [int(n) for n in counts]
+    present = sum(n > 0 for n in found)
+    return [sum(found) / (present * n) if n else 0.0 for n in found]
 
 
 def accuracy_sums(model: nn.Module, loader: Iterable[Any]) -> Tensor:

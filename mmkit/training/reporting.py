@@ -36,16 +36,31 @@ def told(run: FitResult, folder: Path | None, held: str, use: str) -> str:
     return f"{numbers}{held and f' {held}'}{where} Try it in Python: {use}"
 
 
+def classes_told(class_names: Sequence[str]) -> str:
+    """Number and names of classes, for people."""
+    return f"{len(class_names)} classes: {', '.join(class_names)}"
+
+
 def dry(
-    model: nn.Module, config: FitConfig, count: int, held: int, class_names: Sequence[str], adapter: Any = None
+    model: nn.Module,
+    config: FitConfig,
+    count: int,
+    held: int,
+    of: str,
+    adapter: Any = None,
+    notes: Sequence[str] = (),
 ) -> tuple[FitResult, str]:
-    """What would be trained, instead of `fit`: a run of no steps, and lines for people."""
+    """What would be trained, instead of `fit`: a run of no steps, and lines for people.
+
+    `of`: what the examples show, such as `classes_told`. `notes`: further lines on the data.
+    """
     named = adapter.trainable_parameters() if adapter is not None else model.named_parameters()
     trainable = sum(p.numel() for _, p in named if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     settings = ", ".join(f"{k}={v!r}" for k, v in vars(config).items() if v is not None and k not in ("resume", "seed"))
     lines = [
-        f"{count:,} training examples and {held:,} held back, of {len(class_names)} classes: {', '.join(class_names)}.",
+        f"{count:,} training examples and {held:,} held back, of {of}.",
+        *notes,
         f"{trainable:,} of {total:,} parameters would be trained. Nothing was written.",
         f"settings: {settings}",
     ]

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from mmkit.devices import cpu_multiplies_bf16
 from mmkit.errors import InputError, nearest
 from mmkit.training.config import FitConfig
+from mmkit.training.digest import acts_on
 from mmkit.training.loading import Batches, is_map_style
 
 
@@ -221,10 +222,11 @@ def check_arguments(model: Any, train: Any, val: Any, loss_fn: Any, config: Any)
         raise InputError(f"model must be a torch.nn.Module, not {type(model).__name__}.")
     if not isinstance(config, FitConfig):
         raise InputError(f"config must be a FitConfig, not {type(config).__name__}; write FitConfig(epochs=3).")
-    if loss_fn is not None and (config.mixup or config.cutmix or config.label_smoothing or config.class_weights):
+    loss_settings = {"mixup", "cutmix", "label_smoothing", "class_weights"} - {*acts_on(loss_fn)}
+    if loss_fn is not None and any(getattr(config, name) for name in loss_settings):
         raise InputError(
-            "mixup, cutmix, label_smoothing and class_weights belong to the default loss: leave loss_fn out, or do it there "
-            "(timm.data.Mixup) and set them to 0."
+            f"{', '.join(sorted(loss_settings))} belong to the default loss: leave loss_fn out, or do it there (timm.data.Mixup) and "
+            "set them to 0; a class whose attribute `acts_on` names them acts on them itself."
         )
     for name, data in (("train", train), ("val", val)):
         if isinstance(data, (str, bytes, os.PathLike, dict, DataLoader)):

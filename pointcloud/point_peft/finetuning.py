@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +22,30 @@ from mmkit.pointcloud.io import SUFFIXES, read_point_cloud
 from mmkit.pointcloud.point_peft.adapter import PointPEFT
 from mmkit.pointcloud.point_peft.bank import FeatureMemoryBank
 from mmkit.pointcloud.point_peft.model import PointMAE
-from mmkit.pointcloud.point_peft.training import augmented
 from mmkit.pointcloud.transforms import Augment, choose_points, unit_sphere
 from mmkit.storage.files import absolute
-from mmkit.training.classifying import Classified, config_of, known_method, train_classifier
+from mmkit.training.classifying import Classified, config_of, known_method, no_settings, train_classifier, without
 from mmkit.training.digest import short_name
+from mmkit.training.metrics import CrossEntropyLoss, balanced_weights
 
 METHODS = ("point_peft", "pointgst", "idpt", "ssf", "bitfit", "lora", "linear_probe", "full")
 Example = tuple[Tensor, int]
 
 
+class AugmentedLoss(CrossEntropyLoss):
+    """The default loss on clouds that are augmented each by itself: `loss_fn` for `fit`, of batches (points (B, N, 3), labels (B,))."""
+
+    acts_on = ("label_smoothing", "class_weights")
+
+    def __init__(self, augment: Augment, label_smoothing: float = 0.0, weights: Sequence[float] | None = None) -> None:
+        super().__init__(label_smoothing, weights=weights)
+        self.augment = augment
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        return super().__call__(model, (self.augment(batch[0]), batch[1]))
+
+
+@without("mixup", "cutmix", "mixup_prob")
 def finetune(
     data: str | os.PathLike[str],
     model: str | os.PathLike[str] | None = None,
@@ -53,12 +68,14 @@ def finetune(
             the report.
         settings: of the adapter. val: share held back where the folder has no "val"; 0: none.
         dry_run: read everything and say what would be trained (`plan`), no more.
-        fit_options: fields of `FitConfig`.
+        fit_options: fields of `FitConfig`, but `mixup`, `cutmix` and `mixup_prob`.
 
     Raises:
         InputError: a folder or file that cannot be read, another method, too few points.
     """
     known_method(adapter, METHODS, "point-cloud-classification")
+    if adapter == "full":
+        no_settings(settings, adapter)
     name = str(model or "point_mae_nano")
     encoder = _encoder(name)
     num_points = max(256, 16 * encoder.group.num_groups)  # as many as the pipeline shows a model of a folder
@@ -70,6 +87,7 @@ def finetune(
         fit_options, lr=5e-4 if adapter == "full" else 5e-3, batch_size=16, epochs=20, warmup_epochs=1.0, weight_decay=0.05, seed=seed,
         resume=resume, drop_last=len(first) % 16 == 1,
     )  # fmt: skip
+    weights = balanced_weights([y for _, y in first]) if config.class_weights else None
     folder = None if output_dir is None else absolute(output_dir)
     options = {k: v for k, v in vars(config).items() if k not in ("resume", "progress")}
     told = {
@@ -107,7 +125,7 @@ def finetune(
         adapter=own,
         trained=[("method", adapter), ("backbone", name), ("points of a cloud", str(num_points))],
         picture=lambda i: drawn(second[i][0].numpy()),
-        loss_fn=augmented(Augment("y", (0.8, 1.2), per_axis=False)),
+        loss_fn=AugmentedLoss(Augment("y", (0.8, 1.2), per_axis=False), config.label_smoothing, weights),
         dry_run=dry_run,
         identity={"backbone": name, "method": adapter, "validation share": val, "points": num_points},
     )

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 import mmkit
 from mmkit.cli import app
+from mmkit.cli.finetune import TASKS, fit_fields
 
 
 def run(task: str, data: Path, output: Path, *more: object) -> tuple[int, str]:
@@ -113,3 +114,136 @@ def test_what_is_no_folder_of_examples_is_said(tmp_path: Path):
         code, told = run(task, tmp_path, tmp_path / "out", "--folds", 3)
         assert "--folds means nothing" in told
     assert not (tmp_path / "out").exists()
+
+
+REFUSED = {
+    "image-classification": {"steps_per_epoch"},
+    "segmentation": {"steps_per_epoch", "mixup"},
+    "video-classification": {"steps_per_epoch", "cutmix"},
+    "point-cloud-classification": {"steps_per_epoch", "mixup", "cutmix", "mixup_prob"},
+    "text-to-image": {*fit_fields()} - {"max_steps", "batch_size", "lr", "ema_decay", "progress"},
+}
+VALUES = {
+    "schedule": "constant", "optimizer": "sgd", "mixed_precision": "bf16", "class_weights": "balanced", "sampling": "balanced",
+    "monitor": "-loss", "device": "cpu", "mixup_prob": 0.5, "ema_decay": 0.5, "label_smoothing": 0.2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_option_acts_or_is_refused_by_its_name_before_anything_is_read(task: str, tmp_path: Path):
+    refused = set()
+    for name, (kind, _) in fit_fields().items():
+        option = f"--{name.replace('_', '-')}"
+        words = (
+            [f"--no-{option[2:]}" if name == "progress" else option] if kind is bool else [option, VALUES.get(name, 1)]
+        )
+        found = CliRunner().invoke(
+            app,
+            [
+                "finetune",
+                "--task",
+                task,
+                "--data",
+                str(tmp_path / "nowhere"),
+                "--output",
+                str(tmp_path / "out"),
+                *map(str, words),
+            ],
+        )
+        told = " ".join(found.output.split())
+        assert found.exit_code == 1, (option, told)
+        assert "loss_fn" not in told, option
+        if f"{option} means nothing for --task {task}" in told:
+            refused.add(name)
+        else:
+            assert "nowhere" in told, (option, told)
+    assert refused == REFUSED[task]
+    assert not (tmp_path / "out").exists()
+
+
+LOSS_OPTIONS = {
+    "label_smoothing": 0.3,
+    "class_weights": "balanced",
+    "sampling": "balanced",
+    "mixup": 0.8,
+    "cutmix": 0.8,
+}
+
+
+@pytest.fixture
+def masks(tmp_path: Path) -> Path:
+    from PIL import Image
+
+    from mmkit.data.drawn.scans import sample_picture
+
+    for part in ("images", "masks"):
+        (tmp_path / "cells" / part).mkdir(parents=True)
+    for i in range(6):
+        image, labels = sample_picture(i, 48)
+        Image.fromarray(image).save(tmp_path / "cells" / "images" / f"{i}.png")
+        Image.fromarray(labels * 255).save(tmp_path / "cells" / "masks" / f"{i}.png")
+    return tmp_path / "cells"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("task", "data"),
+    [("segmentation", "masks"), ("video-classification", "clips"), ("point-cloud-classification", "clouds")],
+)
+def test_options_of_the_loss_act_on_the_training(task: str, data: str, request: pytest.FixtureRequest, tmp_path: Path):
+    folder = request.getfixturevalue(data)
+    first = sorted(p for p in folder.iterdir() if p.is_dir())[0]
+    if task != "segmentation":
+        for path in sorted(first.iterdir())[:3]:
+            path.unlink()  # classes of unequal size
+    losses = {}
+    for name, value in {"": "", **LOSS_OPTIONS}.items():
+        if name in REFUSED[task]:
+            continue
+        words = ["--steps", 2, "--batch-size", 4, *([f"--{name.replace('_', '-')}", value] if name else [])]
+        code, told = run(task, folder, tmp_path / f"out{name}", "--val", 0, *words)
+        assert code == 0, told
+        losses[name] = json.loads((tmp_path / f"out{name}" / "report.json").read_text())["history"][-1]["train_loss"]
+    assert len(set(losses.values())) == len(losses), losses
+
+
+def test_what_cannot_act_is_said_in_python_too(masks: Path, tmp_path: Path):
+    from mmkit.errors import InputError
+    from mmkit.vision.medical import finetune
+
+    with pytest.raises(InputError, match="mixup means nothing here"):
+        finetune(tmp_path / "nowhere", mixup=0.5)
+    with pytest.raises(InputError, match="nowhere is not a folder"):
+        finetune(tmp_path / "nowhere", mixup=0.0)  # as run.toml has it
+    with pytest.raises(InputError, match="batch_size of two or more"):
+        finetune(masks, cutmix=0.5, batch_size=1)
+    with pytest.raises(InputError, match="monitor is one of dice"):
+        finetune(masks, monitor="accuracy")
+
+
+@pytest.mark.parametrize(
+    ("task", "method"),
+    [
+        ("video-classification", "full"),
+        ("video-classification", "linear_probe"),
+        ("point-cloud-classification", "full"),
+        ("text-to-image", "full"),
+    ],
+)
+def test_settings_of_a_method_without_any_are_refused(task: str, method: str, tmp_path: Path):
+    words = [
+        "finetune",
+        "--task",
+        task,
+        "--data",
+        str(tmp_path),
+        "--adapter",
+        method,
+        "--set",
+        "r=8",
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    found = CliRunner().invoke(app, words)
+    assert found.exit_code == 1
+    assert f"{method} has no settings; r cannot be set" in " ".join(found.output.split())

@@ -14,7 +14,7 @@ from mmkit.backbones import create_backbone
 from mmkit.data import stratified_split
 from mmkit.errors import InputError
 from mmkit.storage.files import absolute
-from mmkit.training.classifying import Classified, config_of, known_method, train_classifier
+from mmkit.training.classifying import Classified, config_of, known_method, no_settings, train_classifier, without
 from mmkit.training.digest import short_name
 from mmkit.video.datasets import VideoClassificationDataset, check_videos
 from mmkit.video.samplers import UniformSampler
@@ -25,6 +25,7 @@ METHODS = ("zeroi2v", "linear_probe", "full")
 _RATES = {"zeroi2v": 2e-3, "linear_probe": 1e-2, "full": 3e-4}
 
 
+@without("cutmix")
 def finetune(
     data: str | os.PathLike[str],
     model: str | os.PathLike[str] | None = None,
@@ -49,12 +50,14 @@ def finetune(
         settings: of ZeroI2V. val: share held back where the folder has no "val"; 0: none.
         flip: how often clips are mirrored in training; 0 where left and right differ.
         dry_run: read everything and say what would be trained (`plan`), no more.
-        fit_options: fields of `FitConfig`.
+        fit_options: fields of `FitConfig`, but `cutmix`.
 
     Raises:
         InputError: a folder or a video that cannot be read, another method, a backbone that does not fit.
     """
     known_method(adapter, METHODS, "video-classification")
+    if adapter != "zeroi2v":
+        no_settings(settings, adapter)
     source, name = Path(data), str(model or "tiny_vit")
     splits = (source / "train").is_dir()
     every = VideoClassificationDataset.from_folder(source, "train" if splits else None)

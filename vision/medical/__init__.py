@@ -9,11 +9,9 @@ from typing import TYPE_CHECKING
 from mmkit.lazy import door
 
 if TYPE_CHECKING:
+    from mmkit.vision.medical.cases import Case as Case, Cases as Cases
     from mmkit.vision.medical.datasets import (
-        Case as Case,
-        Pairs as Pairs,
         drawn_cases as drawn_cases,
-        find_pairs as find_pairs,
         hippocampus_cases as hippocampus_cases,
         nuclei_cases as nuclei_cases,
         nuclei_instances as nuclei_instances,
@@ -22,7 +20,7 @@ if TYPE_CHECKING:
     from mmkit.vision.medical.familiar import Familiarity as Familiarity
     from mmkit.vision.medical.finetuning import Segmented as Segmented, finetune as finetune
     from mmkit.vision.medical.instances import split_touching as split_touching
-    from mmkit.vision.medical.labels import load_labels as load_labels
+    from mmkit.vision.medical.labels import IGNORED as IGNORED, load_labels as load_labels
     from mmkit.vision.medical.metrics import (
         average_precision as average_precision,
         dice as dice,
@@ -36,6 +34,7 @@ if TYPE_CHECKING:
         lightm_unet_3d_tiny as lightm_unet_3d_tiny,
     )
     from mmkit.vision.medical.official import config_from_official as config_from_official
+    from mmkit.vision.medical.pairs import Pairs as Pairs, find_pairs as find_pairs
     from mmkit.vision.medical.pipeline import MedicalSegmentationPipeline as MedicalSegmentationPipeline
     from mmkit.vision.medical.result import (
         COLORS as COLORS,
@@ -45,6 +44,7 @@ if TYPE_CHECKING:
     from mmkit.vision.medical.training import (
         Microscopy as Microscopy,
         Patches as Patches,
+        SegmentationLoss as SegmentationLoss,
         dice_ce_loss as dice_ce_loss,
         segmentation_loss as segmentation_loss,
     )

@@ -74,9 +74,10 @@ class Familiarity:
             raise InputError("At least two training examples are needed to say what is unlike them.")
         mean, std = rows.mean(0).round(4), (rows.std(0) + 1e-3).round(4)
         examples = ((rows - mean) / std).round(2)
-        apart = np.sqrt(((examples[:, None] - examples) ** 2).mean(-1))
-        np.fill_diagonal(apart, np.inf)
-        return cls(mean, std, examples, round(1.5 * float(np.quantile(apart.min(1), 0.95)), 4))
+        near = [
+            np.delete(((examples - row) ** 2).mean(-1), i).min() for i, row in enumerate(examples)
+        ]  # N x N x K is too much
+        return cls(mean, std, examples, round(1.5 * float(np.quantile(np.sqrt(near), 0.95)), 4))
 
     def distance(self, x: Tensor) -> float:
         """How far the input (C, ...) is from the nearest training example, over `limit`: above 1 is unlike them all."""

@@ -19,17 +19,19 @@ from mmkit.data import stratified_split
 from mmkit.errors import InputError, nearest
 from mmkit.storage.files import absolute
 from mmkit.storage.folders import check_free
-from mmkit.training.classifying import config_of, known_method
-from mmkit.training.config import FitResult
+from mmkit.training.classifying import config_of, known_method, without
+from mmkit.training.config import FitConfig, FitResult
 from mmkit.training.digest import short_name
 from mmkit.training.loop import fit
-from mmkit.training.reporting import dry, told, write_report
-from mmkit.vision.medical.datasets import Case, Pairs, find_pairs
+from mmkit.training.metrics import weights_of_counts
+from mmkit.training.reporting import classes_told, dry, told, write_report
+from mmkit.vision.medical.cases import Case, Cases, Pair
 from mmkit.vision.medical.familiar import Familiarity
-from mmkit.vision.medical.labels import load_labels
+from mmkit.vision.medical.labels import IGNORED, load_labels
 from mmkit.vision.medical.metrics import confusions, mean_dice, overlaps
+from mmkit.vision.medical.pairs import Pairs, find_pairs
 from mmkit.vision.medical.pipeline import MedicalSegmentationPipeline
-from mmkit.vision.medical.training import Patches, segmentation_loss
+from mmkit.vision.medical.training import Patches, SegmentationLoss
 from mmkit.weights import list_weights, weight_entry
 
 METHODS = ("full", "linear_probe")
@@ -76,6 +78,7 @@ class Segmented:
         return self.plan or told(self.fit, self.folder, held, self.use)
 
 
+@without("mixup")
 def finetune(
     data: str | os.PathLike[str],
     model: str | os.PathLike[str] | None = None,
@@ -89,9 +92,10 @@ def finetune(
     dry_run: bool = False,
     **fit_options: Any,
 ) -> Segmented:
-    """Train on `data/images` and `data/masks` (or `labels`), or such folders in `data/train` and `data/val`; see `find_pairs`.
+    """Train on `data/images` and `data/masks` (or `labels`), such folders in `data/train` and `data/val`, or nnU-Net's; see `find_pairs`.
 
-    All images are kept in memory, as float32.
+    All files are read before anything is trained; up to 1 GiB of them stays in memory, see `Cases`. Pixels that the masks ignore (255, see
+    `find_pairs`) and those beyond the end of an image smaller than the patch count neither in the loss nor in any figure.
 
     Args:
         model: "unet" (default) or "lightm_unet" from scratch, another name of `list_models("*unet*")`; as a start a bundled name, such
@@ -103,91 +107,146 @@ def finetune(
             "touching": count touching objects one by one, as the pipeline's argument of that name.
         val: share held back where the folder has no "val"; 0: none.
         dry_run: read everything and say what would be trained (`plan`), no more.
-        fit_options: fields of `FitConfig`; an epoch has at least 50 steps.
+        fit_options: fields of `FitConfig`; an epoch has at least 50 steps. `class_weights` and `label_smoothing` act on the cross
+            entropy, weights by the pixels of each class; `sampling` "balanced" centres patches on every class equally often; `cutmix`
+            pastes a box of another patch with its labels.
 
     Raises:
         InputError: a folder, file or mask that cannot be read or does not fit, another method, a start that does not fit. Nothing is
             written then.
     """
     known_method(adapter, METHODS, "segmentation")
-    name = str(model or "unet")
+    plan = _planned(
+        data, str(model or "unet"), adapter, output_dir, dict(settings or {}), val, seed, fit_options, resume
+    )
+    names = plan.pairs.class_names
+    if dry_run:
+        notes = [plan.ignored] if plan.ignored else []
+        planned, told_plan = dry(
+            plan.net, plan.config, len(plan.train), len(plan.held), classes_told(names), notes=notes
+        )
+        return Segmented(plan.net, names, planned, None, None, [], plan.use, told_plan)
+    run = _trained(plan)
+    if run.stopped == "interrupted":
+        return Segmented(plan.net, names, run, None, None, [], plan.use)
+    counts = confusions(plan.net, plan.held, plan.patch) if len(plan.held) else None
+    dice = None if counts is None else float(mean_dice(counts.sum(0)))
+    done = Segmented(plan.net, names, run, plan.folder, dice, _per_class(counts, names), plan.use)
+    if plan.folder is not None:
+        _write(done, plan, plan.folder, counts)
+    return done
+
+
+@dataclass
+class _Plan:
+    """All that is decided before a step is taken. `told`: settings for run.toml; `identity`: facts that `fit` cannot see."""
+
+    pairs: Pairs
+    train: Cases
+    held: Cases
+    net: Any
+    patch: list[int]
+    changes: dict[str, Any]
+    touching: bool
+    config: FitConfig
+    folder: Path | None
+    told: dict[str, Any]
+    identity: dict[str, Any]
+
+    @property
+    def use(self) -> str:
+        """A line of Python that asks the result."""
+        where = self.folder / "model" if self.folder else "MODEL"
+        image = "image.nii.gz" if self.pairs.volumes else "image.png"
+        return f'mmkit.pipeline("medical-segmentation", "{where}")("{image}").plot()'
+
+    @property
+    def ignored(self) -> str:
+        """A sentence on the pixels that do not count, or nothing."""
+        parts = [part.ignored for part in (self.train, self.held) if len(part)]
+        if not any(parts):
+            return ""
+        shown = f"{100 * parts[0]:.1f} %" + (f" (held back: {100 * parts[1]:.1f} %)" if len(parts) > 1 else "")
+        return f"{shown} of the pixels are ignored: {self.pairs.ignore} in the masks."
+
+
+def _planned(
+    data: str | os.PathLike[str], name: str, adapter: str, output_dir: str | os.PathLike[str] | None, settings: dict[str, Any],
+    val: float, seed: int, fit_options: dict[str, Any], resume: bool,
+) -> _Plan:  # fmt: skip
     pairs = find_pairs(data)
-    train, held, paths = _read(pairs, val, seed)
-    dims, count = train[0][1].dim(), len(pairs.class_names)
+    train, held = _parts(pairs, val, seed)
+    first = train.facts[0]
+    dims = len(first.shape)
     torch.manual_seed(seed)
-    net = _network(name, dims, len(train[0][0]), count, adapter)
-    patch, changes = _settings(dict(settings or {}), train, net.multiple)
-    touching = (settings or {}).get("touching", False)
+    net = _network(name, dims, first.channels, len(pairs.class_names), adapter)
+    patch, changes = _settings(settings, np.array([facts.shape for facts in train.facts]), net.multiple)
+    touching = settings.get("touching", False)
     if not isinstance(touching, bool):
         raise InputError(f"touching is true or false, not {touching!r}.")
     config = config_of(
-        fit_options, lr=_rate(name, adapter), batch_size=4 if dims == 2 else 2, epochs=20, warmup_epochs=1.0,
+        fit_options, ("dice",), lr=_rate(name, adapter), batch_size=4 if dims == 2 else 2, epochs=20, warmup_epochs=1.0,
         weight_decay=1e-4, monitor="dice", seed=seed, resume=resume,
     )  # fmt: skip
-    patches = Patches(train, patch, max(len(train), _STEPS * config.batch_size), **changes)
+    if config.cutmix and config.batch_size == 1:
+        raise InputError("cutmix pastes from another patch of the batch: give a batch_size of two or more.")
     folder = None if output_dir is None else absolute(output_dir)
     if folder is not None:
         check_free(folder / "model", ("model",))  # rather than after the training
-    where, image = folder / "model" if folder else "MODEL", "image.nii.gz" if pairs.volumes else "image.png"
-    use = f'mmkit.pipeline("medical-segmentation", "{where}")("{image}").plot()'
+    told = {
+        "task": "segmentation", "data": str(absolute(data)), "backbone": name, "adapter": adapter, "val": val, "output": str(folder),
+        **{k: v for k, v in vars(config).items() if k not in ("resume", "progress")}, "settings": settings,
+    }  # fmt: skip
+    identity = {
+        "backbone": name, "method": adapter, "validation share": val, "class names": list(pairs.class_names),
+    }  # fmt: skip
+    return _Plan(pairs, train, held, net, patch, changes, touching, config, folder, told, identity)
 
-    if dry_run:
-        planned, plan = dry(net, config, len(train), len(held), pairs.class_names)
-        return Segmented(net, pairs.class_names, planned, None, None, [], use, plan)
+
+def _parts(pairs: Pairs, val: float, seed: int) -> tuple[Cases, Cases]:
+    """Cases to train on, and cases held back. Everything is read before anything is trained."""
+    count = len(pairs.train)
+    if count < 2:
+        raise InputError("Training needs at least two images, better some dozens; there is one.")
+    cases = pairs.cases()
+    filled = [bool(holds.any()) for holds in cases.pixels[:, 1:]]
+    first: Sequence[int] = range(count)
+    second: Sequence[int] = range(count, len(cases))
+    if pairs.held is None and val:  # each part gets its share of the empty ones
+        first, second = stratified_split(filled, val, seed)
+        if not first or not second:
+            raise InputError(f"{len(cases)} images are too few to hold back {val:.0%}. Give more, or --val 0.")
+    for what, part in (("training", first), ("held-back", second)):
+        if len(part) and not any(filled[i] for i in part):
+            void = f" {pairs.ignore} is ignored; classes are numbered 0, 1, 2 ..." if cases.ignored else ""
+            raise InputError(f"No mask of the {len(part)} {what} images holds anything but background.{void}")
+    return cases.part(first), cases.part(second)
+
+
+def _trained(plan: _Plan) -> FitResult:
+    config, patch = plan.config, plan.patch
+    weights = weights_of_counts(plan.train.pixels.sum(0)) if config.class_weights else None
+    length = max(len(plan.train), _STEPS * config.batch_size)
+    balanced = config.sampling == "balanced"
+    patches = Patches(plan.train, patch, length, **plan.changes, balanced=balanced, margin=IGNORED)
 
     def measured(network: nn.Module, loader: Iterable[Sequence[Any]]) -> dict[str, float]:
         cases = (case for batch in loader for case in zip(*batch, strict=True))
         return {"dice": float(mean_dice(confusions(network, cases, patch).sum(0)))}
 
     run = fit(
-        net,
+        plan.net,
         patches,
-        held or None,
-        loss_fn=segmentation_loss,
+        plan.held if len(plan.held) else None,
+        loss_fn=SegmentationLoss(config.label_smoothing, weights, config.cutmix, config.mixup_prob),
         metrics_fn=measured,
         config=config,
-        output_dir=folder and folder / "run",
+        output_dir=plan.folder and plan.folder / "run",
         collate_fn=_collated,
-        identity={"backbone": name, "method": adapter, "validation share": val, "class names": list(pairs.class_names)},
+        identity=plan.identity,
     )
-    net.eval()
-    if run.stopped == "interrupted":
-        return Segmented(net, pairs.class_names, run, None, None, [], use)
-    counts = confusions(net, held, patch) if held else None
-    dice = None if counts is None else float(mean_dice(counts.sum(0)))
-    done = Segmented(net, pairs.class_names, run, folder, dice, _per_class(counts, pairs.class_names), use)
-    if folder is not None:
-        known = Familiarity.measure(image for image, _ in train) if len(train) >= _FAMILIAR else None
-        ask = MedicalSegmentationPipeline(
-            net, class_names=pairs.class_names, window=patch, familiarity=known, touching=touching
-        )
-        ask.save_pretrained(folder / "model")
-        told_settings = {
-            "task": "segmentation", "data": str(absolute(data)), "backbone": name, "adapter": adapter, "val": val, "output": str(folder),
-            **{k: v for k, v in vars(config).items() if k not in ("resume", "progress")}, "settings": settings or {},
-        }  # fmt: skip
-        _write(done, folder, told_settings, len(train), patch, counts, paths, ask)
-    return done
-
-
-def _read(pairs: Pairs, val: float, seed: int) -> tuple[list[Case], list[Case], list[tuple[Path, Path]]]:
-    """Cases to train on, cases held back, and the paths of the latter. Everything is read before anything is trained."""
-    if len(pairs.train) < 2:
-        raise InputError("Training needs at least two images, better some dozens; there is one.")
-    cases = [pairs.case(pair) for pair in pairs.train]
-    if pairs.held is not None:
-        train, held, paths = cases, [pairs.case(pair) for pair in pairs.held], pairs.held
-    else:
-        filled = [int(labels.any()) for _, labels in cases]  # each part gets its share of the empty ones
-        first, second = stratified_split(filled, val, seed) if val else (range(len(cases)), [])
-        train, held = [cases[i] for i in first], [cases[i] for i in second]
-        paths = [pairs.train[i] for i in second]
-        if not train or (val and not held):
-            raise InputError(f"{len(cases)} images are too few to hold back {val:.0%}. Give more, or --val 0.")
-    for what, part in (("training", train), ("held-back", held)):
-        if part and not any(bool(labels.any()) for _, labels in part):
-            raise InputError(f"No mask of the {len(part)} {what} images holds anything but background.")
-    return train, held, paths
+    plan.net.eval()
+    return run
 
 
 def _network(name: str, dims: int, in_chans: int, num_classes: int, adapter: str) -> Any:
@@ -232,11 +291,10 @@ def _rate(name: str, adapter: str) -> float:
     return 4e-3 if name in (*FRESH, *list_models("*unet*")) else 1e-3
 
 
-def _settings(given: dict[str, Any], train: Sequence[Case], multiple: int) -> tuple[list[int], dict[str, Any]]:
-    """The size of patches, and how they are changed."""
+def _settings(given: dict[str, Any], sizes: np.ndarray, multiple: int) -> tuple[list[int], dict[str, Any]]:
+    """The size of patches, and how they are changed, for images of `sizes` (N, axes)."""
     if unknown := [k for k in given if k not in _SETTINGS]:
         raise InputError(f"There is no setting {unknown[0]!r}. {nearest(unknown[0], _SETTINGS)}")
-    sizes = np.array([labels.shape for _, labels in train])
     dims, least = sizes.shape[1], 2 * multiple  # smaller ones come down to a single point, which has no norm
     if int(sizes.max(1).min()) < least:
         raise InputError(
@@ -273,59 +331,67 @@ def _per_class(counts: np.ndarray | None, names: Sequence[str]) -> list[dict[str
     return [{"class": name, "pixels": pixels[i], "dice": dice[i], "iou": iou[i]} for i, name in enumerate(names) if i]
 
 
-def _write(
-    done: Segmented, folder: Path, settings: dict[str, Any], count: int, patch: Sequence[int], counts: np.ndarray | None,
-    paths: Sequence[tuple[Path, Path]], ask: MedicalSegmentationPipeline,
-) -> None:  # fmt: skip
-    """The report, with the images that came out worst."""
-    page: dict[str, Any] = {"measure": "dice"}
-    worst: list[dict[str, Any]] = []
-    if counts is not None:
-        unit = "voxels" if len(patch) == 3 else "pixels"
-        rows = [
-            [r["class"], f"{r['pixels']:,}", *("–" if r[k] is None else f"{100 * r[k]:.1f} %" for k in ("dice", "iou"))]
-            for r in done.per_class
-        ]
-        note = (
-            "Dice: twice what truth and answer share over the sum of both. IoU: what they share over what either covers. All held-back "
-            "images taken together."
-        )
-        page["table"] = (
-            f"Class by class, of {len(paths)} held-back images",
-            [["class", unit, "Dice", "IoU"], *rows],
-            note,
-        )
-        each = mean_dice(counts)
-        order = [int(i) for i in np.argsort(each, kind="stable")[:_SHOWN] if not np.isnan(each[i])]
-        worst = [{"file": short_name(paths[i][0]), "dice": round(float(each[i]), 4)} for i in order]
-        shown = [
-            (f"Dice {100 * row['dice']:.0f} %", row["file"], _beside(ask, paths[i]))
-            for i, row in zip(order, worst, strict=True)
-        ]
-        page["pictures"] = ("The worst, lowest Dice first: image, truth, answer", shown)
-    how = "all weights" if settings["adapter"] == "full" else "the head alone"
+def _write(done: Segmented, plan: _Plan, folder: Path, counts: np.ndarray | None) -> None:
+    """The model with all that is known of it, and the report, with the images that came out worst."""
+    known = Familiarity.measure(image for image, _ in plan.train) if len(plan.train) >= _FAMILIAR else None
+    ask = MedicalSegmentationPipeline(
+        plan.net, class_names=done.class_names, window=plan.patch, familiarity=known, touching=plan.touching
+    )
+    ask.save_pretrained(folder / "model")
+    worst, page = ([], {"measure": "dice"}) if counts is None else _pages(done, plan, counts, ask)
+    held = f"{len(plan.held):,}" if counts is not None else "none"
+    how = "all weights" if plan.told["adapter"] == "full" else "the head alone"
+    name = plan.told["backbone"]
     write_report(
         folder,
         done.model,
         done.fit,
-        title=f"Segmentation with {Path(settings['backbone']).name}",
-        subtitle=f"{count:,} training images, {f'{len(paths):,}' if counts is not None else 'none'} held back.",
+        title=f"Segmentation with {Path(name).name}",
+        subtitle=f"{len(plan.train):,} training images, {held} held back.",
         score=("mean Dice", done.dice),
         found={"dice": done.dice, "per_class": done.per_class, "worst": worst, "class_names": list(done.class_names)},
-        settings=settings,
+        settings=plan.told,
         trained=[
-            ("method", how), ("backbone", settings["backbone"]), ("patches and windows", " x ".join(map(str, patch))),
-            ("classes", ", ".join(done.class_names)),
+            ("method", how), ("backbone", name), ("patches and windows", " x ".join(map(str, plan.patch))),
+            ("classes", ", ".join(done.class_names)), *([("not counted", plan.ignored)] if plan.ignored else []),
         ],
         use=done.use,
         page=page,
     )  # fmt: skip
 
 
-def _beside(ask: MedicalSegmentationPipeline, pair: tuple[Path, Path]) -> Image.Image:
-    """An image alone, with the truth, and with the answer, side by side."""
+def _pages(
+    done: Segmented, plan: _Plan, counts: np.ndarray, ask: MedicalSegmentationPipeline
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The worst images by name, and what the report's page shows of those held back."""
+    unit = "voxels" if plan.pairs.volumes else "pixels"
+    rows = [
+        [r["class"], f"{r['pixels']:,}", *("–" if r[k] is None else f"{100 * r[k]:.1f} %" for k in ("dice", "iou"))]
+        for r in done.per_class
+    ]
+    note = (
+        "Dice: twice what truth and answer share over the sum of both. IoU: what they share over what either covers. All held-back "
+        "images taken together."
+    )
+    each, paths = mean_dice(counts), plan.held.samples
+    order = [int(i) for i in np.argsort(each, kind="stable")[:_SHOWN] if not np.isnan(each[i])]
+    worst: list[dict[str, Any]] = [{"file": short_name(paths[i][0]), "dice": round(float(each[i]), 4)} for i in order]
+    shown = [
+        (f"Dice {100 * row['dice']:.0f} %", row["file"], _beside(ask, paths[i], plan.pairs.ignore))
+        for i, row in zip(order, worst, strict=True)
+    ]
+    page = {
+        "measure": "dice",
+        "table": (f"Class by class, of {len(paths)} held-back images", [["class", unit, "Dice", "IoU"], *rows], note),
+        "pictures": ("The worst, lowest Dice first: image, truth, answer", shown),
+    }
+    return worst, page
+
+
+def _beside(ask: MedicalSegmentationPipeline, pair: Pair, ignore: int | None) -> Image.Image:
+    """An image alone, with the truth, and with the answer, side by side. What is ignored looks like background in the truth."""
     result = ask(pair[0], progress=False)
-    truth = load_labels(pair[1], len(ask.class_names))
+    truth = load_labels(pair[1], len(ask.class_names), ignore).clip(min=0)
     options: dict[str, Any] = {"opacity": 0.0, "outline": result.outline_width} if result.stained else {}
     panels = [result.overlay(0.0), result.overlay(**options, labels=truth), result.overlay(**options)]
     for panel in panels:

@@ -11,11 +11,18 @@ from mmkit.data.images import open_image
 from mmkit.errors import InputError
 from mmkit.vision.medical.volumes import is_volume, load_volume
 
+IGNORED = -1
+"""The label of pixels that count neither in the loss nor in any measure, whatever number the file has for them."""
 _LOSSY = ("JPEG", "MPO", "WEBP", "AVIF", "HEIF")
 
 
-def load_labels(source: str | os.PathLike[str] | np.ndarray, num_classes: int) -> np.ndarray:
-    """A label map as uint8 (H, W) or (X, Y, Z): a NIfTI file, a picture of class or object numbers, or an array.
+def load_labels(source: str | os.PathLike[str] | np.ndarray, num_classes: int, ignore: int | None = None) -> np.ndarray:
+    """A label map (H, W) or (X, Y, Z) as uint8, as int16 where some of it is ignored: a NIfTI file, a picture of numbers, or an array.
+
+    Args:
+        source: what is read.
+        num_classes: background included, 2 to 256.
+        ignore: the number, not that of a class, that becomes `IGNORED` (-1); None: no number does.
 
     With two classes every value above zero is foreground, so that object numbers can be used; so is every color but black, and
     the brighter half of a black and white picture with grey borders. Values within 0.001 of a whole number are that number.
@@ -30,8 +37,12 @@ def load_labels(source: str | os.PathLike[str] | np.ndarray, num_classes: int) -
         name, labels = str(source), load_volume(source).data
     else:
         name, picture = str(source), open_image(source)
-        labels = _foreground(picture, name) if num_classes == 2 else _numbers(picture, name)
-    return _classes(labels, num_classes, name)
+        labels = _foreground(picture, name) if num_classes == 2 and ignore is None else _numbers(picture, name)
+    if ignore is None or not (left := np.abs(labels - float(ignore)) <= 1e-3).any():
+        return _classes(labels, num_classes, name)
+    found = _classes(np.where(left, 0, labels), num_classes, name).astype(np.int16)
+    found[left] = IGNORED
+    return found
 
 
 def label_values(source: str | os.PathLike[str]) -> list[int]:

@@ -8,15 +8,18 @@ import numpy as np
 from torch import nn
 
 from mmkit.errors import InputError
-from mmkit.vision.medical.datasets import Case
+from mmkit.vision.medical.cases import Case
 from mmkit.vision.medical.windows import fitting, sliding_window
 
 
 def dice(predicted: np.ndarray, truth: np.ndarray, label: int) -> float:
-    """Dice overlap of one class in 0..1; 1 when it is absent from both. Raises `InputError` when shapes differ."""
+    """Dice overlap of one class in 0..1; 1 when it is absent from both. Pixels whose truth is -1 (`IGNORED`) are left out.
+
+    Raises `InputError` when shapes differ.
+    """
     if predicted.shape != truth.shape:
         raise InputError(f"The label map has shape {truth.shape}, the image {predicted.shape}; they must be equal.")
-    a, b = predicted == label, truth == label
+    a, b = (predicted == label) & (truth >= 0), truth == label
     total = int(a.sum() + b.sum())
     return 2 * int((a & b).sum()) / total if total else 1.0
 
@@ -33,7 +36,9 @@ def dice_per_class(model: nn.Module, cases: Sequence[Case], window: Sequence[int
 
 
 def confusion(predicted: np.ndarray, truth: np.ndarray, num_classes: int) -> np.ndarray:
-    """(K, K) counts of pixels: row is the truth, column the answer."""
+    """(K, K) counts of pixels: row is the truth, column the answer. Pixels whose truth is -1 (`IGNORED`) are left out."""
+    known = truth >= 0
+    truth, predicted = truth[known], predicted[known]
     return np.bincount(truth.ravel() * num_classes + predicted.ravel(), minlength=num_classes**2).reshape(
         -1, num_classes
     )

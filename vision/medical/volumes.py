@@ -150,4 +150,10 @@ def _read_stream(stream: Any, path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 def normalize(x: Tensor) -> Tensor:
     """Zero mean and unit standard deviation over all pixels of one image (C, ...); a constant image becomes zeros."""
-    return (x - x.mean()) / x.std(correction=0).clamp(min=1e-6)
+    mean, std = scale_of(x)
+    return (x - mean) / std
+
+
+def scale_of(x: Tensor) -> tuple[Tensor, Tensor]:
+    """What `normalize` takes off an image (C, ...) and divides it by: mean and standard deviation over all its pixels."""
+    return x.mean(), x.std(correction=0).clamp(min=1e-6)

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import mmkit
 from mmkit.cli import app
 from mmkit.data.drawn.scans import sample_picture, sample_volume
-from mmkit.errors import CheckpointError, InputError
+from mmkit.errors import CheckpointError, InputError, RunDiffersError
 from mmkit.vision.medical import MedicalSegmentationPipeline, UNet, find_pairs, finetune
 from mmkit.vision.medical.metrics import confusion, mean_dice, overlaps
 
@@ -183,7 +183,7 @@ def named(*names: str) -> Callable[[Path], None]:
         (lambda f: [Image.new("L", (48, 48)).save(p) for p in (f / "masks").iterdir()], "nothing but 0"),
         (jpeg, "JPEG may change the numbers"),
         (numbers, "numbers up to 2303"),
-        (named("background", "a", "b"), "labels must be whole numbers 0..2"),
+        (named("background", "a", "b"), "anything but background. 255 is ignored; classes are numbered 0, 1, 2"),
         (named("a", "b"), "the first is called background"),
         (named("nucleus"), "names 1 classes"),
     ],
@@ -263,3 +263,84 @@ def test_a_pipeline_is_saved_with_what_it_knows_and_foreign_networks_are_refused
     foreign.spatial_dims, foreign.in_chans, foreign.num_classes = 2, 3, 2
     with pytest.raises(InputError, match="no model of mmkit"):
         MedicalSegmentationPipeline(foreign).save_pretrained(tmp_path / "foreign")
+
+
+@pytest.fixture
+def streets(tmp_path: Path) -> Path:
+    """Three classes, the lower quarter of each mask ignored."""
+    folder = draw(tmp_path / "streets", 8)
+    for path in (folder / "masks").iterdir():
+        labels = np.asarray(Image.open(path)) // 255
+        labels[:24] *= 2
+        labels[36:] = 255
+        Image.fromarray(labels).save(path)
+    return folder
+
+
+def test_ignored_pixels_count_nowhere_and_are_told(streets: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    words = (
+        "--task",
+        "segmentation",
+        "--data",
+        streets,
+        "--output",
+        out,
+        "--steps",
+        2,
+        "--set",
+        "patch=32",
+        "--no-progress",
+    )
+    code, told = run(*words, "--dry-run")
+    assert code == 0, told
+    assert (
+        "of 3 classes: background, class 1, class 2. 25.0 % (held back: 25.0 %) of the pixels are ignored: 255 in the masks."
+        in told
+    )
+    assert run(*words)[0] == 0
+    report = json.loads((out / "report.json").read_text())
+    ask = mmkit.pipeline("medical-segmentation", out / "model")
+    for row in report["worst"]:
+        name = Path(row["file"]).name
+        truth = np.asarray(Image.open(streets / "masks" / name)).astype(int)
+        known = truth != 255
+        own = confusion(ask(streets / "images" / name).mask[known], truth[known], 3)
+        assert mean_dice(own) == pytest.approx(row["dice"], abs=1e-3)
+    assert sum(row["pixels"] for row in report["per_class"]) < 2 * 36 * 48, "of 2 images, without what is ignored"
+    assert "25.0 %" in (out / "report.html").read_text()
+    assert "ignored" not in run("--task", "segmentation", "--data", draw(tmp_path / "plain", 4), "--dry-run")[1]
+
+
+def test_a_run_beyond_the_memory_is_the_same_and_goes_on(
+    streets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    options = {
+        "settings": {"patch": 16},
+        **QUICK | {"max_steps": 4},
+        "class_weights": "balanced",
+        "sampling": "balanced",
+    }
+    whole = finetune(streets, output_dir=tmp_path / "a", **options)
+    real = type(find_pairs(streets)).cases
+    monkeypatch.setattr("mmkit.vision.medical.pairs.Pairs.cases", lambda self: real(self, kept=20_000))
+    finetune(streets, output_dir=tmp_path / "b", **options | {"max_seconds": 1e-9})
+    again = finetune(streets, output_dir=tmp_path / "b", **options)
+    assert again.fit.losses == whole.fit.losses
+    assert again.dice == whole.dice
+    (streets / "masks" / "5.png").write_bytes((streets / "masks" / "4.png").read_bytes())
+    with pytest.raises(InputError, match="holds a run that differs"):
+        finetune(streets, output_dir=tmp_path / "b", **options)
+
+
+def test_a_changed_setting_of_the_loss_is_told_by_its_name_alone(streets: Path, tmp_path: Path):
+    finetune(streets, settings={"patch": 16}, output_dir=tmp_path / "a", **QUICK)
+    for name, value in (
+        ("label_smoothing", 0.1),
+        ("class_weights", "balanced"),
+        ("sampling", "balanced"),
+        ("cutmix", 0.5),
+    ):
+        with pytest.raises(RunDiffersError) as told:
+            finetune(streets, settings={"patch": 16}, output_dir=tmp_path / "a", **QUICK, **{name: value})
+        assert list(told.value.changes) == [name]

@@ -168,6 +168,21 @@ def test_finetune_lowers_the_loss_continues_and_saves(pipe: Any, tmp_path: Path)
     assert np.array_equal(np.asarray(again("a star", steps=2).images[0], int), want)
 
 
+@pytest.mark.parametrize("method", ["difffit", "full"])
+def test_a_dry_run_leaves_the_model_as_it_was(pipe: Any, tmp_path: Path, method: str) -> None:
+    before = {k: v.clone() for k, v in pipe.transformer.state_dict().items()}
+    flags = [p.requires_grad for p in pipe.transformer.parameters()]
+    looked = finetune(draw_domain("night", 8), pipe, method, output_dir=tmp_path / "run", dry_run=True)
+    assert (looked.fit.stopped, looked.adapter, looked.folder) == ("dry run", None, None)
+    assert looked.summary() == looked.plan
+    assert (looked.trained == looked.total) == (method == "full")
+    after = pipe.transformer.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[k], v) for k, v in before.items())
+    assert [p.requires_grad for p in pipe.transformer.parameters()] == flags
+    assert not (tmp_path / "run").exists()
+
+
 def test_captions_are_left_out_for_guidance_and_pictures_are_encoded_once(pipe: Any, tmp_path: Path) -> None:
     from mmkit.diffusion.training import DenoisingLoss, _encoded
 
@@ -198,9 +213,15 @@ def test_the_command_adapts_to_a_folder_of_classes(pipe: Any, tmp_path: Path) ->
         Image.new("RGB", (40 + 9 * i, 30), path.parent.name).save(path)  # mixed sizes
     words = ["finetune", "--task", "text-to-image", "--data", str(tmp_path / "photos"), "--backbone", str(tmp_path / "model"),
              "--steps", "2", "--output", str(tmp_path / "run")]  # fmt: skip
+    look = CliRunner().invoke(app, [*words, "--dry-run"])
+    assert look.exit_code == 0, look.output
+    assert "3 training examples and 1 held back, of 2 captions." in look.output
+    assert not (tmp_path / "run").exists()
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 0, done.output
     assert "difffit trained" in done.output
+    told = done.output.split("difffit trained ")[1].split(" parameters")[0]
+    assert f"{told} parameters would be trained. Nothing was written." in look.output
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
     refused = CliRunner().invoke(app, [*words, "--augment"])
     assert (refused.exit_code, "--augment means nothing" in refused.output) == (1, True)

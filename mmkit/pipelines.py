@@ -97,17 +97,25 @@ class Pipeline:
             f"The model of {self.task!r} is not exported by itself: what it reads depends on what was given."
         )
 
+    def metadata(self) -> dict[str, str]:
+        """What a reader of an exported file needs to prepare inputs and to name answers; it is kept in the file."""
+        return {}
+
     def export(self, path: str | os.PathLike[str]) -> Path:
         """Write the model for other programs, compared with it before it is called done: `.onnx`, or `.pt2` for `torch.export.load`.
 
         Preparing inputs and reading outputs stays with the caller. Raises `InputError` for another suffix, and for models that use
         kernels or decisions that such a file cannot hold; `BackendUnavailableError` without the packages for ONNX.
         """
+        self.write_export(path)
+        return Path(path).expanduser()
+
+    def write_export(self, path: str | os.PathLike[str]) -> float:
+        """`export`; returns the largest difference between the answers of the file and of the model, on random inputs."""
         from mmkit.storage.exports import write_onnx, write_program
 
         writers = {".onnx": write_onnx, ".pt2": write_program}
         if (writer := writers.get(Path(path).suffix)) is None:
             raise InputError(f"Models are exported to .onnx or .pt2, not {Path(path).name!r}.")
         example = tuple(t.to(self.device, self.dtype) for t in self.example())
-        writer(self.model, example, path)
-        return Path(path).expanduser()
+        return writer(self.model, example, path, metadata=self.metadata())

@@ -137,6 +137,12 @@ def export(
     pretrained: _Pretrained = False,
 ) -> None:
     """Write a fine-tuned model for others to run; what they read from it is compared with the original first."""
+    from mmkit.cli.exporting import export_of_task, task_of
+
+    if task := task_of(run):
+        options = {"backbone": backbone, "checkpoint": checkpoint, "pretrained": pretrained}
+        print(export_of_task(run, task, format, output, options))
+        return
     done = COMMANDS.get("finetune").export(
         run, format, output, backbone=backbone, checkpoint_path=checkpoint, pretrained=pretrained
     )

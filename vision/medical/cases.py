@@ -36,8 +36,8 @@ class Stored:
 
     pixels: Tensor
     labels: Tensor
-    mean: Tensor | None = None
-    std: Tensor | None = None
+    mean: float | None = None
+    std: float | None = None
 
     def case(self) -> Case:
         """All of it."""
@@ -109,13 +109,16 @@ def _same_size(image: Path, size: tuple[int, ...], mask: Path, other: tuple[int,
 
 @dataclass(frozen=True)
 class Facts:
-    """What one look at a case tells: its spatial `shape`, `channels`, `pixels` of each class (K,), `mean` and `std` of its values."""
+    """What one look at a case tells: its spatial `shape`, `channels`, `pixels` of each class, `mean` and `std` of its values.
+
+    Plain numbers: a tensor of one number each, kept between pictures that go, would keep megabytes of the heap from being used again.
+    """
 
     shape: tuple[int, ...]
     channels: int
-    pixels: np.ndarray
-    mean: Tensor
-    std: Tensor
+    pixels: tuple[int, ...]
+    mean: float
+    std: float
 
 
 class _Shelf:
@@ -165,8 +168,9 @@ class Cases(Dataset[Case]):
         pixels, labels = self._read(pair)
         mean, std = scale_of(pixels.float())
         counts = np.bincount(labels[labels >= 0].numpy(), minlength=self.num_classes)
-        self._shelf.facts[pair] = Facts(tuple(labels.shape), len(pixels), counts, mean, std)
-        stored = Stored(pixels, labels, mean, std)
+        facts = Facts(tuple(labels.shape), len(pixels), tuple(counts.tolist()), float(mean), float(std))
+        self._shelf.facts[pair] = facts
+        stored = Stored(pixels, labels, facts.mean, facts.std)
         if stored.nbytes <= self._shelf.room:
             self._shelf.room -= stored.nbytes
             self._shelf.stored[pair] = stored

@@ -8,6 +8,7 @@ volumes with their axes to the right, front and top (RAS); the answer lies as th
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -134,6 +135,16 @@ class MedicalSegmentationPipeline(Pipeline):
     def example(self) -> tuple[torch.Tensor, ...]:
         """A window in numbers, (1, C, H, W) or (1, C, D, H, W)."""
         return (torch.zeros(1, self.channels, *self.window),)
+
+    def metadata(self) -> dict[str, str]:
+        """Class names, the window, and how pixels become the input."""
+        told = "zero mean and unit standard deviation over all pixels of the image; logits (B, K, ...) come out, background first"
+        axes = ", volumes with their axes to the right, front and top" if self.dims == 3 else ""
+        return {
+            "class_names": json.dumps(self.class_names),
+            "window": json.dumps(self.window),
+            "preprocessing": told + axes,
+        }
 
     def __call__(
         self,

@@ -344,3 +344,48 @@ def test_a_changed_setting_of_the_loss_is_told_by_its_name_alone(streets: Path, 
         with pytest.raises(RunDiffersError) as told:
             finetune(streets, settings={"patch": 16}, output_dir=tmp_path / "a", **QUICK, **{name: value})
         assert list(told.value.changes) == [name]
+
+
+def exported(*words: object) -> tuple[int, str]:
+    found = CliRunner().invoke(app, ["export", *map(str, words)])
+    assert not found.exception or isinstance(found.exception, SystemExit), found.exception
+    return found.exit_code, " ".join(found.output.split())
+
+
+@pytest.mark.slow
+def test_a_result_is_exported_and_answers_as_the_pipeline_does(cells: Path, tmp_path: Path):
+    ort = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    finetune(cells, settings={"patch": 32}, output_dir=tmp_path / "out", **QUICK)
+    code, told = exported(tmp_path / "out", "--output", tmp_path / "m.onnx")
+    assert code == 0, told
+    assert "differ from the original's by" in told
+    assert "It takes B x 3 x 32 x 32." in told
+    session = ort.InferenceSession(str(tmp_path / "m.onnx"), providers=["CPUExecutionProvider"])
+    given = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(5))
+    ask = mmkit.pipeline("medical-segmentation", tmp_path / "out" / "model")
+    with torch.no_grad():
+        wanted = ask.model(given)
+    (found,) = session.run(None, {session.get_inputs()[0].name: given.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), wanted, atol=1e-4, rtol=1e-4)
+    about = session.get_modelmeta().custom_metadata_map
+    assert json.loads(about["class_names"]) == ["background", "class 1"]
+    assert json.loads(about["window"]) == [32, 32]
+    assert exported(tmp_path / "out" / "model", "--format", "torch-export", "--output", tmp_path / "m.pt2")[0] == 0
+    with torch.no_grad():
+        torch.testing.assert_close(
+            torch.export.load(str(tmp_path / "m.pt2")).module()(given), wanted, atol=1e-4, rtol=1e-4
+        )
+
+
+def test_what_cannot_be_exported_is_said_and_nothing_is_written(cells: Path, tmp_path: Path):
+    finetune(cells, settings={"patch": 16}, output_dir=tmp_path / "out", **QUICK)
+    for words, told in (
+        (("--format", "timm", "--output", "m"), "goes to onnx or torch-export, not to 'timm'"),
+        (("--output", "m.pt2"), "ends in .onnx, not 'm.pt2'"),
+        (("--output", "m.onnx", "--pretrained"), "--pretrained means nothing for a result of --task segmentation"),
+    ):
+        code, output = exported(tmp_path / "out", *[tmp_path / w if w.startswith("m") else w for w in words])
+        assert code == 1
+        assert told in output
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith("m.")] == []

@@ -277,13 +277,20 @@ def jitter(data: Path, weights: Path | None, limit: int, draws: int = 3) -> dict
     return table
 
 
-def quality(data: Path, weights: Path | None, limit: int, baseline: int) -> dict[str, dict[str, Any]]:
-    """Rows by "set / method"; `limit` objects per set at most (evenly spaced), the baseline on `baseline` of them."""
-    session, table = SessionPredictor(segmenter_of(weights)), {}
+def quality(
+    data: Path, weights: Path | None, limit: int, baseline: int
+) -> tuple[dict[str, dict[str, Any]], dict[str, list[float]]]:
+    """Rows by "set / method", and each object's IoU after one click by set.
+
+    `limit` objects per set at most (evenly spaced), the baseline on `baseline` of them.
+    """
+    session, first = SessionPredictor(segmenter_of(weights)), {}
+    table: dict[str, dict[str, Any]] = {}
     for name, read in SETS.items():
         examples = spaced(list(read(data)), limit)
         rows = play(examples, session.start, name)
         table[f"{name}: {NAME}"] = summary(rows)
+        first[name] = [round(row[0], 4) for row in rows]
         if baseline:
             few = spaced(list(range(len(examples))), baseline)
             walker = play(
@@ -293,7 +300,7 @@ def quality(data: Path, weights: Path | None, limit: int, baseline: int) -> dict
                 name = f"{name}, {len(few)} of them"
                 table[f"{name}: {NAME}"] = summary([rows[i] for i in few])
             table[f"{name}: random walker"] = summary(walker)
-    return table
+    return table, first
 
 
 def spaced(items: list[Any], count: int) -> list[Any]:
@@ -408,7 +415,7 @@ def main() -> None:
     torch.manual_seed(0)
     found: dict[str, Any] = {}
     if args.part == "quality":
-        table = quality(args.data, args.weights, args.limit, 0 if args.own else args.baseline)
+        table, found["first clicks"] = quality(args.data, args.weights, args.limit, 0 if args.own else args.baseline)
     elif args.part == "jitter":
         table = jitter(args.data, args.weights, args.limit)
     elif args.part == "rating":

@@ -90,7 +90,7 @@ def figure(where: str) -> str:
 
 
 def table(name: str) -> str:
-    """The rows of a table: `performance`, `weights` (what is bundled), `defaults` (what it can do), `point_peft` or `difffit`."""
+    """A table: `performance`, `weights` (what is bundled), `defaults` (what it can do), `reproduced`, `point_peft` or `difffit`."""
     if name == "performance":
         lines = ["| | beside | time it takes | measured by |", "|---|---|---|---|"]
         for what, beside, where in PERFORMANCE:
@@ -102,6 +102,21 @@ def table(name: str) -> str:
             lines.append(f"| `{entry['name']}` | {entry['summary']} | {score} | {entry['data']} | {entry['license']} |")
     elif name == "defaults":
         lines = (ROOT / "benchmarks/results/defaults.md").read_text(encoding="utf-8").splitlines()
+    elif name == "reproduced":
+        lines = [
+            "| weights | made again: score | bundled file: score | apart | made twice | CPU minutes |",
+            "|---|---|---|---|---|---|",
+        ]
+        twice = {True: "the same file", False: "another file", None: "not tried"}
+        for weights, row in sorted(_file("reproduce").items()):
+            scores = [
+                ", ".join(f"{k} {v}" for k, v in list(row[of].items())[:3])
+                for of in ("score", "score of the bundled file")
+            ]
+            apart = "nothing: the same bytes" if row["same"] else f"{100 * row['difference']:.1f} %"
+            lines.append(
+                f"| `{weights}` | {scores[0]} | {scores[1]} | {apart} | {twice[row.get('same again')]} | {row['cpu_minutes']} |"
+            )
     elif name == "point_peft":
         lines = ["| accuracy, mean of 3 seeds | trained | drawn scans | real meshes, any pose |", "|---|---|---|---|"]
         for method in ("linear probe", "LoRA", "PointGST", "Point-PEFT", "IDPT", "full", "from scratch"):

@@ -63,6 +63,10 @@ class Registry:
 
     def get(self, name: str) -> Any:
         """The object behind `name`. Raises `InputError` with the nearest names when there is none."""
+        if not isinstance(name, str):
+            raise InputError(
+                f"The {self.kind} is given by its name, a text, not by {type(name).__name__}. {nearest('', self._known)}"
+            )
         name = self._aliases.get(name, name)
         if name not in self._known:
             self._read_entry_points()

@@ -131,8 +131,12 @@ def save_adapter(
         The folder.
 
     Raises:
-        InputError: `half`, and a value beyond the range of float16.
+        InputError: `adapter` is none or was detached, or `half`, and a value beyond the range of float16.
     """
+    if not isinstance(adapter, Adapter):
+        raise InputError(
+            f"save_adapter writes what apply_adapter returned, not {type(adapter).__name__}. For a whole model use save_backbone."
+        )
     with new_folder(folder, kind="adapter", facts={"extra": extra or {}}) as temporary:
         adapter.write_files(temporary)
         if half:

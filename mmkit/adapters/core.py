@@ -62,6 +62,8 @@ class Adapter(Merging, AdapterFiles, nn.Module):
 
     def __init__(self, config: AdapterConfig | None = None, name: str = "default"):
         super().__init__()
+        if not isinstance(name, str) or not name:
+            raise InputError(f"The name of an adapter is a text of one letter or more, not {name!r}.")
         self.config: Any = config if config is not None else self.config_class()
         self.name = name
         self.enabled = True

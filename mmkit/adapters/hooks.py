@@ -335,6 +335,14 @@ def remove(model: nn.Module, owner: Any) -> None:
         chain.drop()
 
 
+def restore_grads(flags: Iterable[tuple[Tensor, bool]]) -> None:
+    """Set `requires_grad` of each tensor; torch lets those made in inference mode change theirs only inside it."""
+    for tensor, flag in flags:
+        if tensor.requires_grad != flag:
+            with torch.inference_mode(tensor.is_inference()):
+                tensor.requires_grad_(flag)
+
+
 def trained_copy(module: nn.Module) -> nn.Module:
     """A plain copy to be trained: half-precision weights swallow small steps, and gradient scalers refuse them, so it is float32."""
     copied = plain_copy(module).requires_grad_(True)

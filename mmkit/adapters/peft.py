@@ -182,11 +182,10 @@ class PeftAdapter(SiteAdapter):
         except Exception as error:
             raise InputError(
                 f"peft cannot put {self.method!r} on these modules of {type(model).__name__}: {error} "
-                "Choose others with targets= or exclude=."
+                "Choose others with targets= or exclude=, or other settings."
             ) from error
         finally:  # whether the base is frozen is not peft's to decide
-            for p, flag in flags:
-                p.requires_grad_(flag)
+            hooks.restore_grads(flags)
         for path in chosen:
             layer = _without_base(tree.get_submodule(path), path)
             for p in layer.parameters():  # as get_peft_model does: half-precision weights swallow small steps

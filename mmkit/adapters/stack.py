@@ -102,9 +102,8 @@ class AdapterStack:
         self.settle()
         if self.adapters:
             return
-        for k, p in self.root.named_parameters():
-            if self.trainable and k in self.trainable:
-                p.requires_grad_(self.trainable[k])
+        before = self.trainable or {}
+        hooks.restore_grads((p, before[k]) for k, p in self.root.named_parameters() if k in before)
         for module in self.root.modules():
             if isinstance(module.__dict__.get("train"), StaysInEval):
                 module.__dict__.pop("train").release()

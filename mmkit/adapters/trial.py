@@ -242,7 +242,9 @@ def _identity_problem(host: nn.Module, link: hooks.Link) -> str:
         return ""  # acts on what a call carries
     tolerance = max([1e-5, *(4 * torch.finfo(t.dtype).eps for t in _own_weights(host) if t.is_floating_point())])
     limit = tolerance * max(1.0, float(want.abs().max()))
-    if want.shape == got.shape and not float((want - got).abs().max()) <= limit:  # NaN is no identity either
+    if want.shape != got.shape:
+        return f"from shape {tuple(want.shape)} to {tuple(got.shape)}"
+    if not float((want - got).abs().max()) <= limit:  # NaN is no identity either
         return f"by {float((want - got).abs().max()):.1e}"
     return ""
 

@@ -49,6 +49,8 @@ def create_backbone(
         isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 0
     ):
         raise InputError(f"num_classes must be a whole number of at least 0, not {num_classes!r}.")
+    if not isinstance(name, str | os.PathLike):
+        raise InputError(f"A backbone is given by its name or folder, not by {type(name).__name__}.")
     folder = Path(name).expanduser()
     if folder.is_dir():
         model = _from_folder(folder, num_classes, overrides)

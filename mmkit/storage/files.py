@@ -27,8 +27,10 @@ _cleaned: set[Path] = set()
 def absolute(path: str | os.PathLike[str]) -> Path:
     """`path` with `~` expanded and made absolute, so that a later change of the working directory does not move it.
 
-    Raises `InputError` for a null character.
+    Raises `InputError` for what is no path, and for a null character.
     """
+    if not isinstance(path, str | os.PathLike) or not isinstance(os.fspath(path), str):
+        raise InputError(f"A path is a text or a pathlib.Path, not {type(path).__name__}.")
     if "\0" in os.fspath(path):
         raise InputError(f"{os.fspath(path)!r} holds a null character, which no path can.")
     return Path(os.path.abspath(Path(path).expanduser()))

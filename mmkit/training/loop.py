@@ -37,11 +37,12 @@ from mmkit.training.setup import (
     StopSignals,
     Trainee,
     check_arguments,
-    check_loss,
+    check_trainable,
     current_lr,
     freeze_running_statistics,
     has_non_finite,
     kept_modes,
+    loss_and_numbers,
     make_accelerator,
     make_optimizer,
     make_scheduler,
@@ -89,6 +90,7 @@ def fit(
         loss_fn: `(model, batch) -> loss`, or `(loss, {name: number})`, the mean over the batch's examples. Default:
             cross entropy. It may call any method of `model`. An object whose class has `acts_on`, a tuple of names such as
             "label_smoothing", acts on these settings itself; a data set may have "sampling" there.
+            The numbers become columns of `log.csv`; one named like a column that is there ("loss") is called "loss_fn_loss".
         metrics_fn: `(model, loader) -> {name: number}` in eval mode without gradients; under several processes each one
             runs it over all of `val`. Default: accuracy and loss.
         config: see `FitConfig`.
@@ -120,7 +122,8 @@ def fit(
             state before that step is saved), memory ran out, or a process that reads data was killed.
     """
     config = FitConfig() if config is None else config
-    check_arguments(model, train, val, loss_fn, config)
+    check_trainable(model, adapter)
+    check_arguments(train, val, loss_fn, config)
     while not _LOCK.acquire(timeout=0.2):
         if should_stop is not None and should_stop():
             return FitResult([], [], {}, {}, 0, "cancelled", None, 0.0, 0)
@@ -315,7 +318,8 @@ class _Run:
         lr = current_lr(self.optimizer)
         self.scheduler.step_update(state.step)
         if log is not None:
-            log.add("log", {"step": state.step, "epoch": epoch, "loss": loss, "lr": lr, **extras})
+            row = {"step": state.step, "epoch": epoch, "loss": loss, "lr": lr}
+            log.add("log", row | {f"loss_fn_{k}" if k in row else k: v for k, v in extras.items()})
         if bar is not None:
             bar.update()
             shown = {"loss": loss, **{f"val {k}": v for k, v in state.metrics.items()}}
@@ -355,7 +359,7 @@ class _Run:
             loss, numbers = self._backward(batches, micro, i)
             total = total + loss
             for key, value in numbers.items():
-                extras[key] = extras.get(key, 0.0) + float(value) * micro[i][1]
+                extras[key] = extras.get(key, 0.0) + value * micro[i][1]
         mean, extras, stop = self._agree(total, extras)
         if not math.isfinite(mean):
             self._fail("loss", mean)
@@ -387,8 +391,7 @@ class _Run:
             batch = send_to_device(self.batch, accelerator.device, non_blocking=True)
             with contextlib.nullcontext() if i == len(micro) - 1 else accelerator.no_sync(self.trainee):
                 output = self.trainee(loss_fn, batch)
-                loss, numbers = output if isinstance(output, tuple) else (output, {})
-                check_loss(loss)
+                loss, numbers = loss_and_numbers(output)
                 share = loss if weight == 1 else loss * weight
                 (share if accelerator.scaler is None else accelerator.scaler.scale(share)).backward()
         except TargetError as error:

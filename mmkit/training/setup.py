@@ -205,10 +205,20 @@ def kept_modes(*modules: Any) -> Iterator[None]:
             parameter.requires_grad_(requires_grad)
 
 
+def loss_and_numbers(output: Any) -> tuple[Tensor, dict[str, float]]:
+    """The loss and the further numbers of what a loss function returned. Raises `InputError` for anything else."""
+    loss, numbers = output if isinstance(output, tuple) and len(output) == 2 else (output, {})
+    check_loss(loss)
+    try:
+        return loss, {str(name): float(value) for name, value in numbers.items()}
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"loss_fn must return a loss, or (loss, {{name: number}}): {error}.") from error
+
+
 def check_loss(loss: Any) -> None:
     """Raise `InputError` unless `loss` is one differentiable number."""
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or loss.is_complex():
+        shape = f"{tuple(loss.shape)} {loss.dtype}" if isinstance(loss, Tensor) else type(loss).__name__
         raise InputError(f"loss_fn must return one number as a tensor, not {shape}.")
     if not loss.requires_grad:
         raise InputError(
@@ -216,10 +226,33 @@ def check_loss(loss: Any) -> None:
         )
 
 
-def check_arguments(model: Any, train: Any, val: Any, loss_fn: Any, config: Any) -> None:
-    """Raise `InputError` for what `fit` cannot work with, before anything is touched."""
+def check_trainable(model: Any, adapter: Any) -> None:
+    """Raise `InputError` for a model, an adapter or surroundings in which nothing could be trained."""
     if not isinstance(model, nn.Module):
         raise InputError(f"model must be a torch.nn.Module, not {type(model).__name__}.")
+    if not torch.is_grad_enabled():
+        raise InputError("fit needs gradients: call it outside torch.no_grad() and torch.inference_mode().")
+    if any(p.is_inference() for p in model.parameters()):
+        raise InputError(
+            "The model was made in torch.inference_mode(), where tensors can never be trained: build it outside, or give "
+            "copy.deepcopy(model), made outside."
+        )
+    if adapter is None:
+        return
+    if not hasattr(adapter, "trainable_parameters"):
+        raise InputError(f"adapter must be what apply_adapter returned, not {type(adapter).__name__}.")
+    for wrong, state, way in (
+        (adapter.merged, "merged", "call its unmerge() first"),
+        (not adapter.attached, "not attached to a model", "call its attach(model) first"),
+        (not adapter.enabled, "disabled", "enable it first"),
+        (adapter.scale == 0, "at scale 0", "set adapter.scale = 1 first"),
+    ):
+        if wrong:
+            raise InputError(f"Adapter {adapter.name!r} is {state}, so that training would not reach it: {way}.")
+
+
+def check_arguments(train: Any, val: Any, loss_fn: Any, config: Any) -> None:
+    """Raise `InputError` for what `fit` cannot work with, before anything is touched."""
     if not isinstance(config, FitConfig):
         raise InputError(f"config must be a FitConfig, not {type(config).__name__}; write FitConfig(epochs=3).")
     loss_settings = {"mixup", "cutmix", "label_smoothing", "class_weights"} - {*acts_on(loss_fn)}

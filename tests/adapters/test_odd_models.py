@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import mmkit
 from mmkit.adapters import apply_adapter, load_adapter, save_adapter
 from mmkit.errors import InputError
 
@@ -73,6 +74,57 @@ def test_an_adapter_made_in_inference_mode_can_be_trained(method: str) -> None:
         adapter = apply_adapter(model, method, modules_to_save=("b",))
     model(torch.randn(3, 6)).sum().backward()
     assert all(p.grad is not None for p in adapter.parameters())
+
+
+@pytest.mark.parametrize("method", ["ssf", "lora", "bitfit"])
+def test_a_model_made_in_inference_mode_is_adapted_merged_and_left_as_it_was(method: str) -> None:
+    with torch.inference_mode():
+        model = Named("a", "b")
+    x = torch.randn(3, 6)
+    with torch.no_grad():
+        before = model(x)
+        adapter = jiggled(apply_adapter(model, method))
+        adapted = model(x)
+        adapter.merge()
+        torch.testing.assert_close(model(x), adapted)
+        adapter.detach()
+        assert torch.equal(model(x), before)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+class Even(nn.Conv2d):
+    """Pads in its own way, as TensorFlow does: half the size, where its `padding` says less."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(nn.functional.pad(x, (1, 1, 1, 1)))
+
+
+def test_an_answer_of_another_shape_is_no_identity() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Even(8, 8, 3, stride=2), nn.Conv2d(8, 8, 1))
+    with pytest.raises(InputError, match=r"0 \(Even, from shape .*exclude=\('0',\)"):
+        apply_adapter(model, "hra", targets=("0", "1"))
+    assert apply_adapter(model, "hra", targets=("0", "1"), exclude=("0",)).site_paths == ["1"]
+
+
+@pytest.mark.parametrize("name", ["", 3, None])
+def test_the_name_of_an_adapter_is_a_text(name: Any) -> None:
+    with pytest.raises(InputError, match="name of an adapter"):
+        apply_adapter(Named("a"), "ssf", name=name)
+
+
+def test_what_is_no_adapter_and_what_is_no_folder_are_told(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="use save_backbone"):
+        save_adapter(Named("a"), tmp_path / "a")  # type: ignore[arg-type]
+    for place in (None, 3):
+        with pytest.raises(InputError, match="A path is a text"):
+            save_adapter(apply_adapter(Named("a"), "ssf"), place)  # type: ignore[arg-type]
+        with pytest.raises(InputError, match="A path is a text"):
+            load_adapter(Named("a"), place)  # type: ignore[arg-type]
+        with pytest.raises(InputError, match="name or folder"):
+            mmkit.create_backbone(place)  # type: ignore[arg-type]
+        with pytest.raises(InputError, match="given by its name"):
+            mmkit.pipeline(place)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("method", ["ssf", "lora", "bitfit"])

@@ -375,6 +375,71 @@ BAD = {
 }
 
 
+def with_adapter(spoil):
+    model = network()
+    adapter = mmkit.apply_adapter(model, "ssf")
+    model(torch.randn(4, 6))  # a merge wants to have seen the sites at work
+    return fit(model, points(), adapter=spoil(adapter) or adapter, config=FitConfig(**QUIET))
+
+
+BAD |= {
+    name: (lambda spoil=spoil: with_adapter(spoil), words)
+    for name, spoil, words in (
+        ("an adapter's name", lambda a: "ssf", "apply_adapter returned, not str"),
+        ("merged adapter", lambda a: a.merge() and None, "unmerge"),
+        ("detached adapter", lambda a: a.detach() and None, "attach"),
+        ("disabled adapter", lambda a: setattr(a, "enabled", False), "enable it"),
+        ("scale 0", lambda a: setattr(a, "scale", 0), "adapter.scale = 1"),
+    )
+}
+
+
+def numbers_of_loss(given):
+    return lambda model, batch: (torch.nn.functional.cross_entropy(model(batch[0]), batch[1]), *given)
+
+
+BAD |= {
+    f"numbers {given}": (
+        lambda given=given: fit(network(), points(), loss_fn=numbers_of_loss(given), config=FitConfig(**QUIET)),
+        "loss_fn must return",
+    )
+    for given in ((None,), ({"a": torch.ones(2)},), ({"a": None},), ({}, 3))
+}
+
+
+@torch.no_grad()
+def without_gradients():
+    return fit(network(), points(), config=FitConfig(**QUIET))
+
+
+def of_inference_mode():
+    with torch.inference_mode():
+        model = network()
+    return fit(model, points(), config=FitConfig(**QUIET))
+
+
+BAD |= {
+    "no_grad": (without_gradients, r"outside torch.no_grad\(\)"),
+    "inference mode": (of_inference_mode, "made in torch.inference_mode"),
+    "folder": (lambda: fit(network(), points(), config=FitConfig(**QUIET), output_dir=3), "A path is a text"),
+    "complex": (
+        lambda: fit(network(), points(), loss_fn=lambda m, b: m(b[0]).mean() * 1j, config=FitConfig(**QUIET)),
+        "one number",
+    ),
+}
+
+
+def test_numbers_of_the_loss_do_not_take_the_columns_of_the_log(tmp_path):
+    given = ({"step": 7, "loss": 8.0, "own": 9.0},)
+    result = fit(
+        network(), points(8), loss_fn=numbers_of_loss(given), config=FitConfig(epochs=1, **QUIET), output_dir=tmp_path
+    )
+    rows = list(csv.DictReader((tmp_path / "log.csv").open()))
+    assert [int(row["step"]) for row in rows] == list(range(1, result.steps + 1))
+    assert [float(row["loss"]) for row in rows] == pytest.approx(result.losses)
+    assert {(row["loss_fn_step"], row["loss_fn_loss"], row["own"]) for row in rows} == {("7", "8", "9")}
+
+
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input(case):
     run, message = BAD[case]

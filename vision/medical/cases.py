@@ -23,6 +23,9 @@ Pair = tuple[Path, Path]
 """The files of an image and of its mask."""
 KEPT = 1 << 30
 """Bytes of cases that stay in memory: a thousand pictures of 512 x 512. The others are read again whenever they are used."""
+_SLAB = (
+    1 << 26
+)  # larger than what malloc ever takes from the heap, so that it comes from the system and in touched pages only
 
 
 @dataclass(frozen=True)
@@ -126,11 +129,30 @@ class _Shelf:
 
     def __init__(self, room: int) -> None:
         self.room = room
+        self.slab = torch.empty(0, dtype=torch.uint8)
         self.stored: dict[Pair, Stored] = {}
         self.facts: dict[Pair, Facts] = {}
 
     def identity(self) -> str:
         return "memory"
+
+    def keep(self, pair: Pair, case: Stored) -> None:
+        """Put a case into memory, if there is room for it."""
+        if case.nbytes <= self.room:
+            self.room -= case.nbytes
+            self.stored[pair] = Stored(self._moved(case.pixels), self._moved(case.labels), case.mean, case.std)
+
+    def _moved(self, tensor: Tensor) -> Tensor:
+        """A copy in a large block of its own: left in the heap, it would keep what lies between such copies from being used again."""
+        size = -(-tensor.nbytes // 64) * 64
+        if size > len(self.slab):
+            self.slab = torch.empty(max(_SLAB, size), dtype=torch.uint8)
+        place, self.slab = self.slab[: tensor.nbytes], self.slab[size:]
+        return (
+            place.view(tensor.dtype)
+            .as_strided(tensor.shape, tensor.stride(), place.storage_offset() // tensor.itemsize)
+            .copy_(tensor)
+        )
 
 
 class Cases(Dataset[Case]):
@@ -170,10 +192,7 @@ class Cases(Dataset[Case]):
         counts = np.bincount(labels[labels >= 0].numpy(), minlength=self.num_classes)
         facts = Facts(tuple(labels.shape), len(pixels), tuple(counts.tolist()), float(mean), float(std))
         self._shelf.facts[pair] = facts
-        stored = Stored(pixels, labels, facts.mean, facts.std)
-        if stored.nbytes <= self._shelf.room:
-            self._shelf.room -= stored.nbytes
-            self._shelf.stored[pair] = stored
+        self._shelf.keep(pair, Stored(pixels, labels, facts.mean, facts.std))
 
     def stored(self, index: int) -> Stored:
         """A case as its files have it."""

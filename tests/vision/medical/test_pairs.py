@@ -170,4 +170,8 @@ def test_cases_beyond_the_limit_are_read_again_and_are_the_same(tmp_path: Path):
     assert none.pixels.sum(1).tolist() == [256 - (mask(0, 1, 2, 255) == 255).sum(), 256, 256, 256]
     kinds = {type(v) for facts in none.facts for v in (*facts.pixels, *facts.shape, facts.mean, facts.std)}
     assert kinds == {int, float}, "small tensors that stay keep the heap between the pictures from being used again"
+    block = {
+        c.untyped_storage().data_ptr() for kept in all_kept._shelf.stored.values() for c in (kept.pixels, kept.labels)
+    }
+    assert len(block) == 1, "what stays lies together, not between what goes"
     assert none.part([2]).describe(0).endswith("2.png")

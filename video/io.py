@@ -80,6 +80,14 @@ def backends() -> dict[str, str]:
     return {name: problem(torch.device("cpu")) or "available" for name, problem in _PROBLEMS.items()}
 
 
+def _opened(path: str) -> Any:
+    """PyAV's container. Titles in another encoding than UTF-8 do not matter; PyAV 19 has no argument for that any more and reads on."""
+    import av
+
+    lenient: dict[str, Any] = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "ignore"}
+    return av.open(path, options=dict(_OPEN_OPTIONS), **lenient)
+
+
 class VideoReader:
     """Random access to the frames of one video by one forward pass, also when the file is damaged.
 
@@ -153,7 +161,7 @@ class VideoReader:
         if self.path.stat().st_size == 0:
             raise VideoDecodeError(f"{self.path} is empty (0 bytes).")
         try:
-            self._container = av.open(os.fspath(self.path), options=dict(_OPEN_OPTIONS), metadata_errors="ignore")
+            self._container = _opened(os.fspath(self.path))
         except (av.error.FFmpegError, OSError) as error:
             raise VideoDecodeError(
                 f"{self.path} is not a readable video ({_reason(error)}). It may be cut off, damaged or of "

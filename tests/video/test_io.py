@@ -65,6 +65,22 @@ def test_variable_frame_rate_keeps_indices_and_times(tmp_path: Path, clips: Any)
         assert [reader.index_at(t) for t in (0.0, 0.05, 0.5, 1.01, 99.0)] == [0, 1, 4, 5, 7]
 
 
+def test_a_title_in_another_encoding_does_not_matter(tmp_path: Path) -> None:
+    path = tmp_path / "a.mp4"
+    with av.open(str(path), "w") as container:
+        container.metadata["title"] = "caf@"
+        stream = container.add_stream("mpeg4", rate=25)
+        stream.width = stream.height = 32
+        frame = av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), format="rgb24")
+        for packet in (*stream.encode(frame), *stream.encode()):
+            container.mux(packet)
+    written = path.read_bytes()
+    assert b"caf@" in written
+    path.write_bytes(written.replace(b"caf@", b"caf\xe9"))  # Latin-1
+    with VideoReader(path) as reader:
+        assert len(reader) == 1
+
+
 @pytest.mark.parametrize("turn", [90, 180, 270])
 def test_rotation_metadata_is_applied(tmp_path: Path, turn: int) -> None:
     frames = np.zeros((4, 64, 96, 3), np.uint8)

@@ -139,7 +139,8 @@ class InteractiveSegmenter(Pipeline):
         """A `ClickNet` as a folder of two ONNX files, one that sees a picture and one that answers prompts: see `export_clicknet`."""
         from mmkit.vision.clicks.export import export_clicknet
 
-        if not isinstance(getattr(self, "model", None), ClickNet):
+        model = getattr(self, "model", None)
+        if not isinstance(model, ClickNet):
             raise InputError(
                 "Only ClickNet is exported with its prompts; SqueezeSAM by mmkit.vision.clicks.export_onnx, SAM by its own project."
             )
@@ -147,7 +148,7 @@ class InteractiveSegmenter(Pipeline):
             raise InputError(
                 f"A click model becomes a folder of two ONNX files; give a folder, not {Path(path).name!r}."
             )
-        return export_clicknet(self.model, path)
+        return export_clicknet(model, path)
 
     def set_image(self, image: ImageLike) -> None:
         """Take a new picture (path, bytes, PIL, array): encodes it once and forgets all clicks."""

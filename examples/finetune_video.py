@@ -98,6 +98,8 @@ def main() -> None:
     train, val = datasets(args, model, probe.class_names)
     config = FitConfig(epochs=args.epochs, batch_size=args.batch_size, lr=args.lr, warmup_epochs=0.5, weight_decay=0.05)
     result = fit(model, train, val, config=config)
+    if result.stopped != "finished":
+        raise SystemExit(f"stopped after {result.steps} steps ({result.stopped}); nothing was saved")
     print({k: round(v, 4) for k, v in result.best_metrics.items()})
     model.eval().merge()
     model.save_pretrained(args.out / "model")

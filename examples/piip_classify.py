@@ -63,6 +63,8 @@ def main() -> None:
         resume=False,
     )
     result = fit(model, train, val, config=config, adapter=adapter)
+    if result.stopped != "finished":
+        raise SystemExit(f"stopped after {result.steps} steps ({result.stopped}); nothing was saved")
     print(f"{adapter.num_parameters():,} trained parameters; validation {result.metrics}")
 
     save_adapter(adapter, args.output / "adapter")  # LoRA of both branches and the interactions in one file

@@ -93,6 +93,8 @@ def main() -> None:
         device="cpu",
     )
     result = fit(model, train, loss_fn=segmentation_loss, config=config)
+    if result.stopped != "finished":
+        raise SystemExit(f"stopped after {result.steps} steps ({result.stopped}); nothing was saved")
 
     rounded = {k: v.detach().cpu().half().float() for k, v in model.state_dict().items()}
     model.load_state_dict(rounded)

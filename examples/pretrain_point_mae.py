@@ -91,6 +91,8 @@ def main() -> None:
     result = fit(
         model, TensorDataset(*groups(model, points)), loss_fn=augmented_loss, config=config, output_dir=args.output
     )
+    if result.stopped != "finished":
+        raise SystemExit(f"stopped after {result.steps} steps ({result.stopped}); the same command goes on")
     seconds = time.process_time() - started
     state = {k: v.half().float() for k, v in model.state_dict().items()}
     model.load_state_dict(state)

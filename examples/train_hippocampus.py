@@ -102,6 +102,8 @@ def main() -> None:
     )
     start = time.process_time()
     result = fit(model, patches, loss_fn=segmentation_loss, config=config)
+    if result.stopped != "finished":
+        raise SystemExit(f"stopped after {result.steps} steps ({result.stopped}); nothing was saved")
     print(f"{result.steps} steps in {(time.process_time() - start) / 60:.1f} CPU minutes")
 
     rounded = {k: v.detach().cpu().half().float() for k, v in model.state_dict().items()}

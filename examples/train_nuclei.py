@@ -107,6 +107,8 @@ def main() -> None:
     )  # fmt: skip
     start = time.process_time()
     result = fit(model, train, loss_fn=segmentation_loss, config=config)
+    if result.stopped != "finished":
+        raise SystemExit(f"stopped after {result.steps} steps ({result.stopped}); nothing was saved")
     print(f"{result.steps} steps in {(time.process_time() - start) / 60:.1f} CPU minutes")
 
     rounded = {k: v.detach().half().float() for k, v in model.state_dict().items()}

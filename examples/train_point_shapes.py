@@ -76,12 +76,14 @@ def main() -> None:
         max_steps=args.steps, batch_size=args.batch_size, lr=args.lr, warmup_steps=args.steps // 10, weight_decay=0.05,
         seed=args.seed, drop_last=True, resume=False,
     )  # fmt: skip
-    fit(
+    result = fit(
         model,
         TensorDataset(*train),
         loss_fn=augmented(Augment("y", (0.8, 1.2), jitter=0.005, per_axis=False)),
         config=settings,
     )
+    if result.stopped != "finished":
+        raise SystemExit(f"stopped after {result.steps} steps ({result.stopped}); nothing was saved")
     seconds = time.process_time() - started
     state = {k: v.half().float() if v.is_floating_point() else v for k, v in model.state_dict().items()}
     model.load_state_dict(state)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -191,3 +192,11 @@ def test_names_at_the_large_doors_resolve(package):
     module = importlib.import_module(package)
     for name in module.__all__:
         assert getattr(module, name) is not None
+
+
+def test_no_example_saves_what_was_interrupted() -> None:
+    """`fit` returns after Ctrl-C: what is saved or bundled then is half a model."""
+    for path in sorted((ROOT / "examples").glob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        if re.search(r"\bfit\(\n? *\w+, ", text) and re.search(r"bundle\(|save_pretrained\(|save_adapter\(", text):
+            assert ".stopped" in text, f"{path.name} asks nobody whether training ended"

@@ -25,29 +25,15 @@ from mmkit.ops.backends import choose_backend
 from mmkit.video.frames import Clip, Placement, VideoDecodeError, resize, to_rgb
 
 logger = logging.getLogger("mmkit.video")
-
-
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".flv", ".wmv", ".ogv", ".3gp")
-
-
 # Only real video containers in one local file: FFmpeg would also "play" text, pictures and play lists that name URLs.
 _FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,flv,asf,ogg,gif,h264,hevc,m4v,ivf,dv,mxf"
-
-
 _OPEN_OPTIONS = {"format_whitelist": _FORMATS, "protocol_whitelist": "file"}
-
-
 _NO_TIMESTAMPS = {"avi", "h264", "hevc", "m4v", "mpegvideo", "dv"}  # presentation times there are FFmpeg's guesses
-
-
 MAX_PIXELS = 64_000_000
 """Largest frame that is decoded, in pixels."""
-
-
 MAX_BYTES = 8_000_000_000
 """Largest clip that `read` returns."""
-
-
 _SEEK_GAIN = 60  # frames that a seek must at least skip: a seek costs about one group of pictures
 
 

@@ -2,7 +2,7 @@
 
     python examples/train_clicknet.py --steps 2800 --until 1143 --output runs/first.safetensors
     python examples/train_clicknet.py --start runs/first.safetensors --steps 850 --report 425 --lr 0.0012 \\
-        --shares 0.6 0.1 0.03 0.27 --output runs/clicknet.safetensors
+        --shares 0.6 0.1 0.03 0.27 --output runs/second.safetensors        # and two more such rounds: COMMAND below has them all
     python benchmarks/interactive.py quality --weights runs/clicknet.safetensors
     python examples/train_clicknet.py --bundle runs/clicknet.safetensors      # add the measured file to mmkit.weights
 
@@ -53,10 +53,15 @@ SHARE_ALIKE = ("CC-BY-SA-2.0",)
 FREE = ("CC-BY-2.0", "no-known-copyright-restrictions", *SHARE_ALIKE)
 """Licenses of the COCO pictures that are trained on; the others of `seg_coco/train` only measure progress."""
 NAME = "clicknet-photo"
-COMMAND = (
-    "python examples/train_clicknet.py --threads 1 --steps 2800 --until 1143 --output runs/first.safetensors && "
-    "python examples/train_clicknet.py --threads 1 --start runs/first.safetensors --shares 0.6 0.1 0.03 0.27 --lr 0.0012 --steps 850 "
-    "--report 425 --output runs/clicknet.safetensors"
+SHARES = "--shares 0.6 0.1 0.03 0.27"
+COMMAND = " && ".join(
+    f"python examples/train_clicknet.py --threads 1 {options}"
+    for options in (
+        "--steps 2800 --until 1143 --output runs/first.safetensors",
+        f"--start runs/first.safetensors {SHARES} --lr 0.0012 --steps 850 --report 425 --output runs/second.safetensors",
+        f"--start runs/second.safetensors {SHARES} --lr 0.0015 --steps 4200 --until 2120 --check 72 --output runs/third.safetensors",
+        f"--start runs/third.safetensors {SHARES} --lr 0.0008 --steps 1000 --report 250 --check 72 --output runs/clicknet.safetensors",
+    )
 )
 DATA = (
     "COCO excerpts (CC-BY-2.0, CC-BY-SA-2.0 or unrestricted, 409 photos), Oxford-IIIT Pet excerpt (CC-BY-SA-4.0, 543 photos), mOSD "

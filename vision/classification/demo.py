@@ -27,7 +27,7 @@ METHODS = ("linear_probe", "ssf", "lora", "full")
 
 
 def run_demo(
-    output_dir: str | os.PathLike[str] = "runs/demo", *, epochs: int = 12, seed: int = 0, resume: bool = True
+    output_dir: str | os.PathLike[str] = "runs/demo", *, epochs: int = 6, seed: int = 0, resume: bool = True
 ) -> dict[str, Any]:
     """Train, print one table, write `report.json`, `curves.png` and the best adapter under `output_dir`.
 

@@ -5,8 +5,8 @@
     python benchmarks/reproduce.py --data DIR              # all of them: many hours
 
 On the machine that made a file the same command gives the same bytes ("same"; "same again": of two runs here). Another CPU rounds sums in
-another order; from there on a training goes its own way, and what must agree is the score: it lies inside the 95 % range of
-benchmarks/results/defaults.md. Writes benchmarks/results/reproduce.json; rows of other names stay.
+another order; from there on a training goes its own way, and what must agree is the score: as a rule it lies inside the
+95 % range of benchmarks/results/defaults.md. Writes benchmarks/results/reproduce.json; rows of other names stay.
 """
 
 from __future__ import annotations

@@ -198,5 +198,5 @@ def test_no_example_saves_what_was_interrupted() -> None:
     """`fit` returns after Ctrl-C: what is saved or bundled then is half a model."""
     for path in sorted((ROOT / "examples").glob("*.py")):
         text = path.read_text(encoding="utf-8")
-        if re.search(r"\bfit\(\n? *\w+, ", text) and re.search(r"bundle\(|save_pretrained\(|save_adapter\(", text):
+        if re.search(r"\bfit\(\s*\w+,", text) and re.search(r"bundle\(|save_pretrained\(|save_adapter\(", text):
             assert ".stopped" in text, f"{path.name} asks nobody whether training ended"

@@ -2,6 +2,7 @@
 
     python benchmarks/reproduce.py --data DIR point_shapes piip_nuclei
     python benchmarks/reproduce.py --data DIR --twice point_shapes   # and once more: is it the same file again?
+    python benchmarks/reproduce.py --data DIR --work runs/again clicknet-photo   # keeps its copies: called again, it goes on
     python benchmarks/reproduce.py --data DIR              # all of them: many hours
 
 On the machine that made a file the same command gives the same bytes ("same"; "same again": of two runs here). Another CPU rounds sums in
@@ -12,6 +13,7 @@ another order; from there on a training goes its own way, and what must agree is
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -30,45 +32,63 @@ from mmkit.weights import WeightEntry, list_weights, weight_entry
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results/reproduce.json"
+ROOMS = ("vision", "diffusion", "video", "pointcloud", "apps")
 
 
-def rerun(entry: WeightEntry, data: Path, folder: Path, twice: bool) -> dict[str, Any]:
-    """Run the entry's command in a copy of the checkout below `folder`, and compare; `twice`: in two copies."""
-    made, score, minutes = make(entry, data, folder / "one")
-    row = {
-        "same": sha256_file(made) == entry.sha256,
-        "difference": round(difference(entry.path, made), 6),
-        "score": score,
-        "score of the bundled file": entry.score,
-        "cpu_minutes": round(minutes, 1),
-        "machine": {"processor": processor(), "torch": torch.__version__},
-    }
+def rerun(entries: list[WeightEntry], data: Path, folder: Path, twice: bool) -> dict[str, dict[str, Any]]:
+    """Run the command of `entries`, which is one, in a copy of the checkout below `folder`; compare each file. `twice`: in two copies."""
+    scores, minutes = make(entries, data, folder / "one")
+    rows = {}
+    for entry in entries:
+        made = folder / "one/mmkit/weights" / entry.file
+        rows[entry.name] = {
+            "same": sha256_file(made) == entry.sha256,
+            "difference": round(difference(entry.path, made), 6),
+            "score": scores[entry.name],
+            "score of the bundled file": entry.score,
+            "cpu_minutes": round(minutes, 1),
+            "machine": {"processor": processor(), "torch": torch.__version__},
+        }
     if twice:
-        row["same again"] = sha256_file(make(entry, data, folder / "two")[0]) == sha256_file(made)
-    return row
+        make(entries, data, folder / "two")
+        for entry in entries:
+            one, two = (sha256_file(folder / copy / "mmkit/weights" / entry.file) for copy in ("one", "two"))
+            rows[entry.name]["same again"] = one == two
+    return rows
 
 
-def make(entry: WeightEntry, data: Path, folder: Path) -> tuple[Path, dict[str, Any], float]:
-    """The file that the command makes, the score it writes into the manifest, and its CPU minutes."""
+def make(entries: list[WeightEntry], data: Path, folder: Path) -> tuple[dict[str, dict[str, Any]], float]:
+    """Run the command in `folder`; the scores it writes into the manifest there, by name, and its CPU minutes in all calls."""
+    if not (folder / "copied").is_file():
+        copy_checkout(folder, data, [entry.file for entry in entries])
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    env = {**os.environ, "PYTHONPATH": str(folder), "PATH": path, "OMP_NUM_THREADS": "1"}
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    code = subprocess.run(entries[0].command, shell=True, cwd=folder, env=env).returncode
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    minutes = (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) / 60
+    minutes += float((folder / "copied").read_text())
+    (folder / "copied").write_text(str(minutes))
+    missing = [entry.file for entry in entries if not (folder / "mmkit/weights" / entry.file).is_file()]
+    if code or missing:
+        raise SystemExit(f"{entries[0].command!r} ended with {code}; not made: {', '.join(missing) or 'nothing'}.")
+    rows = json.loads((folder / "mmkit/weights/manifest.json").read_text())
+    wanted = {entry.name for entry in entries}
+    return {row["name"]: row["score"] for row in rows if row["name"] in wanted}, minutes
+
+
+def copy_checkout(folder: Path, data: Path, without: list[str]) -> None:
+    """Copy what git knows into `folder`, less the weights that are to be made; "copied" says that it is whole."""
     files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout.decode()
     for name in filter(None, files.split("\0")):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, folder / name)
-    for room in ("vision", "diffusion", "video", "pointcloud", "apps"):
-        (folder / "mmkit" / room).symlink_to(folder / room)
-    (folder / "data").symlink_to(data.resolve())
-    made = folder / "mmkit/weights" / entry.file
-    made.unlink()
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    env = {**os.environ, "PYTHONPATH": str(folder), "PATH": path, "OMP_NUM_THREADS": "1"}
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    code = subprocess.run(entry.command, shell=True, cwd=folder, env=env).returncode
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    minutes = (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) / 60
-    if code or not made.is_file():
-        raise SystemExit(f"{entry.command!r} ended with {code} and made no {made.name}.")
-    rows = json.loads((folder / "mmkit/weights/manifest.json").read_text())
-    return made, next(row["score"] for row in rows if row["name"] == entry.name), minutes
+    for name, target in {f"mmkit/{room}": folder / room for room in ROOMS}.items() | {("data", data)}:
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to(target.resolve())
+    for name in without:
+        (folder / "mmkit/weights" / name).unlink()
+    (folder / "copied").write_text("0")
 
 
 def difference(one: Path, other: Path) -> float:
@@ -97,13 +117,19 @@ def main() -> None:
     parser.add_argument(
         "--twice", action="store_true", help="run each command two times: the same bytes on this machine?"
     )
+    parser.add_argument(
+        "--work", type=Path, help="where the copies are made and stay, so that an interrupted call goes on"
+    )
     args = parser.parse_args()
-    for name in args.names or list_weights():
-        with tempfile.TemporaryDirectory() as folder:
-            row = rerun(weight_entry(name), args.data, Path(folder), args.twice)
-        print(name, row, flush=True)
+    commands: dict[str, list[WeightEntry]] = {}
+    for name in args.names or list_weights():  # a command that makes two files runs once for both
+        commands.setdefault(weight_entry(name).command, []).append(weight_entry(name))
+    for entries in commands.values():
+        with contextlib.nullcontext(args.work) if args.work else tempfile.TemporaryDirectory() as folder:
+            rows = rerun(entries, args.data, Path(folder).resolve() / entries[0].name, args.twice)
+        print(rows, flush=True)
         found = read_json(RESULTS) if RESULTS.is_file() else {}
-        write_json(RESULTS, {**found, name: row})
+        write_json(RESULTS, {**found, **rows})
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from mmkit.backbones import load_weights
 from mmkit.devices import cpu_multiplies_bf16
-from mmkit.storage import read_tensors, write_safetensors
+from mmkit.storage import read_metadata, read_tensors, write_safetensors
 from mmkit.training import FitConfig, fit
 from mmkit.vision.clicks import (
     Bank,
@@ -54,13 +54,18 @@ FREE = ("CC-BY-2.0", "no-known-copyright-restrictions", *SHARE_ALIKE)
 """Licenses of the COCO pictures that are trained on; the others of `seg_coco/train` only measure progress."""
 NAME = "clicknet-photo"
 SHARES = "--shares 0.6 0.1 0.03 0.27"
+ROUNDS = (
+    "--steps 2800 --until 1143 --output runs/first.safetensors",
+    f"--start runs/first.safetensors {SHARES} --lr 0.0012 --steps 850 --report 425 --output runs/second.safetensors",
+    f"--start runs/second.safetensors {SHARES} --lr 0.0015 --steps 4200 --until 2120 --check 72 --output runs/third.safetensors",
+    f"--start runs/third.safetensors {SHARES} --lr 0.0008 --steps 1000 --report 250 --check 72 --output runs/clicknet.safetensors",
+)
 COMMAND = " && ".join(
-    f"python examples/train_clicknet.py --threads 1 {options}"
-    for options in (
-        "--steps 2800 --until 1143 --output runs/first.safetensors",
-        f"--start runs/first.safetensors {SHARES} --lr 0.0012 --steps 850 --report 425 --output runs/second.safetensors",
-        f"--start runs/second.safetensors {SHARES} --lr 0.0015 --steps 4200 --until 2120 --check 72 --output runs/third.safetensors",
-        f"--start runs/third.safetensors {SHARES} --lr 0.0008 --steps 1000 --report 250 --check 72 --output runs/clicknet.safetensors",
+    (
+        *(f"python examples/train_clicknet.py --data data --threads 1 {options}" for options in ROUNDS),
+        "python benchmarks/interactive.py quality --own --data data --weights runs/clicknet.safetensors",
+        "python examples/train_clicknet.py --bundle runs/clicknet.safetensors",
+        "python benchmarks/interactive.py rating --record --data data",
     )
 )
 DATA = (
@@ -231,7 +236,11 @@ def scores(model: ClickNet, held_out: dict[str, list[tuple]]) -> dict[str, float
 
 
 def train(args: argparse.Namespace) -> None:
-    """Train, and write the averaged weights in half precision."""
+    """Train, and write the averaged weights in half precision; a file that the same command wrote stays."""
+    output, reached, command = Path(args.output), [0], f"python examples/train_clicknet.py {' '.join(sys.argv[1:])}"
+    if output.is_file() and read_metadata(output).get("command") == command:
+        print(f"{output} is finished.")
+        return
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.threads or torch.get_num_threads())
     bank, held_out = read_bank(args)
@@ -251,7 +260,6 @@ def train(args: argparse.Namespace) -> None:
         """The scenes are made here; the data set only counts them."""
         return two_look_loss(model, maker, len(numbers), fast)
 
-    output, reached = Path(args.output), [0]
     config = FitConfig(
         max_steps=args.steps, max_seconds=60 * args.minutes, batch_size=args.batch_size, lr=args.lr, min_lr=0.01 * args.lr,
         warmup_steps=round(0.03 * args.steps), ema_decay=0.998, mixed_precision="bf16" if halved else "no", checkpoint_every=args.report,
@@ -271,8 +279,7 @@ def train(args: argparse.Namespace) -> None:
     if result.stopped not in ("finished", "max_seconds", "cancelled"):
         raise SystemExit(f"{result.stopped} after {result.steps} steps; the same command continues")
     half = {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
-    notes = {"command": f"python examples/train_clicknet.py {' '.join(sys.argv[1:])}", "steps": str(result.steps)}
-    write_safetensors(output, half, notes)
+    write_safetensors(output, half, {"command": command, "steps": str(result.steps)})
     print(f"wrote {output} after {result.steps} steps", flush=True)
 
 

@@ -52,7 +52,8 @@ class FitConfig:
         mixup_prob: share of the batches that are mixed.
         drop_last: leave out the shorter last step of each epoch.
         patience: stop after this many evaluations without a better `monitor`; None never stops early.
-        monitor: metric that says which weights are best; higher is better, with a "-" in front lower is better.
+        monitor: metric that says which weights are best; higher is better, with a "-" in front lower is better. Of equals, the one of
+            lower "loss" is kept; it does not count for `patience`.
         restore_best: leave the best weights in the model at the end (when there is validation data).
         eval_every: epochs between evaluations; the last step is always evaluated.
         ema_decay: evaluate and return an exponential moving average of the trained parameters and buffers with this decay,

@@ -98,9 +98,12 @@ def _curves(history: Sequence[Mapping[str, float]], losses: Sequence[tuple[int, 
         lines += [Line("held-out pictures", held)] if held else []
         top = max(top, *(v for _, v in held)) if held else top
         charts.append(line_chart("Loss", "step", lines, (points[0][0], points[-1][0]), (0.0, max(top, 1e-6))))
-    right = [(h["epoch"], 100 * h[measure]) for h in history if measure in h]
+    measured = [h for h in history if measure in h]
+    right = [(h["epoch"], 100 * h[measure]) for h in measured]
     if right:
-        best = max(range(len(right)), key=lambda i: right[i][1])
+        best = max(
+            range(len(right)), key=lambda i: (right[i][1], -measured[i].get("val_loss", measured[i].get("loss", 0.0)))
+        )
         low = max(0.0, min(v for _, v in right) // 10 * 10 - 10)
         span = (min(right[0][0], 1.0), max(right[-1][0], right[0][0] + 1))
         note = f"best {right[best][1]:.1f} % after {right[best][0]:g}"

@@ -51,13 +51,19 @@ class Progress:
         vars(self).update(vars(other))
 
     def judge(self, monitor: str) -> bool:
-        """Whether the newest metrics are the best so far; NaN never is. Raises `InputError` for an unknown `monitor`."""
+        """Whether the newest metrics are the best so far; NaN never is. Raises `InputError` for an unknown `monitor`.
+
+        Of equals, which few held-back examples make common, the one of lower "loss" is better: the first of them may have learnt next to
+        nothing. For patience it counts as no better.
+        """
         name = monitor.lstrip("-")
         if name not in self.metrics:
             raise InputError(f"monitor={monitor!r} is not a metric. {nearest(name, self.metrics)}")
         value = -self.metrics[name] if monitor.startswith("-") else self.metrics[name]
-        if math.isnan(value) or (self.best_value is not None and value <= self.best_value):
-            self.bad_evaluations += 1
-            return False
-        self.best_value, self.best_metrics, self.bad_evaluations = value, dict(self.metrics), 0
-        return True
+        equal = value == self.best_value
+        lower = self.metrics.get("loss", math.inf) < self.best_metrics.get("loss", -math.inf)
+        better = not math.isnan(value) and (self.best_value is None or value > self.best_value or (equal and lower))
+        self.bad_evaluations = 0 if better and not equal else self.bad_evaluations + 1
+        if better:
+            self.best_value, self.best_metrics = value, dict(self.metrics)
+        return better

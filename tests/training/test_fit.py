@@ -142,6 +142,35 @@ def test_cancel_then_resume_is_bit_equal(tmp_path):
     assert equal(tensors(again), tensors(whole))
 
 
+def test_of_equally_good_weights_those_of_lower_loss_are_kept():
+    """Few held-back pictures are soon all right: the first weights that manage it have learnt next to nothing."""
+    seen: list[dict[str, torch.Tensor]] = []
+    measured = iter([(0.5, 0.1), (1.0, 0.9), (1.0, 0.3), (1.0, 0.4), (0.75, 0.2)])
+
+    def metrics(model, loader):
+        seen.append(tensors(model))
+        return dict(zip(("accuracy", "loss"), next(measured), strict=True))
+
+    model = network()
+    config = FitConfig(epochs=5, batch_size=16, lr=0.05, **QUIET)
+    result = fit(model, points(), points(), metrics_fn=metrics, config=config)
+    assert result.best_metrics == {"accuracy": 1.0, "loss": 0.3}
+    assert equal(tensors(model), seen[2])
+    assert not equal(tensors(model), seen[1])
+
+
+def test_patience_waits_for_a_better_monitor_alone():
+    measured = iter([(1.0, 0.9), (1.0, 0.5), (1.0, 0.3), (1.0, 0.2)])
+    result = fit(
+        network(),
+        points(),
+        points(),
+        metrics_fn=lambda model, loader: dict(zip(("accuracy", "loss"), next(measured), strict=True)),
+        config=FitConfig(epochs=4, batch_size=16, patience=2, **QUIET),
+    )
+    assert (result.stopped, len(result.history), result.best_metrics["loss"]) == ("early", 3, 0.3)
+
+
 def test_results_do_not_depend_on_the_number_of_workers():
     class Noisy:
         def __init__(self, data):

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mmkit.data.images import SUFFIXES, load_image
 from mmkit.errors import InputError
+from mmkit.storage.files import expanded
 
 _FILE_COLUMNS, _TEXT_COLUMNS = ("file_name", "path", "image", "file"), ("text", "caption", "prompt")
 
@@ -58,7 +59,7 @@ def open_captions(source: str | os.PathLike[str], template: str = "a picture of 
     Raises:
         InputError: no pictures, pictures without captions (they are named), or a table that names missing files.
     """
-    folder = Path(source).expanduser()
+    folder = expanded(source)
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder of pictures.")
     for name in ("metadata.jsonl", "metadata.csv"):

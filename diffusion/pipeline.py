@@ -11,7 +11,6 @@ import inspect
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from mmkit.diffusion.result import TextToImage
 from mmkit.errors import CheckpointError, InputError, nearest
 from mmkit.lazy import library
 from mmkit.storage import read_json
+from mmkit.storage.files import expanded
 
 BUNDLED = "text_to_image_scenes"
 
@@ -69,7 +69,7 @@ class TextToImagePipeline:
             return model
         diffusers = library("diffusers")
 
-        folder = Path(model).expanduser()
+        folder = expanded(model)
         if not (folder / "model_index.json").is_file():
             raise CheckpointError(
                 f"{folder} is not a folder of a diffusers pipeline: it has no model_index.json. Give such a folder, or no model for "

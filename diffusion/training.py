@@ -22,6 +22,7 @@ from mmkit.diffusion.pictures import Captioned, open_captions
 from mmkit.diffusion.pipeline import TextToImagePipeline
 from mmkit.errors import InputError
 from mmkit.storage import read_tensors, write_safetensors
+from mmkit.storage.files import expanded
 from mmkit.training import FitConfig, FitResult, StepInfo, fit
 from mmkit.training.classifying import no_settings
 from mmkit.training.digest import tensors_digest
@@ -181,7 +182,7 @@ def finetune(
         no_settings(settings, adapter)
     draw = model if isinstance(model, TextToImagePipeline) else TextToImagePipeline(model)
     denoiser = Denoiser(draw.pipe)
-    folder = None if output_dir is None else Path(output_dir).expanduser()
+    folder = None if output_dir is None else expanded(output_dir)
     pictures, captions = _pictures(data, denoiser.size)
     distinct = list(dict.fromkeys(captions))
     numbers = [distinct.index(c) for c in captions]

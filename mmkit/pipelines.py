@@ -13,6 +13,7 @@ from torch import nn
 from mmkit.devices import resolve_device, resolve_dtype
 from mmkit.errors import InputError
 from mmkit.registry import TASKS
+from mmkit.storage.files import expanded
 
 
 def list_tasks(pattern: str = "") -> list[str]:
@@ -108,7 +109,7 @@ class Pipeline:
         kernels or decisions that such a file cannot hold; `BackendUnavailableError` without the packages for ONNX.
         """
         self.write_export(path)
-        return Path(path).expanduser()
+        return expanded(path)
 
     def write_export(self, path: str | os.PathLike[str]) -> float:
         """`export`; returns the largest difference between the answers of the file and of the model, on random inputs."""

@@ -13,6 +13,7 @@ from PIL import Image
 
 from mmkit.errors import InputError
 from mmkit.storage import atomic_write
+from mmkit.storage.files import expanded
 
 
 class Result:
@@ -38,7 +39,7 @@ class Result:
         Raises:
             InputError: another suffix.
         """
-        path = Path(path).expanduser()
+        path = expanded(path)
         formats = self.formats()
         suffix = max((s for s in formats if path.name.lower().endswith(s)), key=len, default=None)
         if suffix is None:

@@ -14,6 +14,7 @@ from mmkit.errors import InputError
 from mmkit.pointcloud.io import columns, read_point_cloud
 from mmkit.pointcloud.transforms import unit_sphere
 from mmkit.storage import read_json
+from mmkit.storage.files import expanded
 
 SCANOBJECTNN = (
     "bag", "bin", "box", "cabinet", "chair", "desk", "display", "door", "shelf", "table", "bed", "pillow", "sink", "sofa", "toilet",
@@ -139,7 +140,7 @@ def _h5_arrays(files: Sequence[Path]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _folder(root: str | os.PathLike[str]) -> Path:
-    root = Path(root).expanduser()
+    root = expanded(root)
     if not root.is_dir():
         raise InputError(f"{root} is not a folder.")
     return root

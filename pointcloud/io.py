@@ -18,6 +18,7 @@ import numpy as np
 from mmkit.errors import InputError
 from mmkit.pointcloud.pcd import read_pcd
 from mmkit.storage import atomic_write
+from mmkit.storage.files import expanded
 
 logger = logging.getLogger("mmkit.pointcloud")
 
@@ -64,7 +65,7 @@ def read_point_cloud(
     Raises:
         InputError: a missing, unreadable or empty file, an unknown suffix, or no finite point.
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
         raise InputError(
@@ -119,7 +120,7 @@ def write_point_cloud(cloud: PointCloud | np.ndarray, path: str | os.PathLike[st
 
     Raises `InputError` for another suffix.
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     cloud = cloud if isinstance(cloud, PointCloud) else PointCloud(columns(cloud))
     writer = _WRITERS.get(path.suffix.lower())
     if writer is None:

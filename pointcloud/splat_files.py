@@ -24,6 +24,7 @@ from mmkit.ops.gaussian.harmonics import C0
 from mmkit.pointcloud.gaussians import GaussianModel
 from mmkit.pointcloud.splat_arrays import as_arrays, as_model, check_count, logit, sigmoid, to_bytes
 from mmkit.storage import atomic_write
+from mmkit.storage.files import expanded
 
 MAX_BYTES = 4_000_000_000
 
@@ -67,7 +68,7 @@ def load_splats(path: str | os.PathLike[str]) -> GaussianModel:
     Raises:
         InputError: missing, of an unknown suffix, damaged, truncated, or claiming more Gaussians than 20 million.
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     chosen = _format(path)
     if not path.is_file():
         raise InputError(f"{path} does not exist or is not a file.")
@@ -93,7 +94,7 @@ def save_splats(model: GaussianModel, path: str | os.PathLike[str], *, labels: n
     Raises:
         InputError: an unknown suffix, values that are not finite, or labels for another format.
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     chosen = _format(path)
     bad = [name for name, tensor in model.tensors().items() if not tensor.isfinite().all()]
     if bad:
@@ -110,7 +111,7 @@ def save_splats(model: GaussianModel, path: str | os.PathLike[str], *, labels: n
 
 def splat_info(path: str | os.PathLike[str]) -> dict[str, Any]:
     """What a file holds: format, Gaussians, degree, mode, bounds and bytes."""
-    path = Path(path).expanduser()
+    path = expanded(path)
     model = load_splats(path)
     means = model.means.detach()
     finite = means.isfinite().all() and len(model) > 0

@@ -125,7 +125,7 @@ def test_apps_and_the_core_enter_domains_through_their_doors():
 
 
 def test_one_owner_writes_and_reads_what_is_saved():
-    """Nobody else renames files into place, opens tensor files or touches the umask; the three that may say why."""
+    """Nobody else renames files into place, opens tensor files, touches the umask or looks for homes; the two that may say why."""
     alone = (
         "os.replace(",
         "os.rename(",
@@ -135,6 +135,7 @@ def test_one_owner_writes_and_reads_what_is_saved():
         "save_file(",
         "safe_open(",
         "umask(",
+        ".expanduser(",
     )
     allowed = {
         "mmkit.data.archive": "puts what it unpacked into place",

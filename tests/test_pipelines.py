@@ -15,6 +15,7 @@ from mmkit.results import Result
 
 ODD: dict[str, Any] = {
     "none": None, "whole": 3, "number": -1.5, "object": object(), "class": Path, "missing": "missing.png", "null": "a\0b",
+    "nobody": "~no_such_user/a.png", "empty": "",
     "no bytes": b"", "junk": b"junk" * 9, "dict": {}, "dict of one": {"a": 1}, "nested": [[None]], "set": {1},
     "no pixels": np.zeros((0, 0, 3), np.uint8), "nan": np.full((20, 20, 3), np.nan, np.float32), "one axis": np.zeros(7),
     "inf": np.full((20, 20, 3), np.inf, np.float32), "five axes": np.zeros((1, 1, 2, 2, 2)), "words": np.array(["a"]),
@@ -22,7 +23,7 @@ ODD: dict[str, Any] = {
     "huge": 10**30, "yes": True,
 }  # fmt: skip
 MEANT = {  # what is an answerable question after all
-    "text-to-image": {"missing", "null"},
+    "text-to-image": {"missing", "null", "nobody", "empty"},
     "novel-view": {"none"},
     "semantic-slam": {"none"},
 }
@@ -47,7 +48,15 @@ def test_what_nobody_meant_is_refused_in_words(task: str) -> None:
 
 @pytest.mark.parametrize("task", mmkit.list_tasks())
 @pytest.mark.parametrize(
-    "settings", [{"model": "no such model"}, {"model": 3}, {"device": "abacus"}, {"dtype": "int7"}]
+    "settings",
+    [
+        {"model": "no such model"},
+        {"model": "~no_such_user/model"},
+        {"model": ""},
+        {"model": 3},
+        {"device": "abacus"},
+        {"dtype": "int7"},
+    ],
 )
 def test_what_cannot_be_built_is_refused_in_words(task: str, settings: dict[str, Any]) -> None:
     with pytest.raises(MMKitError) as caught:

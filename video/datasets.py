@@ -26,6 +26,7 @@ from mmkit.data.images import SUFFIXES
 from mmkit.data.labels import class_order, from_folders, near_twins, read_table, read_text, split_of
 from mmkit.data.listing import Folder, list_folder
 from mmkit.errors import InputError
+from mmkit.storage.files import expanded
 from mmkit.video.frames import VideoDecodeError
 from mmkit.video.io import VIDEO_SUFFIXES, VideoReader
 from mmkit.video.samplers import Sampler, UniformSampler
@@ -191,7 +192,7 @@ class VideoClassificationDataset(Dataset[Any]):
         Raises:
             InputError: no folder, no class folders with videos, no such split, or splits and none chosen.
         """
-        folder = Path(os.path.expanduser(root))
+        folder = expanded(root)
         if split is not None and not split_of(split):
             folder, split = folder / split, None
         if not os.path.isdir(folder):
@@ -342,13 +343,13 @@ def _frame_folders(top: Folder) -> Folder:
 
 
 def _lines(file: str | os.PathLike[str]) -> list[tuple[int, str]]:
-    text = read_text(os.path.expanduser(file)).splitlines()
+    text = read_text(expanded(file)).splitlines()
     return [(i, line.strip()) for i, line in enumerate(text, 1) if line.strip() and not line.startswith("#")]
 
 
 def _table(file: str | os.PathLike[str], needed: set[str]) -> list[dict[str, str]]:
     """Rows by column; cells that are not there are empty."""
-    header, *rows = read_table(os.path.expanduser(file)) or [[]]
+    header, *rows = read_table(expanded(file)) or [[]]
     absent = needed - set(header)
     if absent:
         raise InputError(f"{file} lacks the columns {sorted(absent)}; it has {header[:20]}.")
@@ -368,6 +369,6 @@ def _seconds(text: str, file: Any, name: str) -> float | None:
 
 def _json(file: str | os.PathLike[str]) -> Any:
     try:
-        return json.loads(read_text(os.path.expanduser(file)))
+        return json.loads(read_text(expanded(file)))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{file} is not valid JSON: {error}") from error

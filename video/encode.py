@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mmkit.errors import InputError
 from mmkit.storage import atomic_write
+from mmkit.storage.files import expanded
 from mmkit.video.io import VideoReader
 
 _WEBM = (".webm", ".mp4")
@@ -43,7 +44,7 @@ def write_video(
     """
     import av
 
-    path = Path(path).expanduser()
+    path = expanded(path)
     if isinstance(frames, Tensor):
         frames = frames.cpu().numpy()
     if not fps > 0:

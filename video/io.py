@@ -22,6 +22,7 @@ from mmkit.data.images import SUFFIXES, load_image
 from mmkit.data.listing import PathList, list_folder
 from mmkit.errors import InputError
 from mmkit.ops.backends import choose_backend
+from mmkit.storage.files import expanded
 from mmkit.video.frames import Clip, Placement, VideoDecodeError, resize, to_rgb
 
 logger = logging.getLogger("mmkit.video")
@@ -106,7 +107,7 @@ class VideoReader:
             raise InputError(f"tolerance must lie in 0..1, not {tolerance}.")
         if not isinstance(path, (str, os.PathLike)):
             raise InputError(f"A video must be a path, not {type(path).__name__}.")
-        self.path = Path(os.path.expanduser(path))
+        self.path = expanded(path)
         self.tolerance = tolerance
         self.num_replaced = 0
         self._bad_packets, self._corrupt_shown = 0, set[int]()

@@ -35,11 +35,12 @@ def erase(
     from mmkit.diffusion import TextToImagePipeline
     from mmkit.diffusion.spm import erase as run, scene_rates
     from mmkit.errors import InputError
+    from mmkit.storage.files import absolute
 
     if evaluate and model is not None:
         raise InputError("--evaluate judges drawn scenes: leave --model out, or look at before_after.png.")
     scorer = None if clip is None else _scorer(clip)
-    output = output.expanduser().absolute()
+    output = absolute(output)
     draw = TextToImagePipeline(model)
     jobs = _jobs(concepts, model is None, method, keep, surrogate, expand, steps, seed, draw)
     done: dict[str, Any] = {}
@@ -86,11 +87,12 @@ def _jobs(
 def _scorer(clip: str) -> Any:
     from mmkit.diffusion.spm import ClipScorer
     from mmkit.errors import InputError
+    from mmkit.storage.files import expanded
 
     name, _, file = clip.partition("=")
     if not file:
         raise InputError(f"--clip is a model of open_clip and its weights, ViT-B-32=weights.safetensors; not {clip!r}.")
-    return ClipScorer(name, Path(file).expanduser())
+    return ClipScorer(name, expanded(file))
 
 
 def _save(draw: Any, concepts: list[str], adapters: dict[str, Any], output: Path, seed: int) -> tuple[Any, Any]:

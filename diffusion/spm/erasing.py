@@ -18,6 +18,7 @@ from mmkit.diffusion.spm.templates import concept_prompts
 from mmkit.diffusion.spm.training import EraseConfig, SPMTrainer
 from mmkit.diffusion.spm.uce import UCEConfig, attach
 from mmkit.errors import InputError
+from mmkit.storage.files import expanded
 from mmkit.training import FitResult, StepInfo
 
 METHODS = ("spm", "esd", "uce")
@@ -88,7 +89,7 @@ def erase(
     if config is not None and isinstance(config, UCEConfig) != (method == "uce"):
         raise InputError(f"{type(config).__name__} is not for method {method!r}.")
     draw = pipeline if isinstance(pipeline, TextToImagePipeline) else TextToImagePipeline(pipeline)
-    named, folder = _named(concepts), None if output_dir is None else Path(output_dir).expanduser()
+    named, folder = _named(concepts), None if output_dir is None else expanded(output_dir)
     names = tuple(dict.fromkeys(phrase for own in named.values() for phrase in own))
     open_ = phrases(superclass, allow_none=True)
     concept_prompts(draw, (*names, *open_), keep, templates)  # all of them, before the first is trained

@@ -15,7 +15,6 @@ import contextlib
 import itertools
 import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +28,7 @@ from mmkit.diffusion.spm.calls import Calls
 from mmkit.diffusion.spm.official import composed, load_lora, load_official_checkpoint
 from mmkit.diffusion.spm.permeability import check_gates, cosine_scores, gate, scores, token_scores
 from mmkit.errors import InputError, nearest
+from mmkit.storage.files import expanded
 
 
 class ConceptEraser(TextToImagePipeline):
@@ -74,7 +74,7 @@ class ConceptEraser(TextToImagePipeline):
 
         Returns its name on the model, by default that of the file. Raises `CheckpointError` when it does not fit.
         """
-        path = Path(source).expanduser()
+        path = expanded(source)
         name = name or path.stem
         if path.is_dir():
             load_adapter(self.denoiser, path, name=name)

@@ -22,7 +22,6 @@ import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,6 +38,7 @@ from mmkit.diffusion.spm.templates import check_prompts, concept_prompts, filled
 from mmkit.diffusion.spm.uce import fill
 from mmkit.diffusion.training import Sampler
 from mmkit.errors import InputError
+from mmkit.storage.files import expanded
 from mmkit.training import FitConfig, FitResult, StepInfo, fit
 
 ANCHORS = ("prompts", "gaussian", "released", "none")
@@ -319,7 +319,7 @@ class SPMTrainer:
             sample_every: every so many steps draw `samples` (default: the concept's prompts) from the same seeds.
             on_step, should_stop, progress, resume: see `mmkit.training.fit`.
         """
-        config, folder = self.config, None if output_dir is None else Path(output_dir).expanduser()
+        config, folder = self.config, None if output_dir is None else expanded(output_dir)
         settings = FitConfig(
             max_steps=config.max_steps, batch_size=1, lr=config.lr, warmup_steps=min(config.warmup_steps, config.max_steps // 2),
             clip_grad=None, checkpoint_every=100, seed=config.seed, progress=progress, resume=resume,

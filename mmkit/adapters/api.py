@@ -18,6 +18,7 @@ from mmkit.adapters.stack import AdapterStack, ModuleGroup, attached_adapters, r
 from mmkit.errors import CheckpointError, InputError, nearest
 from mmkit.registry import ADAPTERS
 from mmkit.storage import new_folder, open_folder, require_folder
+from mmkit.storage.files import expanded
 
 T = TypeVar("T", bound=type)
 
@@ -141,7 +142,7 @@ def save_adapter(
         adapter.write_files(temporary)
         if half:
             halve_tensors(temporary)
-    return Path(folder).expanduser()
+    return expanded(folder)
 
 
 def load_adapter(

@@ -15,6 +15,7 @@ from mmkit.backbones.state import load_backbone_state, note_random, still_random
 from mmkit.errors import CheckpointError, InputError
 from mmkit.registry import LIBRARIES
 from mmkit.storage import new_folder, open_folder, read_json, read_tensors
+from mmkit.storage.files import expanded
 from mmkit.weights import bundled_name
 
 
@@ -51,7 +52,7 @@ def create_backbone(
         raise InputError(f"num_classes must be a whole number of at least 0, not {num_classes!r}.")
     if not isinstance(name, str | os.PathLike):
         raise InputError(f"A backbone is given by its name or folder, not by {type(name).__name__}.")
-    folder = Path(name).expanduser()
+    folder = expanded(name)
     if folder.is_dir():
         model = _from_folder(folder, num_classes, overrides)
     else:
@@ -121,7 +122,7 @@ def save_backbone(model: nn.Module, folder: str | os.PathLike[str], *, class_nam
     info = still_random(model, info)
     with new_folder(folder, kind="backbone") as draft:
         _builder(info.library).write(model, info, draft)
-    return Path(folder).expanduser()
+    return expanded(folder)
 
 
 def _from_folder(folder: Path, num_classes: int | None, overrides: dict[str, Any]) -> nn.Module:

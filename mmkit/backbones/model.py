@@ -16,6 +16,7 @@ from torch import nn
 from mmkit.errors import CheckpointError, InputError, MMKitError
 from mmkit.registry import MODEL_CLASSES, MODELS
 from mmkit.storage import load_state, new_folder, open_folder, read_json, read_tensors, write_json, write_safetensors
+from mmkit.storage.files import expanded
 
 _HUB_ERRORS = (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError)
 
@@ -74,7 +75,7 @@ class Model(nn.Module, PyTorchModelHubMixin):
 
         Raises `CheckpointError` when files are missing, damaged or belong to another model class.
         """
-        folder = Path(pretrained_model_name_or_path).expanduser()
+        folder = expanded(pretrained_model_name_or_path)
         if not folder.is_dir():
             folder = hub_folder(str(pretrained_model_name_or_path))
         open_folder(folder, "model", required=False)
@@ -98,14 +99,14 @@ class Model(nn.Module, PyTorchModelHubMixin):
 
 def is_model_folder(folder: str | os.PathLike[str]) -> bool:
     """Whether a `Model` of mmkit was saved there."""
-    path = Path(folder).expanduser() / "config.json"
+    path = expanded(folder) / "config.json"
     saved = read_json(path) if path.is_file() else None
     return isinstance(saved, dict) and saved.keys() == {"model", "config"}
 
 
 def open_model(folder: str | os.PathLike[str]) -> Model:
     """The model of a folder written by `save_pretrained`, whatever its class. Raises `CheckpointError` for anything else."""
-    saved = read_json(Path(folder).expanduser() / "config.json")
+    saved = read_json(expanded(folder) / "config.json")
     kind = saved.get("model") if isinstance(saved, dict) else None
     if kind not in MODEL_CLASSES.names():
         raise CheckpointError(f"{folder} holds no model of mmkit: its config.json names the class {kind!r}.")

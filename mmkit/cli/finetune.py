@@ -15,6 +15,7 @@ import typer
 
 from mmkit.errors import InputError, InterruptedRun, RunDiffersError, nearest
 from mmkit.registry import COMMANDS
+from mmkit.storage.files import absolute
 from mmkit.storage.settings import read_settings
 from mmkit.training.classifying import unused_settings
 from mmkit.training.config import FitConfig
@@ -160,7 +161,7 @@ def finetune(
 ) -> None:
     """Adapt a model to your own data: pictures, videos or point clouds by class, captioned pictures, or images with masks."""
     given = {k: v for k, v in fit.items() if v is not None}
-    output = output.expanduser().absolute()
+    output = absolute(output)
     if task not in TASKS:
         raise InputError(f"There is no training of {task!r} by command. {nearest(task, TASKS)}")
     if given.get("steps_per_epoch") is not None:

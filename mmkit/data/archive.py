@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from mmkit.data.listing import is_hidden
 from mmkit.errors import InputError
 from mmkit.storage import clean, temporary_name
+from mmkit.storage.files import expanded
 
 MAX_FILES = 100_000
 MAX_BYTES = 4_000_000_000
@@ -40,7 +41,7 @@ def extract_zip(
     Raises:
         InputError: not a readable zip, encrypted, beyond a limit, a link, or an entry that points outside the folder.
     """
-    archive, folder = Path(os.path.expanduser(archive)), Path(os.path.expanduser(folder))
+    archive, folder = expanded(archive), expanded(folder)
     if not os.path.isfile(archive):
         raise InputError(f"{archive} does not exist or is not a file.")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

@@ -25,6 +25,7 @@ from mmkit.data.labels import Row, class_order, from_folders, from_table, near_t
 from mmkit.data.listing import Folder, PathList, list_folder, natural
 from mmkit.errors import InputError
 from mmkit.storage import clean, temporary_name
+from mmkit.storage.files import absolute, expanded
 
 LARGEST_SEED = 2**32 - 1
 """Seeds lie within ± this, as numpy and torch both take them."""
@@ -146,7 +147,7 @@ def open_dataset(
     """
     if on_error not in ("raise", "skip"):
         raise InputError(f"on_error must be 'raise' or 'skip', not {on_error!r}.")
-    source = Path(os.path.abspath(os.path.expanduser(path)))
+    source = absolute(path)
     if not os.path.exists(source):
         raise InputError(f"{source} does not exist. Pass a folder with one sub-folder per class, a .csv or a .zip.")
     if source.is_dir():
@@ -202,7 +203,7 @@ def list_pictures(sources: Iterable[str | os.PathLike[str]]) -> list[tuple[str, 
     """
     found: list[tuple[str, Path]] = []
     for source in sources:
-        name = os.path.expanduser(source)
+        name = str(expanded(source))
         if os.path.isdir(name):
             here = [(path, Path(path)) for path in list_folder(name, SUFFIXES).paths()]
         elif name.lower().endswith(".zip") and os.path.isfile(name):

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from mmkit.errors import InputError
+from mmkit.storage.files import expanded
 
 ImageLike: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | np.ndarray"
 
@@ -57,7 +58,7 @@ def open_image(source: str | os.PathLike[str] | bytes, *, max_pixels: int = MAX_
         InputError: missing, unreadable, truncated, too large or empty.
     """
     name = _name(source)
-    file: Any = io.BytesIO(source) if isinstance(source, bytes) else os.path.expanduser(source)
+    file: Any = io.BytesIO(source) if isinstance(source, bytes) else expanded(source)
     if not isinstance(source, bytes) and os.path.exists(file) and not os.path.isfile(file):
         raise InputError(f"{name} is a folder or a device, not a picture.")  # a pipe would be waited for
     try:
@@ -113,7 +114,7 @@ def _formats() -> tuple[str, ...]:
 def _why(source: Any, error: Exception) -> str:
     """What to say about a file that no decoder takes."""
     try:
-        with open(os.path.expanduser(source), "rb") if not isinstance(source, bytes) else io.BytesIO(source) as file:
+        with open(expanded(source), "rb") if not isinstance(source, bytes) else io.BytesIO(source) as file:
             head = file.read(12)
     except (OSError, ValueError):  # a name that no file can have
         return str(error)

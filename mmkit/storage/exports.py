@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mmkit.errors import BackendUnavailableError, InputError
-from mmkit.storage.files import atomic_write
+from mmkit.storage.files import atomic_write, expanded
 from mmkit.storage.folders import check_outside
 
 TOLERANCE = 1e-4
@@ -109,7 +109,7 @@ def write_program(
 
 def _named(path: str | os.PathLike[str], suffix: str) -> Path:
     """The path, if it ends so: another file, such as the weights it is made from, is not written over."""
-    path = Path(path).expanduser()
+    path = expanded(path)
     if path.suffix != suffix:
         raise InputError(f"{path.name!r} must end in {suffix}: {path.stem or 'model'}{suffix}.")
     check_outside(path)

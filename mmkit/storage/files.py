@@ -24,16 +24,24 @@ _cleaned: set[Path] = set()
 # -------------------------------------------------------------------------------------------------- paths and errors
 
 
-def absolute(path: str | os.PathLike[str]) -> Path:
-    """`path` with `~` expanded and made absolute, so that a later change of the working directory does not move it.
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """`path` with `~` expanded; a name that merely begins so (`~$draft.png`, a user that there is not) stays, as in a shell.
 
-    Raises `InputError` for what is no path, and for a null character.
+    Raises `InputError` for what is no path, an empty one (it would be the working directory), and a null character.
     """
     if not isinstance(path, str | os.PathLike) or not isinstance(os.fspath(path), str):
         raise InputError(f"A path is a text or a pathlib.Path, not {type(path).__name__}.")
-    if "\0" in os.fspath(path):
-        raise InputError(f"{os.fspath(path)!r} holds a null character, which no path can.")
-    return Path(os.path.abspath(Path(path).expanduser()))
+    text = os.fspath(path)
+    if not text:
+        raise InputError("The path is empty. Give a file or a folder; '.' is the working directory.")
+    if "\0" in text:
+        raise InputError(f"{text!r} holds a null character, which no path can.")
+    return Path(os.path.expanduser(text))  # pathlib's raises a RuntimeError for an unknown user
+
+
+def absolute(path: str | os.PathLike[str]) -> Path:
+    """`expanded` and made absolute, so that a later change of the working directory does not move it. Raises `InputError`."""
+    return Path(os.path.abspath(expanded(path)))
 
 
 _ADVICE = {

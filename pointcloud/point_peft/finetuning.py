@@ -23,7 +23,7 @@ from mmkit.pointcloud.point_peft.adapter import PointPEFT
 from mmkit.pointcloud.point_peft.bank import FeatureMemoryBank
 from mmkit.pointcloud.point_peft.model import PointMAE
 from mmkit.pointcloud.transforms import Augment, choose_points, unit_sphere
-from mmkit.storage.files import absolute
+from mmkit.storage.files import absolute, expanded
 from mmkit.training.classifying import Classified, config_of, known_method, no_settings, train_classifier, without
 from mmkit.training.digest import short_name
 from mmkit.training.metrics import CrossEntropyLoss, balanced_weights
@@ -163,7 +163,7 @@ def _read(
 
 
 def _encoder(name: str) -> Any:
-    encoder: Any = PointMAE.from_pretrained(name) if Path(name).expanduser().is_dir() else load_weights(name)
+    encoder: Any = PointMAE.from_pretrained(name) if expanded(name).is_dir() else load_weights(name)
     if not isinstance(encoder, PointMAE):
         raise InputError(f"{name} is a {type(encoder).__name__}; give a PointMAE, such as point_mae_nano.")
     return encoder

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
@@ -21,6 +20,7 @@ from mmkit.pointcloud.io import PointCloud, columns, read_point_cloud
 from mmkit.pointcloud.point_peft.adapter import PointPEFT
 from mmkit.pointcloud.point_peft.result import CloudClassification, CloudSegmentation
 from mmkit.pointcloud.transforms import choose_points, unit_sphere
+from mmkit.storage.files import expanded
 from mmkit.weights import weight_entry
 
 CloudLike: TypeAlias = "str | os.PathLike[str] | np.ndarray | PointCloud | Tensor"
@@ -80,7 +80,7 @@ class _CloudPipeline(Pipeline):
             raise InputError(f"The model has {count} classes; {len(self.class_names)} names were given.")
 
     def load(self, model: str | os.PathLike[str]) -> nn.Module:
-        if Path(model).expanduser().is_dir():
+        if expanded(model).is_dir():
             return open_model(model)
         self._trained_points = weight_entry(str(model)).extra.get("num_points")
         return load_weights(str(model))

@@ -23,6 +23,7 @@ from mmkit.errors import InputError
 from mmkit.pointcloud.slam.frames import RGBDFrame
 from mmkit.pointcloud.slam.poses import rigid, rotation_matrix
 from mmkit.pointcloud.slam.tree import SemanticTree
+from mmkit.storage.files import expanded
 
 PICTURES = (".png", ".jpg", ".jpeg")
 Labeler = Callable[[Tensor], Tensor]
@@ -183,7 +184,7 @@ def intrinsics(fx: float, fy: float, cx: float, cy: float) -> np.ndarray:
 
 def folder_of(path: str | os.PathLike[str]) -> Path:
     """The folder of that path. Raises `InputError` when there is none."""
-    folder = Path(path).expanduser()
+    folder = expanded(path)
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder.")
     return folder

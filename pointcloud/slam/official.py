@@ -17,6 +17,7 @@ from mmkit.pointcloud.slam.poses import inverse, matrix, split
 from mmkit.pointcloud.slam.system import HierSLAM
 from mmkit.pointcloud.slam.tree import SemanticTree
 from mmkit.storage import atomic_write, read_tensors
+from mmkit.storage.files import expanded
 
 _SHAPES = {
     "means3D": 3,
@@ -55,7 +56,7 @@ def load_official(
     Raises:
         CheckpointError: missing, damaged or pickled files, arrays that do not fit together, another code width.
     """
-    path = Path(params).expanduser()
+    path = expanded(params)
     arrays = _arrays(path)
     missing = [
         k
@@ -100,7 +101,7 @@ def load_official(
     slam.poses = [inverse(matrix(q, s)) for q, s in zip(quats, shifts, strict=True)]
     slam.tracked = [True] * len(slam.poses)
     if head is not None:
-        _load_head(slam, Path(head).expanduser())
+        _load_head(slam, expanded(head))
     return slam, _about(path, arrays)
 
 
@@ -137,7 +138,7 @@ def save_official(
     """Write a map as `params.npz` for the authors' viewers and scripts; `truth`: true camera-to-world poses (F, 4, 4)."""
     if not len(slam):
         raise InputError("There is nothing to write yet: no frame has been seen.")
-    file = Path(path).expanduser()
+    file = expanded(path)
     m, n = slam.map.tensors(), len(slam)
     parts = [split(inverse(p)) for p in slam.poses]
     stored = K.clone()

@@ -57,7 +57,7 @@ class SemanticSLAMPipeline(Pipeline):
         if isinstance(model, HierSLAMConfig):
             self.settings = HierSLAMConfig(**{**model.to_dict(), **settings})
         elif model is None or isinstance(model, str):
-            self.settings = HierSLAMConfig.preset(model or self.default_weights, **settings)
+            self.settings = HierSLAMConfig.preset(self.default_weights if model is None else model, **settings)
         else:
             raise InputError(f"model must be a preset's name or a HierSLAMConfig, not {type(model).__name__}.")
         self.tree = tree if isinstance(tree, SemanticTree) or tree is None else SemanticTree.from_json(tree)

@@ -18,6 +18,7 @@ from mmkit.pointcloud.slam.state import SlamState
 from mmkit.pointcloud.slam.tree import SemanticTree
 from mmkit.pointcloud.splat_files import save_splats
 from mmkit.storage import new_folder, open_folder, read_json, read_tensors, write_json, write_safetensors
+from mmkit.storage.files import expanded
 
 KIND, MAP, STATE = "slam", "map.safetensors", "state.safetensors"
 
@@ -28,7 +29,7 @@ def save(slam: SlamState, folder: str | os.PathLike[str]) -> Path:
     `map.safetensors` holds the Gaussians and the head, `state.safetensors` poses, keyframes, scans, random state and the head's moments;
     `tree.json` and `config.json` the rest.
     """
-    path = Path(folder).expanduser()
+    path = expanded(folder)
     with new_folder(path, KIND, {"frames": len(slam), "gaussians": len(slam.map)}) as draft:
         tensors = slam.map.tensors()
         if slam.head is not None:
@@ -69,7 +70,7 @@ def settings(folder: str | os.PathLike[str]) -> tuple[HierSLAMConfig, SemanticTr
         InputError: there is no such folder.
         CheckpointError: it is damaged, or holds something else.
     """
-    path = Path(folder).expanduser()
+    path = expanded(folder)
     open_folder(path, KIND)
     return HierSLAMConfig(**_config(path)), _tree(path)
 
@@ -91,7 +92,7 @@ def restore(slam: SlamState, folder: str | os.PathLike[str]) -> None:
     Raises:
         InputError: the folder's system has other settings or another tree.
     """
-    path = Path(folder).expanduser()
+    path = expanded(folder)
     open_folder(path, KIND)
     saved, own = _config(path), slam.config.to_dict()
     differing = sorted(k for k in own if saved.get(k) != own[k])

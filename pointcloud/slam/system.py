@@ -25,6 +25,7 @@ from mmkit.pointcloud.slam.model import scene_radius
 from mmkit.pointcloud.slam.poses import inverse
 from mmkit.pointcloud.slam.state import SlamState
 from mmkit.pointcloud.slam.tracking import Tracked, extrapolated, photometric
+from mmkit.storage.files import expanded
 
 
 @dataclass(frozen=True)
@@ -243,7 +244,7 @@ class HierSLAM(SlamState):
             InputError: the folder's state is of another sequence or of other settings.
             StorageError: the state cannot be written; the folder keeps the one before.
         """
-        if output is not None and resume and (Path(output).expanduser() / "mmkit.json").is_file() and not self.poses:
+        if output is not None and resume and (expanded(output) / "mmkit.json").is_file() and not self.poses:
             storage.restore(self, output)
         if len(self) > len(sequence):
             raise InputError(

@@ -11,6 +11,7 @@ from PIL import Image
 
 from mmkit.errors import InputError
 from mmkit.pointcloud.slam.datasets import RGBDSequence, camera_of, folder_of, pictures_of
+from mmkit.storage.files import expanded
 
 SUFFIXES = (".mp4", ".mov", ".mkv", ".avi", ".webm")
 
@@ -34,8 +35,8 @@ class RGBDVideo(RGBDSequence):
         self, video: str | os.PathLike[str], depth: str | os.PathLike[str], *, camera: str | os.PathLike[str] | None = None,
         longest: int | None = None,
     ):  # fmt: skip
-        self.video = Path(video).expanduser()
-        about, K, scale = camera_of(self.video.parent / "camera.json" if camera is None else Path(camera).expanduser())
+        self.video = expanded(video)
+        about, K, scale = camera_of(self.video.parent / "camera.json" if camera is None else expanded(camera))
         count = sum(1 for _ in _decoded(self.video, draw=False))
         super().__init__(
             [self.video] * count, pictures_of(folder_of(depth)), K, depth_scale=scale, longest=longest,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import ClassVar
 
 from torch import nn
@@ -14,6 +13,7 @@ from mmkit.pointcloud.cameras import Camera, orbit
 from mmkit.pointcloud.gaussians import GaussianModel
 from mmkit.pointcloud.splat_files import FORMATS, load_splats
 from mmkit.pointcloud.splats.result import ViewResult, view
+from mmkit.storage.files import expanded
 from mmkit.weights import bundled_name, load_tensors
 
 MAX_SIDE = 4096
@@ -34,7 +34,7 @@ class NovelViewPipeline(Pipeline):
 
     def load(self, model: str | os.PathLike[str]) -> nn.Module:
         """The scene behind a file, a folder or a bundled name."""
-        path = Path(model).expanduser()
+        path = expanded(model)
         if path.suffix.lower() in FORMATS:
             return load_splats(path)
         if path.is_dir():

@@ -18,6 +18,7 @@ from mmkit.data.images import load_image, open_image
 from mmkit.errors import InputError
 from mmkit.ops.gaussian.reference import rotation
 from mmkit.pointcloud.cameras import Camera, PosedImages
+from mmkit.storage.files import expanded
 
 MAX_POINTS = 200_000
 """Known points that are kept, evenly chosen."""
@@ -29,7 +30,7 @@ def load_posed_images(path: str | os.PathLike[str], *, longest: int | None = Non
     Raises:
         InputError: no known layout, a missing or damaged file, distorted cameras.
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     if not path.exists():
         raise InputError(f"{path} does not exist.")
     if path.suffix == ".json" or (path / "transforms.json").is_file() or (path / "transforms_train.json").is_file():
@@ -83,7 +84,7 @@ def _intrinsics(fx: float, fy: float, cx: float, cy: float) -> np.ndarray:
 
 def load_transforms(path: str | os.PathLike[str], *, longest: int | None = None) -> PosedImages:
     """NeRF's and nerfstudio's layout: camera-to-world matrices with y up and z back; a folder or its transforms file."""
-    path = Path(path).expanduser()
+    path = expanded(path)
     if path.is_dir():
         path = next(
             (path / n for n in ("transforms.json", "transforms_train.json") if (path / n).is_file()),
@@ -152,7 +153,7 @@ def load_colmap(
     folder: str | os.PathLike[str], *, images: str | os.PathLike[str] | None = None, longest: int | None = None
 ) -> PosedImages:
     """A sparse model of COLMAP, text or binary, with its points; `images`: the pictures' folder, default `images` nearby."""
-    folder = Path(folder).expanduser()
+    folder = expanded(folder)
     model = _colmap_model(folder)
     if model is None:
         raise InputError(f"{folder} holds no cameras.bin or cameras.txt, nor does its sparse/0.")
@@ -164,9 +165,7 @@ def load_colmap(
     except (OSError, struct.error, ValueError, IndexError, KeyError) as error:
         raise InputError(f"{model} is not a readable COLMAP model ({type(error).__name__}: {error}).") from error
     places = (
-        [Path(images).expanduser()]
-        if images
-        else [folder / "images", model / "images", model.parent.parent / "images", folder]
+        [expanded(images)] if images else [folder / "images", model / "images", model.parent.parent / "images", folder]
     )
     place = next((p for p in places if p.is_dir() and poses and (p / poses[0][0]).is_file()), places[0])
     files, views, ks = [], [], []
@@ -269,7 +268,7 @@ def load_trajectory(folder: str | os.PathLike[str], *, longest: int | None = Non
     `pose.txt` (tx ty tz qx qy qz qw a line, a time before it or not, in the order of the pictures) and `camera.json` (fx, fy, cx,
     cy). Depths are 16-bit; millimetres in the first, thousandths in the second (`depth_scale` in camera.json).
     """
-    folder = Path(folder).expanduser()
+    folder = expanded(folder)
     try:
         seven = sorted(folder.glob("*.pose.txt"))
         if seven:

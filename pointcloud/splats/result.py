@@ -17,6 +17,7 @@ from mmkit.pointcloud.cameras import Camera, orbit
 from mmkit.pointcloud.gaussians import GaussianModel
 from mmkit.results import Result, png
 from mmkit.storage import atomic_write
+from mmkit.storage.files import expanded
 
 
 @dataclass
@@ -87,7 +88,7 @@ def turntable(
     """
     import av
 
-    path = Path(path).expanduser()
+    path = expanded(path)
     if path.suffix.lower() != ".mp4":
         raise InputError(f"A film must be called .mp4, not {path.name!r}.")
     if size % 2 or not 16 <= size <= 2048 or not 1 <= frames <= 10_000:

@@ -27,6 +27,7 @@ from mmkit.pointcloud.cameras import PosedImages
 from mmkit.pointcloud.gaussians import NAMES, GaussianModel
 from mmkit.pointcloud.similarity import ssim
 from mmkit.storage import read_tensors, write_safetensors
+from mmkit.storage.files import expanded
 
 _RATES = {"means": 1.6e-4, "scales": 5e-3, "quats": 1e-3, "opacities": 5e-2, "sh0": 2.5e-3, "shN": 2.5e-3 / 20}
 _DEAD = 0.005  # opacity below which a Gaussian is put elsewhere
@@ -117,7 +118,7 @@ def fit_images(
     if len(posed) == 0:
         raise InputError("There are no pictures to fit.")
     fit = _Fit(posed, config, model, strategy)
-    state = None if output_dir is None else Path(output_dir).expanduser() / STATE
+    state = None if output_dir is None else expanded(output_dir) / STATE
     if state is not None and resume and state.is_file():
         fit.restore(state)
     started = time.perf_counter()

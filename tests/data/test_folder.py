@@ -466,9 +466,9 @@ def test_a_table_in_utf_16_is_read(tmp_path):
 
 @pytest.mark.parametrize("name", ["a\0b", "x" * 5000, "~nobody-of-this-name/set"])
 def test_names_that_no_file_can_have_are_missing_files(name):
-    with pytest.raises(InputError, match="does not exist"):
+    with pytest.raises(InputError, match=r"does not exist|null character"):
         open_dataset(name)
-    with pytest.raises(InputError, match="does not exist"):
+    with pytest.raises(InputError, match=r"does not exist|null character"):
         extract_zip(name, "out")
 
 

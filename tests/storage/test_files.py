@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmkit.errors import CheckpointError, MMKitError, StorageError
+from mmkit.errors import CheckpointError, InputError, MMKitError, StorageError
 from mmkit.storage import atomic_write, read_json, write_json, write_safetensors
-from mmkit.storage.files import clean, temporaries, temporary_name
+from mmkit.storage.files import absolute, clean, expanded, temporaries, temporary_name
 
 
 def refuse(code: int):  # type: ignore[no-untyped-def]
@@ -47,6 +47,22 @@ def test_names_that_cannot_be_are_one_sentence(tmp_path: Path) -> None:
         with pytest.raises(StorageError, match=words):
             write_json(tmp_path / name, 1)
     assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
+
+
+def test_paths_that_nobody_meant_are_one_sentence(tmp_path: Path) -> None:
+    for path, words in (
+        ("", "path is empty"),
+        ("a\0b", "null character"),
+        (None, "not NoneType"),
+        (b"x.json", "not bytes"),
+        (3, "not int"),
+    ):
+        for use in (expanded, absolute, lambda p: write_json(p, 1)):
+            with pytest.raises(InputError, match=words):
+                use(path)  # type: ignore[arg-type]
+    assert expanded("~/x") == Path.home() / "x"
+    assert expanded(Path("a")) == Path("a")
+    assert expanded("~no_such_user/x") == Path("~no_such_user/x"), "a file may be called so"
 
 
 @pytest.mark.slow

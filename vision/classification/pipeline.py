@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch import nn
 from mmkit.data.images import ImageLike, load_image
 from mmkit.errors import InputError
 from mmkit.pipelines import Pipeline
+from mmkit.storage.files import expanded
 from mmkit.vision.classification.result import ImageClassification
 
 
@@ -80,7 +80,7 @@ class ImageClassificationPipeline(Pipeline):
         from mmkit.backbones import create_backbone, image_info
         from mmkit.backbones.model import is_model_folder, open_model
 
-        if Path(model).expanduser().is_dir():
+        if expanded(model).is_dir():
             if is_model_folder(model):
                 return open_model(model)
             from mmkit.vision.classification.saving import load_finetuned

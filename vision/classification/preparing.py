@@ -17,7 +17,7 @@ from mmkit.backbones import ImageBackboneInfo, create_backbone, image_info, warn
 from mmkit.data import ImageDataset, ImageTransform, fold_dataset, open_dataset, split_dataset
 from mmkit.data.folder import check_seed
 from mmkit.errors import InputError, nearest
-from mmkit.storage.files import absolute
+from mmkit.storage.files import absolute, expanded
 from mmkit.training.digest import tensors_digest
 
 
@@ -152,9 +152,9 @@ def prepare(
     train, held, measured_on = _split(dataset, val, fold, seed)
     splits = set(dataset.splits or ())
     torch.manual_seed(seed)
-    is_folder = Path(backbone).expanduser().is_dir()
+    is_folder = expanded(backbone).is_dir()
     spec = {
-        "name": str(Path(backbone).expanduser().resolve()) if is_folder else str(backbone),
+        "name": str(expanded(backbone).resolve()) if is_folder else str(backbone),
         "overrides": overrides or {},
     }
     building = {"checkpoint_path": checkpoint_path, "pretrained": pretrained, **(overrides or {})}

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from mmkit.errors import CheckpointError
 from mmkit.storage import load_state, read_tensors, write_safetensors
 from mmkit.storage.exports import Answers, write_onnx
+from mmkit.storage.files import expanded
 from mmkit.storage.folders import new_folder
 from mmkit.vision.clicks.clicknet import STRIDES, ClickNet, View
 from mmkit.vision.clicks.model import SqueezeSAM
@@ -99,7 +100,7 @@ def export_onnx(model: SqueezeSAM, path: str | os.PathLike[str]) -> Path:
     """Write the same network as an ONNX file with inputs "fused" and outputs "logits", "iou"; see `mmkit.storage.exports.write_onnx`."""
     example = torch.zeros(2, model.in_chans, model.img_size, model.img_size)
     write_onnx(FusedNetwork(model), [example], path, inputs=["fused"], outputs=["logits", "iou"])
-    return Path(path).expanduser()
+    return expanded(path)
 
 
 class ClickEncoder(nn.Module):
@@ -153,7 +154,7 @@ def export_clicknet(model: ClickNet, path: str | os.PathLike[str]) -> Path:
     with torch.no_grad():
         answers: Answers = [(row, list(decoder(*row))) for row in rows]
     facts = {"img_size": model.img_size, "num_masks": model.num_masks}
-    folder = Path(path).expanduser()
+    folder = expanded(path)
     with new_folder(folder, "click model for onnxruntime", facts) as draft:
         write_onnx(encoder, [rows[0][0]], draft / "encoder.onnx", inputs=["image"], outputs=strides)
         write_onnx(

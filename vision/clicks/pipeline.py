@@ -28,6 +28,7 @@ from mmkit.errors import InputError
 from mmkit.lazy import library
 from mmkit.pipelines import Pipeline
 from mmkit.storage import read_json
+from mmkit.storage.files import expanded
 from mmkit.vision.clicks.clicknet import ClickNet
 from mmkit.vision.clicks.engines import CallableEngine, ClickNetEngine, Engine, SamEngine, SqueezeSAMEngine
 from mmkit.vision.clicks.model import SqueezeSAM
@@ -120,7 +121,7 @@ class InteractiveSegmenter(Pipeline):
         """Bundled weights by name, or a folder: of `save_pretrained` of one of our models, or of a transformers SAM or SAM 2."""
         from mmkit.backbones import load_weights
 
-        folder = Path(model).expanduser()
+        folder = expanded(model)
         if not folder.is_dir():
             return load_weights(str(model))
         config = read_json(folder / "config.json")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -16,6 +15,7 @@ from mmkit.backbones import load_weights
 from mmkit.data.images import ImageLike, load_image
 from mmkit.errors import InputError
 from mmkit.pipelines import Pipeline
+from mmkit.storage.files import expanded
 from mmkit.vision.gmm.masks import GaussianMixtureMask
 from mmkit.vision.gmm.models.layers import pair
 from mmkit.vision.gmm.models.vit import GMMViT
@@ -79,7 +79,7 @@ class MaskExplorer(Pipeline):
 
     def load(self, model: str | os.PathLike[str]) -> nn.Module:
         """The model behind a bundled name or a folder."""
-        if Path(model).expanduser().is_dir():
+        if expanded(model).is_dir():
             return GMMViT.from_pretrained(model)
         self._extra = weight_entry(str(model)).extra
         return load_weights(str(model))

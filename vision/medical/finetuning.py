@@ -17,7 +17,7 @@ from mmkit.backbones import load_weights
 from mmkit.backbones.model import create_model, list_models, open_model
 from mmkit.data import stratified_split
 from mmkit.errors import InputError, nearest
-from mmkit.storage.files import absolute
+from mmkit.storage.files import absolute, expanded
 from mmkit.storage.folders import check_free
 from mmkit.training.classifying import config_of, known_method, without
 from mmkit.training.config import FitConfig, FitResult
@@ -254,7 +254,7 @@ def _network(name: str, dims: int, in_chans: int, num_classes: int, adapter: str
     fresh, settings = FRESH.get(name, {}).get(dims, (name, {"pad": True} if name.startswith("lightm") else {}))
     bundled = [w for w in list_weights() if weight_entry(w).model.startswith(("unet", "lightm_unet"))]
     net: Any
-    if Path(name).expanduser().is_dir():
+    if expanded(name).is_dir():
         net = open_model(name)
     elif name in bundled:
         net = load_weights(name)

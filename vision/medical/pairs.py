@@ -14,6 +14,7 @@ from mmkit.data.images import SUFFIXES
 from mmkit.data.labels import read_text, split_of
 from mmkit.data.listing import list_folder
 from mmkit.errors import InputError
+from mmkit.storage.files import expanded
 from mmkit.vision.medical.cases import KEPT, Case, Cases, Pair, picture_case, volume_case
 from mmkit.vision.medical.labels import label_values
 from mmkit.vision.medical.volumes import VOLUME_SUFFIXES, is_volume
@@ -64,7 +65,7 @@ def find_pairs(folder: str | os.PathLike[str]) -> Pairs:
     Raises:
         InputError: folders or masks that are missing, pictures beside volumes, numbers that are no classes, several channels.
     """
-    root = Path(folder).expanduser()
+    root = expanded(folder)
     if not root.is_dir():
         raise InputError(f"{root} is not a folder. Give one that holds images/ and masks/.")
     found = _splits(root)

@@ -12,7 +12,6 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -24,6 +23,7 @@ from mmkit.data.images import ImageLike, load_image
 from mmkit.errors import CheckpointError, InputError
 from mmkit.pipelines import Pipeline
 from mmkit.storage import new_folder, read_json, write_json
+from mmkit.storage.files import expanded
 from mmkit.vision.medical.familiar import Familiarity
 from mmkit.vision.medical.result import SegmentationResult
 from mmkit.vision.medical.volumes import Volume, from_ras, is_volume, load_volume, normalize, ras
@@ -97,7 +97,7 @@ class MedicalSegmentationPipeline(Pipeline):
         from mmkit.backbones import load_weights
         from mmkit.weights import weight_entry
 
-        folder = Path(model).expanduser()
+        folder = expanded(model)
         network: nn.Module
         if folder.is_dir():
             network = open_model(folder)

@@ -14,6 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from mmkit.errors import InputError
+from mmkit.storage.files import expanded
 
 VOLUME_SUFFIXES = (".nii", ".nii.gz")
 MAX_VOXELS = 256_000_000
@@ -78,7 +79,7 @@ def load_volume(
         affine = np.diag([*spacing, 1.0])
     else:
         name = str(source)
-        data, affine = _read_nifti(Path(os.path.expanduser(source)))
+        data, affine = _read_nifti(expanded(source))
     affine = np.asarray(affine, np.float64)
     if affine.shape != (4, 4) or not np.isfinite(affine).all() or np.linalg.matrix_rank(affine[:3, :3]) < 3:
         raise InputError(

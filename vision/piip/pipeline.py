@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -19,6 +18,7 @@ from mmkit.data.images import ImageLike, load_image
 from mmkit.errors import InputError
 from mmkit.ops.deformable_attention import located
 from mmkit.pipelines import Pipeline
+from mmkit.storage.files import expanded
 from mmkit.vision.piip.branches import Tokens
 from mmkit.vision.piip.cost import compare
 from mmkit.vision.piip.interaction import DeformableAttention
@@ -35,7 +35,7 @@ class _PyramidPipeline(Pipeline):
         """A folder written by `save_pretrained`, or a bundled name."""
         from mmkit.backbones import load_weights
 
-        return open_model(model) if Path(model).expanduser().is_dir() else load_weights(str(model))
+        return open_model(model) if expanded(model).is_dir() else load_weights(str(model))
 
     def example(self) -> tuple[Tensor, ...]:
         """A picture in numbers, (1, C, H, W)."""

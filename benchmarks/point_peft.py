@@ -32,7 +32,7 @@ from mmkit.adapters import apply_adapter
 from mmkit.data.drawn.shapes import SHAPES, ProceduralShapes, visible
 from mmkit.errors import InputError
 from mmkit.pointcloud import Augment, read_point_cloud, unit_sphere
-from mmkit.pointcloud.point_peft import FeatureMemoryBank, adapt_few_shot, augmented, point_mae_nano, with_own_entry
+from mmkit.pointcloud.point_peft import AugmentedLoss, FeatureMemoryBank, adapt_few_shot, point_mae_nano, with_own_entry
 from mmkit.storage import atomic_write, read_json, write_json
 
 RESULTS = Path(__file__).parent / "results"
@@ -119,7 +119,7 @@ def run(task: str, method: Method, data: Path | None, seed: int, epochs: int) ->
     if method.pretrained:
         own = {k: v for k, v in load_weights("point_mae_nano").state_dict().items() if not k.startswith("head.")}
         model.load_state_dict(own, strict=False)
-    start, loss, samples = time.process_time(), augmented(augment), train
+    start, loss, samples = time.process_time(), AugmentedLoss(augment), train
     adapter = None
     if method.adapter:
         adapter = apply_adapter(model, method.adapter, **method.settings)

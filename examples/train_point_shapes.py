@@ -21,7 +21,7 @@ from torch.utils.data import TensorDataset
 from mmkit import FitConfig, fit, load_weights
 from mmkit.data.drawn.shapes import PART_NAMES, SHAPES, ProceduralShapes
 from mmkit.pointcloud import Augment
-from mmkit.pointcloud.point_peft import augmented, point_mae_nano, point_mae_nano_parts
+from mmkit.pointcloud.point_peft import AugmentedLoss, point_mae_nano, point_mae_nano_parts
 from mmkit.weights import WeightEntry, bundle
 
 POINTS = 256
@@ -79,7 +79,7 @@ def main() -> None:
     result = fit(
         model,
         TensorDataset(*train),
-        loss_fn=augmented(Augment("y", (0.8, 1.2), jitter=0.005, per_axis=False)),
+        loss_fn=AugmentedLoss(Augment("y", (0.8, 1.2), jitter=0.005, per_axis=False)),
         config=settings,
     )
     if result.stopped != "finished":

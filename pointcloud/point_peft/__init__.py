@@ -37,9 +37,9 @@ if TYPE_CHECKING:
         palette as palette,
     )
     from mmkit.pointcloud.point_peft.training import (
+        AugmentedLoss as AugmentedLoss,
         FewShot as FewShot,
         adapt_few_shot as adapt_few_shot,
-        augmented as augmented,
         with_own_entry as with_own_entry,
     )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,27 +21,15 @@ from mmkit.pointcloud.io import SUFFIXES, read_point_cloud
 from mmkit.pointcloud.point_peft.adapter import PointPEFT
 from mmkit.pointcloud.point_peft.bank import FeatureMemoryBank
 from mmkit.pointcloud.point_peft.model import PointMAE
+from mmkit.pointcloud.point_peft.training import AugmentedLoss
 from mmkit.pointcloud.transforms import Augment, choose_points, unit_sphere
 from mmkit.storage.files import absolute, expanded
 from mmkit.training.classifying import Classified, config_of, known_method, no_settings, train_classifier, without
 from mmkit.training.digest import short_name
-from mmkit.training.metrics import CrossEntropyLoss, balanced_weights
+from mmkit.training.metrics import balanced_weights
 
 METHODS = ("point_peft", "pointgst", "idpt", "ssf", "bitfit", "lora", "linear_probe", "full")
 Example = tuple[Tensor, int]
-
-
-class AugmentedLoss(CrossEntropyLoss):
-    """The default loss on clouds that are augmented each by itself: `loss_fn` for `fit`, of batches (points (B, N, 3), labels (B,))."""
-
-    acts_on = ("label_smoothing", "class_weights")
-
-    def __init__(self, augment: Augment, label_smoothing: float = 0.0, weights: Sequence[float] | None = None) -> None:
-        super().__init__(label_smoothing, weights=weights)
-        self.augment = augment
-
-    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
-        return super().__call__(model, (self.augment(batch[0]), batch[1]))
 
 
 @without("mixup", "cutmix", "mixup_prob")

@@ -19,21 +19,30 @@ from mmkit.pointcloud.point_peft.adapter import OWN, PointPEFT
 from mmkit.pointcloud.point_peft.bank import FeatureMemoryBank
 from mmkit.pointcloud.transforms import Augment
 from mmkit.training import FitConfig, FitResult, fit
+from mmkit.training.metrics import CrossEntropyLoss
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
 
-def augmented(augment: Augment | None, label_smoothing: float = 0.0) -> Loss:
+class AugmentedLoss(CrossEntropyLoss):
     """`loss_fn` for `fit`: cross entropy of a batch (points (B, N, 3), labels (B,)), the clouds augmented each by itself.
 
-    Logits (B, C) with labels (B,), or (B, C, N) with parts (B, N).
+    Logits (B, C) with labels (B,), or (B, C, N) with parts (B, N), which know no class weights.
     """
 
-    def loss(model: nn.Module, batch: Any) -> Tensor:
-        points = batch[0] if augment is None else augment(batch[0])
-        return F.cross_entropy(model(points), batch[1], label_smoothing=label_smoothing)
+    acts_on = ("label_smoothing", "class_weights")
 
-    return loss
+    def __init__(
+        self, augment: Augment | None, label_smoothing: float = 0.0, weights: Sequence[float] | None = None
+    ) -> None:
+        super().__init__(label_smoothing, weights=weights)
+        self.augment = augment
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        points, labels = batch[0] if self.augment is None else self.augment(batch[0]), batch[1]
+        if labels.ndim == 2:
+            return F.cross_entropy(model(points), labels, label_smoothing=self.label_smoothing)
+        return super().__call__(model, (points, labels))
 
 
 def with_own_entry(loss: Loss) -> Loss:
@@ -103,7 +112,7 @@ def adapt_few_shot(
     model = type(encoder)(**{**encoder.config, "num_classes": len(names), "class_names": list(names)})
     own = {k: v for k, v in encoder.state_dict().items() if not k.startswith("head.")}
     model.load_state_dict(own, strict=False)
-    loss = augmented(Augment("y", (0.8, 1.2), per_axis=False))
+    loss: Loss = AugmentedLoss(Augment("y", (0.8, 1.2), per_axis=False))
     data: tuple[Tensor, ...] = (points, labels)
     if method == "point_peft":
         prompts = min(10, len(points) + 1)

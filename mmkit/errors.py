@@ -5,8 +5,9 @@ A message says what was given, what was expected, and what to do next.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 
 class MMKitError(Exception):
@@ -42,6 +43,15 @@ class RunDiffersError(InputError):
         for key, phrase in self.changes.items():
             changes.setdefault(names.get(key, key), phrase)
         return RunDiffersError(folder, changes, finished=self.finished, advice=advice)
+
+
+@contextlib.contextmanager
+def in_words(names: Mapping[str, str], advice: str) -> Iterator[None]:
+    """Inside the block a run that differs is told in the words of another interface: its names of the arguments, its advice."""
+    try:
+        yield
+    except RunDiffersError as error:
+        raise error.reworded(error.folder, names, advice) from None
 
 
 class CheckpointError(MMKitError, ValueError):
@@ -80,6 +90,15 @@ class InterruptedRun(MMKitError, KeyboardInterrupt):
             f"Interrupted after {steps} steps; the state is saved in {folder}. Run the same command again to continue."
         )
         self.number = number
+
+
+MAX_SEED = 2**32 - 1
+
+
+def check_seed(seed: object) -> None:
+    """Raise `InputError` unless `seed` is a whole number that every generator of random numbers takes."""
+    if not isinstance(seed, int) or isinstance(seed, bool) or abs(seed) > MAX_SEED:
+        raise InputError(f"seed must be a whole number within ±{MAX_SEED}, not {seed!r}.")
 
 
 def nearest(name: str, candidates: Iterable[str], n: int = 5) -> str:

@@ -120,7 +120,15 @@ def orbit(
         azimuths, elevation: in degrees; elevation 0 looks from the side, 90 from above.
         fov: angle across the longer side, in degrees.
         up: the scene's upward direction; default -y, as in scenes whose cameras stand upright.
+
+    Raises:
+        InputError: no distance above 0, an angle that is not finite.
     """
+    if not 0 < distance < math.inf:
+        raise InputError(f"distance must be above 0 and finite, not {distance}.")
+    for name, angles in (("azimuth", azimuths), ("elevation", [elevation])):
+        if bad := [a for a in angles if not math.isfinite(a)]:
+            raise InputError(f"{name} is an angle in degrees, not {bad[0]}.")
     up = torch.tensor([0.0, -1.0, 0.0]) if up is None else torch.nn.functional.normalize(up.float(), dim=0)
     side = torch.tensor([0.0, 0.0, -1.0]) if abs(float(up[2])) < 0.9 else torch.tensor([0.0, 1.0, 0.0])
     side = torch.nn.functional.normalize(side - (side @ up) * up, dim=0)

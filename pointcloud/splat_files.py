@@ -24,7 +24,7 @@ from mmkit.ops.gaussian.harmonics import C0
 from mmkit.pointcloud.gaussians import GaussianModel
 from mmkit.pointcloud.splat_arrays import as_arrays, as_model, check_count, logit, sigmoid, to_bytes
 from mmkit.storage import atomic_write
-from mmkit.storage.files import expanded
+from mmkit.storage.files import check_writable, expanded
 
 MAX_BYTES = 4_000_000_000
 
@@ -60,6 +60,12 @@ def _format(path: Path) -> Format:
     if path.suffix.lower() not in table:
         raise InputError(f"{path.name}: no splat format has this suffix. {nearest(path.suffix.lower(), table)}")
     return table[path.suffix.lower()]
+
+
+def check_splat_target(path: str | os.PathLike[str]) -> None:
+    """Raise what `save_splats` would, as far as the path decides it: asked before work that would be lost otherwise."""
+    _format(expanded(path))
+    check_writable(path)
 
 
 def load_splats(path: str | os.PathLike[str]) -> GaussianModel:

@@ -13,7 +13,7 @@ import typer
 
 from mmkit import __version__
 from mmkit.cli.finetune import finetune, in_words_of_the_command
-from mmkit.errors import InputError, InterruptedRun, MMKitError, nearest
+from mmkit.errors import InputError, InterruptedRun, MMKitError, in_words, nearest
 from mmkit.memory import keep_freed_memory
 from mmkit.registry import COMMANDS
 
@@ -318,20 +318,35 @@ def fit(
     output: Annotated[Path, typer.Argument(help="Where the scene goes: .ply, .splat, .spz, .sog or .glb.")],
     steps: Annotated[int, typer.Option(min=1)] = 1000,
     gaussians: Annotated[int, typer.Option(min=1, help="As many as the scene may have.")] = 12000,
-    longest: Annotated[int, typer.Option(min=16, help="Longer side of the pictures, in pixels.")] = 256,
+    longest: Annotated[
+        int | None, typer.Option(min=16, help="Longer side of the pictures, in pixels. Default: 256.")
+    ] = None,
     sh_degree: Annotated[int, typer.Option(min=0, max=3)] = 2,
     state: Annotated[Path | None, typer.Option(help="Folder that lets an interrupted fit continue.")] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Start over instead of continuing in --state.")] = False,
     seed: int = 0,
 ) -> None:
     """Reconstruct a scene from pictures with known cameras; every eighth picture is held out to judge by."""
+    if restart and state is None:
+        raise InputError("--restart means nothing without --state: there is nothing to continue. Leave it out.")
+    if longest is not None and str(data) == "drawn":
+        raise InputError("--longest means nothing for the drawn scene. Leave it out.")
     room = COMMANDS.get("splat")
-    posed = room.drawn_scene() if str(data) == "drawn" else room.load_posed_images(data, longest=longest)
+    room.check_splat_target(output)
+    posed = room.drawn_scene() if str(data) == "drawn" else room.load_posed_images(data, longest=longest or 256)
     fitted, held = posed.split() if len(posed) > 3 else (posed, None)
     config = room.FitConfig(
         steps=steps, max_gaussians=gaussians, start_gaussians=min(gaussians, 4000), sh_degree=sh_degree, seed=seed
     )
-    result = room.fit_images(fitted, config, held_out=held, output_dir=state, resume=not restart)
+    words = {
+        "steps": "--steps",
+        "max_gaussians": "--gaussians",
+        "start_gaussians": "--gaussians",
+        "sh_degree": "--sh-degree",
+    }
+    words |= {"seed": "--seed", "pictures": "pictures or --longest"}
+    with in_words(words, "Use the same to continue, --restart to start over, or another --state."):
+        result = room.fit_images(fitted, config, held_out=held, output_dir=state, resume=not restart)
     room.save_splats(result.model, output)
     print(f"{len(result.model)} Gaussians from {len(fitted)} pictures in {result.seconds:.0f} s. Saved to {output}.")
     if result.scores:
@@ -342,6 +357,7 @@ def fit(
 def convert(source: Path, target: Annotated[Path, typer.Argument(help="Its suffix says the format.")]) -> None:
     """Write a splat file in another format."""
     room = COMMANDS.get("splat")
+    room.check_splat_target(target)
     room.save_splats(room.load_splats(source), target)
     about = room.splat_info(target)
     lost = " This format rounds values." if about["lossy"] else ""
@@ -352,25 +368,34 @@ def convert(source: Path, target: Annotated[Path, typer.Argument(help="Its suffi
 def render(
     scene: Annotated[Path, typer.Argument(help="A splat file.")],
     output: Annotated[Path, typer.Argument(help=".png: a view; .npz: with depth and alpha; .mp4: once around.")],
-    azimuth: float = 30.0,
+    azimuth: Annotated[float | None, typer.Option(help="Of a view, in degrees. Default: 30.")] = None,
     elevation: float = 25.0,
     distance: Annotated[float | None, typer.Option(help="Default: 2.6 times the scene's radius.")] = None,
     size: Annotated[int, typer.Option(min=16, max=2048)] = 512,
-    frames: Annotated[int, typer.Option(min=1, help="Of a film.")] = 60,
+    frames: Annotated[int | None, typer.Option(min=1, help="Of a film. Default: 60.")] = None,
 ) -> None:
     """Render a view of a scene, or a film around it."""
     from mmkit.pipelines import pipeline
+    from mmkit.storage.files import check_writable
 
-    room = COMMANDS.get("splat")
-    if output.suffix.lower() == ".mp4":
+    film = output.suffix.lower() == ".mp4"
+    if output.suffix.lower() not in (".png", ".npz", ".mp4"):
+        raise InputError(f"A view goes to .png or .npz, a film to .mp4; {output.name!r} ends in none of them.")
+    if film and azimuth is not None:
+        raise InputError("--azimuth means nothing for a film, which goes once around. Leave it out.")
+    if not film and frames is not None:
+        raise InputError("--frames means nothing for a single view; films end in .mp4. Leave it out.")
+    check_writable(output)
+    views = pipeline("novel-view", scene)
+    if film:
         from tqdm import tqdm
 
-        with tqdm(total=frames, desc="rendering", unit="frame") as bar:
-            options = {"frames": frames, "size": size, "elevation": elevation, "distance": distance}
-            room.turntable(room.load_splats(scene), output, on_frame=lambda _: bar.update(), **options)
+        with tqdm(total=frames or 60, desc="rendering", unit="frame") as bar:
+            options = {"frames": frames or 60, "size": size, "elevation": elevation, "distance": distance}
+            COMMANDS.get("splat").turntable(views.model, output, on_frame=lambda _: bar.update(), **options)
     else:
-        views = pipeline("novel-view", scene)
-        views(azimuth=azimuth, elevation=elevation, distance=distance, size=size).save(output)
+        angle = 30.0 if azimuth is None else azimuth
+        views(azimuth=angle, elevation=elevation, distance=distance, size=size).save(output)
     print(f"Saved to {output}.")
 
 

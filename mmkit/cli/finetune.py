@@ -13,7 +13,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
-from mmkit.errors import InputError, InterruptedRun, RunDiffersError, nearest
+from mmkit.errors import InputError, InterruptedRun, in_words, nearest
 from mmkit.registry import COMMANDS
 from mmkit.storage.files import absolute
 from mmkit.storage.settings import read_settings
@@ -41,12 +41,9 @@ _WORDS = {
 @contextlib.contextmanager
 def in_words_of_the_command() -> Iterator[None]:
     """A run that differs is told with the names of the command's options."""
-    try:
+    advice = "Use the same to continue, run again with --restart to start over, or choose another --output."
+    with in_words({f.name: _option(f.name) for f in dataclasses.fields(FitConfig)} | _WORDS, advice):
         yield
-    except RunDiffersError as error:
-        advice = "Use the same to continue, run again with --restart to start over, or choose another --output."
-        words = {f.name: _option(f.name) for f in dataclasses.fields(FitConfig)} | _WORDS
-        raise error.reworded(error.folder, words, advice) from None
 
 
 def _from_file(ctx: typer.Context, path: Path | None) -> Path | None:

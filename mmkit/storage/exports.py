@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mmkit.errors import BackendUnavailableError, InputError
-from mmkit.storage.files import atomic_write, expanded
-from mmkit.storage.folders import check_outside
+from mmkit.storage.files import atomic_write, check_writable, expanded
 
 TOLERANCE = 1e-4
 """Largest difference to the model, relative to its largest answer (at least 1)."""
@@ -112,8 +111,7 @@ def _named(path: str | os.PathLike[str], suffix: str) -> Path:
     path = expanded(path)
     if path.suffix != suffix:
         raise InputError(f"{path.name!r} must end in {suffix}: {path.stem or 'model'}{suffix}.")
-    check_outside(path)
-    return path
+    return check_writable(path)
 
 
 def exported(

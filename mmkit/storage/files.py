@@ -10,6 +10,7 @@ import os
 import platform
 import secrets
 import shutil
+import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,9 @@ from typing import Any
 
 from mmkit.errors import CheckpointError, InputError, MMKitError, StorageError
 
+MANIFEST = "mmkit.json"
+"""Of a folder that was saved whole: what it holds, and the digest of every file."""
+FORMAT = 1
 _DAY = 86_400.0
 _cleaned: set[Path] = set()
 
@@ -68,6 +72,67 @@ def writing(path: Path) -> Iterator[None]:
             raise
         reason = _ADVICE.get(error.errno or 0, str(error))
         raise StorageError(f"{path} cannot be written: {reason}.") from error
+
+
+# ------------------------------------------------------------------------------------------------------ where to write
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The parsed `mmkit.json` of a folder that was saved whole. Raises `CheckpointError` when it is damaged."""
+    path = folder / MANIFEST
+    manifest = read_json(path)
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("kind"), str):
+        raise CheckpointError(f"{path} does not say what the folder holds.")
+    if not isinstance(manifest.get("files"), dict):
+        raise CheckpointError(f"{path} lists no files.")
+    kept = manifest.get("kept", [])
+    if not isinstance(kept, list) or not all(isinstance(name, str) for name in kept):
+        raise CheckpointError(f"{path}: 'kept' is no list of names.")
+    if not isinstance(manifest.get("format"), int) or manifest["format"] > FORMAT:
+        raise CheckpointError(
+            f"{path} has format {manifest.get('format')!r}; this mmkit reads up to {FORMAT}. Upgrade mmkit."
+        )
+    return manifest
+
+
+def a_kind(kind: str) -> str:
+    """`kind` with its article."""
+    return f"{'an' if kind[:1] in 'aeiou' else 'a'} {kind}"
+
+
+def check_outside(path: str | os.PathLike[str]) -> None:
+    """Raise `InputError` when `path` lies in a folder that was saved whole: it would no longer be as it was saved."""
+    target = absolute(path).resolve()
+    for folder in target.parents:
+        if not os.path.isfile(folder / MANIFEST):
+            continue
+        manifest = read_manifest(folder)
+        if target.relative_to(folder).parts[0] not in manifest.get("kept", ()):
+            raise InputError(
+                f"{target} lies in {folder}, which holds {a_kind(manifest['kind'])} and would no longer be as it was saved. "
+                "Choose a place beside it."
+            )
+
+
+def check_writable(path: str | os.PathLike[str]) -> Path:
+    """`path`, made absolute, if a file could be written there now: asked before work that would be lost otherwise. Nothing is made.
+
+    Raises:
+        InputError: it lies in a folder that was saved whole.
+        StorageError: there is a folder of that name, a part of the path is a file, the place is read-only, the name is too long.
+    """
+    target = absolute(path)
+    check_outside(target)
+    with writing(target):
+        with contextlib.suppress(FileNotFoundError):
+            if stat.S_ISDIR(target.stat().st_mode):
+                raise IsADirectoryError(errno.EISDIR, "")
+        place = next(parent for parent in target.parents if os.path.lexists(parent))
+        if not place.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, "")
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, "")
+    return target
 
 
 # ------------------------------------------------------------------------------------------------------- temporaries
@@ -127,10 +192,12 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path beside `path`; it takes the final name only when the block ends without an error.
 
     Raises:
+        InputError: `path` lies in a folder that was saved whole and would no longer be as it was saved.
         StorageError: the disk is full, the place is read-only, a part of the path is a file, the name is too long. No
             temporary is left.
     """
     path = absolute(path)
+    check_outside(path)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.parent not in _cleaned:  # once per process: a folder may hold many files

@@ -18,9 +18,13 @@ from typing import Any
 from mmkit import __version__
 from mmkit.errors import CheckpointError, InputError
 from mmkit.storage.files import (
+    FORMAT,
+    MANIFEST,
+    a_kind,
     absolute,
+    check_outside,
     left_behind,
-    read_json,
+    read_manifest,
     remove,
     sha256_file,
     sync,
@@ -30,8 +34,6 @@ from mmkit.storage.files import (
     writing,
 )
 
-MANIFEST = "mmkit.json"
-FORMAT = 1
 _DOCUMENTS = {
     "README.md",
     "LICENSE",
@@ -105,10 +107,10 @@ def check_free(path: str | os.PathLike[str], kinds: Iterable[str], keep: Iterabl
         raise InputError(
             f"{target} is the working directory or holds it and cannot be replaced; give a folder below it."
         )
-    manifest = _manifest(target) if (target / MANIFEST).is_file() else None
+    manifest = read_manifest(target) if (target / MANIFEST).is_file() else None
     if manifest is not None and manifest["kind"] not in kinds:
         raise InputError(
-            f"{target} holds {_a(manifest['kind'])}, not {_a(next(iter(kinds)))}. Choose another folder, or delete it."
+            f"{target} holds {a_kind(manifest['kind'])}, not {a_kind(next(iter(kinds)))}. Choose another folder, or delete it."
         )
     known = manifest["files"] if manifest is not None else {}
     found = _files(target)  # once: a run that is under way adds and removes files
@@ -123,22 +125,8 @@ def check_no_saved(path: str | os.PathLike[str]) -> None:
     """Raise `InputError` when `path` holds something that was saved whole, which further files would spoil."""
     folder = absolute(path)
     if os.path.isfile(folder / MANIFEST):  # unlike pathlib's, it takes names of any length
-        raise InputError(f"{folder} holds {_a(_manifest(folder)['kind'])}, no run. Choose another folder.")
+        raise InputError(f"{folder} holds {a_kind(read_manifest(folder)['kind'])}, no run. Choose another folder.")
     check_outside(folder)
-
-
-def check_outside(path: str | os.PathLike[str]) -> None:
-    """Raise `InputError` when `path` lies in a folder that was saved whole: it would no longer be as it was saved."""
-    target = absolute(path).resolve()
-    for folder in target.parents:
-        if not os.path.isfile(folder / MANIFEST):
-            continue
-        manifest = _manifest(folder)
-        if target.relative_to(folder).parts[0] not in manifest.get("kept", ()):
-            raise InputError(
-                f"{target} lies in {folder}, which holds {_a(manifest['kind'])} and would no longer be as it was saved. "
-                "Choose a place beside it."
-            )
 
 
 def _seal(draft: Path, manifest: dict[str, Any], keep: tuple[str, ...]) -> None:
@@ -177,7 +165,7 @@ def _conclude(work: Path) -> None:
     if old.is_dir():
         target = work.parent / os.fsdecode((work / "name").read_bytes())
         if target.exists():
-            _move_kept(old, target, _manifest(target).get("kept", ()))
+            _move_kept(old, target, read_manifest(target).get("kept", ()))
         else:
             os.replace(old, target)
     remove(work)
@@ -227,10 +215,12 @@ def open_folder(
     folder = require_folder(folder)
     if not os.path.isfile(folder / MANIFEST) and not required:
         return None
-    manifest = _manifest(folder)
+    manifest = read_manifest(folder)
     wanted = (kind,) if isinstance(kind, str) else kind
     if wanted is not None and manifest["kind"] not in wanted:
-        raise CheckpointError(f"{folder} holds {_a(manifest['kind'])}; expected {' or '.join(map(_a, wanted))}.")
+        raise CheckpointError(
+            f"{folder} holds {a_kind(manifest['kind'])}; expected {' or '.join(map(a_kind, wanted))}."
+        )
     found = _files(folder)
     listed = manifest["files"]
     missing = sorted(listed.keys() - found.keys() - _DOCUMENTS)
@@ -249,23 +239,6 @@ def open_folder(
     return manifest
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
-    path = folder / MANIFEST
-    manifest = read_json(path)
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("kind"), str):
-        raise CheckpointError(f"{path} does not say what the folder holds.")
-    if not isinstance(manifest.get("files"), dict):
-        raise CheckpointError(f"{path} lists no files.")
-    kept = manifest.get("kept", [])
-    if not isinstance(kept, list) or not all(isinstance(name, str) for name in kept):
-        raise CheckpointError(f"{path}: 'kept' is no list of names.")
-    if not isinstance(manifest.get("format"), int) or manifest["format"] > FORMAT:
-        raise CheckpointError(
-            f"{path} has format {manifest.get('format')!r}; this mmkit reads up to {FORMAT}. Upgrade mmkit."
-        )
-    return manifest
-
-
 def _files(folder: Path) -> dict[str, Path]:
     """Files below `folder` by relative name; hidden ones (.DS_Store, .gitattributes) belong to other programs."""
     found: dict[str, Path] = {}
@@ -279,10 +252,6 @@ def _files(folder: Path) -> dict[str, Path]:
 def _below(found: Iterable[str], folders: Iterable[str]) -> set[str]:
     kept = tuple(folders)
     return {n for n in found if n.partition("/")[0] in kept}
-
-
-def _a(kind: str) -> str:
-    return f"{'an' if kind[:1] in 'aeiou' else 'a'} {kind}"
 
 
 def _some(names: list[str], limit: int = 6) -> str:

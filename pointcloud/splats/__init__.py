@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mmkit.pointcloud.gaussians import GaussianModel as GaussianModel
     from mmkit.pointcloud.splat_files import (
         FORMATS as FORMATS,
+        check_splat_target as check_splat_target,
         load_splats as load_splats,
         save_splats as save_splats,
         splat_info as splat_info,

@@ -68,7 +68,5 @@ class NovelViewPipeline(Pipeline):
                 raise InputError(f"size must be 1 to {MAX_SIDE} pixels and fov 5 to 150 degrees; got {size} and {fov}.")
             centre, radius = self.model.bounds()
             away = 2.6 * max(radius, 1e-3) if distance is None else distance
-            if away <= 0:
-                raise InputError(f"distance must be above 0, not {distance}.")
             camera = orbit(centre, away, [azimuth], elevation, width=width, height=height, fov=fov)
         return view(self.model, camera, background)

@@ -17,7 +17,7 @@ from mmkit.pointcloud.cameras import Camera, orbit
 from mmkit.pointcloud.gaussians import GaussianModel
 from mmkit.results import Result, png
 from mmkit.storage import atomic_write
-from mmkit.storage.files import expanded
+from mmkit.storage.files import check_writable, expanded
 
 
 @dataclass
@@ -84,7 +84,8 @@ def turntable(
         on_frame: called with the number of frames done.
 
     Raises:
-        InputError: another suffix, or an odd or too large size.
+        InputError: another suffix, an odd or too large size, or an angle or distance of no camera.
+        StorageError: the film cannot be written there.
     """
     import av
 
@@ -94,9 +95,9 @@ def turntable(
     if size % 2 or not 16 <= size <= 2048 or not 1 <= frames <= 10_000:
         raise InputError(f"size must be even, 16 to 2048, and frames 1 to 10000; got {size} and {frames}.")
     centre, radius = model.bounds()
-    cameras = orbit(
-        centre, distance or 2.6 * radius, [360 * i / frames for i in range(frames)], elevation, width=size, height=size
-    )
+    away = 2.6 * max(radius, 1e-3) if distance is None else distance
+    cameras = orbit(centre, away, [360 * i / frames for i in range(frames)], elevation, width=size, height=size)
+    check_writable(path)
     with atomic_write(path) as temporary, av.open(str(temporary), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=fps, options={"crf": "18"})
         stream.width, stream.height, stream.pix_fmt = size, size, "yuv420p"

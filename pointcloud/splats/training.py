@@ -7,11 +7,13 @@ arXiv 2404.09591, which needs no good starting points.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,13 +23,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from mmkit.errors import InputError
+from mmkit.errors import CheckpointError, InputError, InterruptedRun, RunDiffersError, check_seed
 from mmkit.ops.gaussian.reference import covariance
 from mmkit.pointcloud.cameras import PosedImages
 from mmkit.pointcloud.gaussians import NAMES, GaussianModel
 from mmkit.pointcloud.similarity import ssim
-from mmkit.storage import read_tensors, write_safetensors
-from mmkit.storage.files import expanded
+from mmkit.storage import folder_lock, read_tensors, write_safetensors
+from mmkit.storage.files import check_writable
+from mmkit.storage.folders import check_no_saved
+from mmkit.training.setup import StopSignals
 
 _RATES = {"means": 1.6e-4, "scales": 5e-3, "quats": 1e-3, "opacities": 5e-2, "sh0": 2.5e-3, "shN": 2.5e-3 / 20}
 _DEAD = 0.005  # opacity below which a Gaussian is put elsewhere
@@ -75,6 +79,7 @@ class FitConfig:
             raise InputError("steps, max_gaussians, start_gaussians and refine_every must be at least 1.")
         if not 0 <= self.sh_degree <= 3:
             raise InputError(f"sh_degree must be 0 to 3, not {self.sh_degree}.")
+        check_seed(self.seed)
 
 
 @dataclass
@@ -99,14 +104,16 @@ def fit_images(
         config: settings.
         model: a scene to go on from.
         held_out: pictures that are only measured, at the end.
-        output_dir: keeps the state every `save_every` steps; with `resume` an interrupted fit goes on from there as if nothing had
-            happened.
+        output_dir: keeps the state every `save_every` steps and when Ctrl-C or SIGTERM ends the fit; with `resume` it goes on from there
+            as if nothing had happened.
         strategy: one of gsplat's (`DefaultStrategy`, `MCMCStrategy`) in place of ours; it cannot be resumed.
         progress: show a bar.
         on_step: called with the step (from 1), its loss and the model; what it raises ends the fit.
 
     Raises:
-        InputError: no pictures, a state of other settings, a loss that is not finite.
+        InputError: no pictures, a state of other settings (`RunDiffersError`), a folder in use or saved whole, a loss that is not finite.
+        CheckpointError: the state is damaged.
+        InterruptedRun: by Ctrl-C or SIGTERM, with the state saved.
 
     Example:
         >>> from mmkit.pointcloud.splats import FitConfig, drawn_scene, fit_images
@@ -118,25 +125,44 @@ def fit_images(
     if len(posed) == 0:
         raise InputError("There are no pictures to fit.")
     fit = _Fit(posed, config, model, strategy)
-    state = None if output_dir is None else expanded(output_dir) / STATE
-    if state is not None and resume and state.is_file():
-        fit.restore(state)
     started = time.perf_counter()
-    bar = tqdm(total=config.steps, initial=fit.step, disable=not progress, desc="fitting", unit="step")
-    with bar:
+    with (
+        _kept(fit, output_dir, resume) as keep,
+        tqdm(total=config.steps, initial=fit.step, disable=not progress, desc="fitting", unit="step") as bar,
+    ):
         while fit.step < config.steps:
             loss = fit.advance()
             bar.update()
             if fit.step % 20 == 0:
                 bar.set_postfix(loss=f"{loss:.4f}", gaussians=len(fit.model))
-            if state is not None and (fit.step % save_every == 0 or fit.step == config.steps):
-                fit.save(state)
+            keep(fit.step % save_every == 0 or fit.step == config.steps)
             if on_step is not None:
                 on_step(fit.step, loss, fit.model)
     result = FitResult(fit.model, fit.losses, time.perf_counter() - started)
     if held_out is not None:
         result.scores = measure(fit.model, held_out, config.background)
     return result
+
+
+@contextlib.contextmanager
+def _kept(fit: _Fit, output_dir: str | os.PathLike[str] | None, resume: bool) -> Iterator[Callable[[bool], None]]:
+    """Yield what is to be called after each step, with whether its state is due; the folder is ours meanwhile."""
+    if output_dir is None:
+        yield lambda due: None
+        return
+    check_no_saved(output_dir)
+    with folder_lock(output_dir) as folder, StopSignals() as signals:
+        check_writable(folder / STATE)
+        if resume and (folder / STATE).is_file():
+            fit.restore(folder / STATE)
+
+        def keep(due: bool) -> None:
+            if due or signals.number:
+                fit.save(folder / STATE)
+            if signals.number:
+                raise InterruptedRun(fit.step, signals.number, folder)
+
+        yield keep
 
 
 @torch.no_grad()
@@ -281,11 +307,12 @@ class _Fit:
 
     # ------------------------------------------------------------------------------------------------- interrupted fits
 
-    def _about(self) -> str:
+    def _about(self) -> dict[str, Any]:
+        """What decides the result, as JSON gives it back."""
         cameras = self.posed.camera
-        return repr(
-            (dataclasses.asdict(self.config), len(self.posed), float(cameras.viewmats.double().sum()), cameras.width)
-        )
+        pictures = [len(self.posed), cameras.width, float(cameras.viewmats.double().sum())]
+        about: dict[str, Any] = json.loads(json.dumps({**dataclasses.asdict(self.config), "pictures": pictures}))
+        return about
 
     def save(self, path: Path) -> None:
         """All that decides what comes next."""
@@ -298,16 +325,26 @@ class _Fit:
             "order": self.order,
             "random": self.random.get_state(),
         }
-        tensors["about"] = torch.tensor(list(self._about().encode()), dtype=torch.uint8)
+        tensors["about"] = torch.tensor(list(json.dumps(self._about()).encode()), dtype=torch.uint8)
         write_safetensors(path, tensors)
 
     def restore(self, path: Path) -> None:
-        """Go on from `save`."""
-        tensors = read_tensors(path, allow_pickle_format=False)
-        if bytes(tensors["about"].tolist()).decode() != self._about():
-            raise InputError(
-                f"{path} is of a fit with other settings or pictures; use resume=False, or another output_dir."
-            )
+        """Go on from `save`. Raises `RunDiffersError`, and `CheckpointError` for a file that holds no whole state."""
+        try:
+            tensors = read_tensors(path, allow_pickle_format=False)
+            saved, own = json.loads(bytes(tensors["about"].tolist())), self._about()
+            changes = {k: f"{saved[k]} is now {own[k]}" for k in own if saved[k] != own[k]}
+            if changes:
+                raise RunDiffersError(path.parent, changes, finished=len(tensors["losses"]) == saved["steps"])
+            self._fill(tensors)
+        except RunDiffersError:
+            raise
+        except (CheckpointError, KeyError, ValueError, TypeError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{path} holds no whole state of a fit ({type(error).__name__}: {error}). Delete it to start over."
+            ) from error
+
+    def _fill(self, tensors: dict[str, Tensor]) -> None:
         change = {n: tensors[f"model.{n}"] for n in NAMES}
         self.model.replace(change, self.optimizer)
         for n in NAMES:

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from mmkit.errors import CheckpointError, InputError, MMKitError, StorageError
-from mmkit.storage import atomic_write, read_json, write_json, write_safetensors
-from mmkit.storage.files import absolute, clean, expanded, temporaries, temporary_name
+from mmkit.storage import atomic_write, new_folder, open_folder, read_json, write_json, write_safetensors
+from mmkit.storage.files import absolute, check_writable, clean, expanded, temporaries, temporary_name
 
 
 def refuse(code: int):  # type: ignore[no-untyped-def]
@@ -63,6 +63,37 @@ def test_paths_that_nobody_meant_are_one_sentence(tmp_path: Path) -> None:
     assert expanded("~/x") == Path.home() / "x"
     assert expanded(Path("a")) == Path("a")
     assert expanded("~no_such_user/x") == Path("~no_such_user/x"), "a file may be called so"
+
+
+def test_no_file_is_written_into_a_folder_that_was_saved_whole(tmp_path: Path) -> None:
+    with new_folder(tmp_path / "saved", "thing", keep=("run",)) as draft:
+        write_json(draft / "a.json", 1)
+    for inside in ("b.json", "a.json", "deep/b.json"):
+        for write in (check_writable, lambda p: write_json(p, 2)):
+            with pytest.raises(InputError, match="holds a thing and would no longer be as it was saved"):
+                write(tmp_path / "saved" / inside)
+    write_json(tmp_path / "saved" / "run" / "c.json", 3)
+    assert open_folder(tmp_path / "saved", "thing")
+    assert sorted(p.name for p in (tmp_path / "saved").iterdir()) == ["a.json", "mmkit.json", "run"]
+
+
+def test_whether_a_file_could_be_written_is_told_beforehand_and_nothing_is_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "folder").mkdir()
+    for name, words in (
+        ("n" * 300, "too long"),
+        ("file/a", "is a file"),
+        ("file/a/b", "is a file"),
+        ("folder", "folder of that name"),
+    ):
+        with pytest.raises(StorageError, match=words):
+            check_writable(tmp_path / name)
+    for name in ("file", "new", "new/deep/a.txt", "folder/a.txt"):
+        assert check_writable(tmp_path / name) == tmp_path / name
+    if os.path.isdir("/proc/self") and not os.access("/proc/self", os.W_OK):
+        with pytest.raises(StorageError, match="no permission"):
+            check_writable("/proc/self/a/b.txt")
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
 
 
 @pytest.mark.slow

@@ -6,7 +6,9 @@ import json
 import math
 import os
 import runpy
+import signal
 import struct
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +18,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import mmkit
+from mmkit.backbones import create_backbone, save_backbone
 from mmkit.cli import app
-from mmkit.errors import InputError
+from mmkit.errors import CheckpointError, InputError, InterruptedRun, RunDiffersError
 from mmkit.pointcloud.similarity import ssim
 from mmkit.pointcloud.splats import (
     FitConfig,
@@ -56,8 +59,36 @@ def test_a_fit_learns_and_an_interrupted_one_ends_the_same(tmp_path) -> None:
     resumed = fit_images(posed, SMALL, output_dir=tmp_path, save_every=12, progress=False)
     assert resumed.losses == whole.losses
     assert all(torch.equal(v, whole.model.tensors()[k]) for k, v in resumed.model.tensors().items())
-    with pytest.raises(InputError, match="other settings"):
+    with pytest.raises(RunDiffersError, match=r"pictures: \[6, 32, .*\] is now \[5, 32"):
         fit_images(drawn_scene(5, 32), SMALL, output_dir=tmp_path, progress=False)
+
+
+def test_a_signal_ends_a_fit_with_its_state_saved_and_a_damaged_one_is_told(tmp_path) -> None:
+    posed, state = drawn_scene(6, 32), tmp_path / "state"
+    whole = fit_images(posed, SMALL, progress=False)
+
+    def stop(step: int, loss: float, model: GaussianModel) -> None:
+        if step == 7:
+            signal.raise_signal(signal.SIGTERM)
+        if step == 8:
+            with pytest.raises(InputError, match="in use by another"), ThreadPoolExecutor(1) as other:
+                other.submit(fit_images, posed, SMALL, output_dir=state, progress=False).result()
+
+    with pytest.raises(InterruptedRun, match=r"after 8 steps; the state is saved in .*state") as caught:
+        fit_images(posed, SMALL, output_dir=state, progress=False, on_step=stop)
+    assert caught.value.number == signal.SIGTERM
+    assert [p.name for p in state.iterdir()] == ["fit.safetensors"]
+    again = fit_images(posed, SMALL, output_dir=state, progress=False)
+    assert again.losses == whole.losses
+    content = (state / "fit.safetensors").read_bytes()
+    for damaged in (b"", content[:-5], content.replace(b"random", b"rANdom"), content.replace(b"about", b"abOUt")):
+        (state / "fit.safetensors").write_bytes(damaged)
+        with pytest.raises(CheckpointError, match="Delete it to start over"):
+            fit_images(posed, SMALL, output_dir=state, progress=False)
+    saved = save_backbone(create_backbone("tiny_vit", num_classes=2), tmp_path / "saved")
+    with pytest.raises(InputError, match="holds a backbone, no run"):
+        fit_images(posed, SMALL, output_dir=saved, progress=False)
+    assert [p.name for p in saved.iterdir() if p.name == "fit.safetensors"] == []
 
 
 @pytest.mark.slow
@@ -273,6 +304,48 @@ def test_the_command_converts_renders_and_tells(tmp_path) -> None:
     wrong = CliRunner().invoke(app, ["splat", "info", str(tmp_path / "z.ply")])
     assert wrong.exit_code == 1
     assert "does not exist" in wrong.output
+
+
+def test_the_command_says_what_is_wrong_before_the_work(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("mmkit.pointcloud.splats.training._Fit.advance", lambda self: pytest.fail("fitted"))
+    monkeypatch.setattr("mmkit.pointcloud.splats.result.view", lambda *a: pytest.fail("rendered"))
+    monkeypatch.setattr("mmkit.pointcloud.splats.pipeline.view", lambda *a: pytest.fail("rendered"))
+    save_splats(GaussianModel.from_points(torch.randn(30, 3), torch.rand(30, 3)), "x.ply")
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "folder.ply").mkdir()
+    save_backbone(create_backbone("tiny_vit", num_classes=2), tmp_path / "saved")
+    for line, told in (
+        ("fit drawn x.txt", "no splat format has this suffix"),
+        ("fit drawn folder.ply", "there is a folder of that name"),
+        ("fit drawn file/y.ply", "a part of the path is a file"),
+        ("fit drawn saved/y.ply", "would no longer be as it was saved"),
+        ("fit drawn y.ply --restart", "--restart means nothing without --state"),
+        ("fit drawn y.ply --longest 64", "--longest means nothing"),
+        ("fit drawn y.ply --state file", "a part of the path is a file"),
+        ("fit drawn y.ply --state saved", "holds a backbone, no run"),
+        (f"fit drawn y.ply --seed {2**70}", "seed must be a whole number within"),
+        ("convert x.ply saved/y.spz", "would no longer be as it was saved"),
+        ("render x.ply y.jpg", "a film to .mp4"),
+        ("render x.ply folder.ply/y.png --frames 3", "--frames means nothing for a single view"),
+        ("render x.ply y.mp4 --azimuth 3", "--azimuth means nothing for a film"),
+        ("render x.ply y.mp4 --distance -2", "distance must be above 0"),
+        ("render x.ply y.mp4 --elevation nan", "elevation is an angle"),
+        ("render x.ply y.png --elevation nan", "elevation is an angle"),
+        ("render x.ply y.png --azimuth inf", "azimuth is an angle"),
+        ("render x.ply file/y.png", "a part of the path is a file"),
+    ):
+        result = CliRunner().invoke(app, ["splat", *line.split()])
+        assert result.exit_code == 1, line
+        assert told in " ".join(result.output.split()), (line, result.output)
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder.ply", "saved", "x.ply"], line
+
+
+def test_a_film_of_the_bundled_scene_by_its_name(tmp_path) -> None:
+    line = ["splat", "render", "splat_still_life", str(tmp_path / "x.mp4"), "--frames", "2", "--size", "32"]
+    result = CliRunner().invoke(app, line)
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "x.mp4").stat().st_size > 100
 
 
 def test_a_film_around_a_scene(tmp_path) -> None:

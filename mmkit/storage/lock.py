@@ -20,10 +20,13 @@ _held: dict[Path, int] = {}  # folder -> the thread that holds it; a process's o
 
 
 @contextlib.contextmanager
-def folder_lock(path: str | os.PathLike[str]) -> Iterator[Path]:
+def folder_lock(path: str | os.PathLike[str], *, beside: bool = False) -> Iterator[Path]:
     """Hold `path` (created when missing) for the block; the same thread may enter it again.
 
     Left-overs of killed processes in it are removed. A folder created here and left empty is removed at the end.
+
+    Args:
+        beside: the lock lies beside `path`, which is replaced whole during the block, and not in it; then it is not created either.
 
     Raises:
         InputError: a living process, or one of another machine, is using the folder; it is named.
@@ -37,37 +40,39 @@ def folder_lock(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise InputError(
             f"{folder} is in use by another thread of this process. Wait for it, or choose another folder."
         )
+    place = folder.parent if beside else folder
+    lock = place / (f"{LOCK}-{folder.name}" if beside else LOCK)
     with writing(folder):
-        created = not folder.exists()
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = _acquire(folder)
+        created = not place.exists()
+        place.mkdir(parents=True, exist_ok=True)
+        handle = _acquire(folder, lock)
     _held[folder] = threading.get_ident()
     try:
-        clean(folder)
+        clean(place)
         yield folder
     finally:
         del _held[folder]
         with contextlib.suppress(OSError):  # the folder may be gone
-            (folder / LOCK).unlink()
+            lock.unlink()
         os.close(handle)
         if created:
             with contextlib.suppress(OSError):  # not empty: it was used
-                folder.rmdir()
+                place.rmdir()
 
 
-def _acquire(folder: Path) -> int:
+def _acquire(folder: Path, lock: Path) -> int:
     """The open, locked lock file, with this process written into it."""
     while True:
-        handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             if not try_lock(handle):
                 raise InputError(_in_use(folder, _read(handle), "Wait for it, or choose another folder."))
-            if not _is_current(handle, folder / LOCK):  # given back and removed between opening and locking
+            if not _is_current(handle, lock):  # given back and removed between opening and locking
                 os.close(handle)
                 continue
             owner = _read(handle)
             if owner and owner.get("host") != _me()["host"] and owner.get("boot") != _me()["boot"]:
-                way_out = f"If that process has ended, delete {folder / LOCK}; else choose another folder."
+                way_out = f"If that process has ended, delete {lock}; else choose another folder."
                 raise InputError(_in_use(folder, owner, way_out))
             os.ftruncate(handle, 0)
             os.pwrite(handle, json.dumps(_me()).encode(), 0)

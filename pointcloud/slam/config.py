@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from mmkit.errors import InputError, nearest
+from mmkit.errors import InputError, check_seed, nearest
 
 TRACKERS = ("auto", "gicp", "photometric", "constant", "given")
 
@@ -100,6 +100,7 @@ class HierSLAMConfig:
                 raise InputError(f"{name} must be at least 1, not {getattr(self, name)}.")
         if min(self.track_iters, self.refine_iters, self.map_iters, self.first_map_iters or 0) < 0:
             raise InputError("Numbers of iterations cannot be negative.")
+        check_seed(self.seed)
         if self.resolution is not None and self.resolution < 16:
             raise InputError(f"resolution must be at least 16 pixels, not {self.resolution}.")
 

@@ -41,18 +41,20 @@ class RGBDSequence:
         labels: files of pixel values, or `None`.
         tree: of the labels.
         longest: shrink frames to so many pixels on the longer side.
+        every: keep every so many frames.
         distortion: k1, k2, p1, p2, k3 of the lens; pictures are straightened.
         size: (width, height) the pictures are brought to first, for data sets whose depths are smaller than their pictures.
         name: for messages.
 
     Raises:
-        InputError: no frames, or unequal counts.
+        InputError: no frames, unequal counts, or no camera: K or distortion are not finite numbers.
     """
 
     def __init__(
         self, colors: Sequence[Path], depths: Sequence[Path], K: np.ndarray, *, depth_scale: float = 1000.0,
         poses: Sequence[np.ndarray | None] | None = None, labels: Sequence[Path] | None = None, tree: SemanticTree | None = None,
-        longest: int | None = None, distortion: Sequence[float] = (), size: tuple[int, int] | None = None, name: str = "sequence",
+        longest: int | None = None, every: int = 1, distortion: Sequence[float] = (), size: tuple[int, int] | None = None,
+        name: str = "sequence",
     ):  # fmt: skip
         counts = {"pictures": len(colors), "depth pictures": len(depths)}
         counts |= {} if poses is None else {"poses": len(poses)}
@@ -62,14 +64,17 @@ class RGBDSequence:
             raise InputError(f"{name}: the counts differ: {said}. Remove what has no partner.")
         if not colors:
             raise InputError(f"{name} has no frames.")
-        if not depth_scale > 0:
+        if not 0 < depth_scale < math.inf:
             raise InputError(f"{name}: depth_scale must be above 0, not {depth_scale}.")
-        self.colors, self.depths, self.labels, self.tree, self.name = list(colors), list(depths), labels, tree, name
-        self.K, self.depth_scale, self.longest, self.size = np.asarray(K, np.float64), float(depth_scale), longest, size
-        self.distortion = tuple(float(d) for d in distortion)
-        self.poses: list[Tensor | None] = [None] * len(colors)
+        if every < 1:
+            raise InputError(f"every must be at least 1, not {every}.")
+        self.colors, self.depths, self.tree, self.name = list(colors)[::every], list(depths)[::every], tree, name
+        self.labels = None if labels is None else list(labels)[::every]
+        self.K, self.depth_scale, self.longest, self.size = _camera(K, name), float(depth_scale), longest, size
+        self.distortion = _lens(distortion, name)
+        self.poses: list[Tensor | None] = [None] * len(self.colors)
         if poses is not None:
-            self.poses = [_known(p, f"{name}, pose {i}") for i, p in enumerate(poses)]
+            self.poses = [_known(p, f"{name}, pose {every * i}") for i, p in enumerate(list(poses)[::every])]
 
     def __len__(self) -> int:
         return len(self.colors)
@@ -110,6 +115,24 @@ class RGBDSequence:
     def trajectory(self) -> Tensor | None:
         """True poses (F, 4, 4), NaN where unknown; `None` when none is known."""
         return stacked(self.poses)
+
+
+def _camera(K: np.ndarray, name: str) -> np.ndarray:
+    """K (3, 3). Raises `InputError` unless it is that of a camera."""
+    K = np.asarray(K, np.float64)
+    if K.shape != (3, 3) or not np.isfinite(K).all() or min(K[0, 0], K[1, 1]) <= 0:
+        raise InputError(f"{name}: {K.tolist()} is no camera: 3 x 3 finite numbers, focal lengths above 0.")
+    return K
+
+
+def _lens(distortion: Any, name: str) -> tuple[float, ...]:
+    try:
+        found = tuple(float(d) for d in distortion)
+    except (TypeError, ValueError):
+        found = (math.nan,)
+    if len(found) > 5 or not all(map(math.isfinite, found)):
+        raise InputError(f"{name}: distortion is a list of k1, k2, p1, p2, k3, not {distortion!r}.")
+    return found
 
 
 def stacked(poses: Sequence[Tensor | None]) -> Tensor | None:
@@ -221,6 +244,14 @@ def _matrix(path: Path) -> np.ndarray | None:
     return values
 
 
+def _intrinsic(path: Path) -> np.ndarray:
+    """K (3, 3) of a file that holds it, or a (4, 4) around it."""
+    values = _numbers(path)
+    if values.ndim != 2 or min(values.shape) < 3:
+        raise InputError(f"{path} must hold a 3 x 3 or 4 x 4 matrix; it has shape {values.shape}.")
+    return values[:3, :3]
+
+
 class ReplicaDataset(RGBDSequence):
     """`results/frame*.jpg` (or .png) and `depth*.png`, `traj.txt`, `semantic_class/semantic_class_*.png`, `info_semantic_tree.json`.
 
@@ -246,18 +277,17 @@ class ReplicaDataset(RGBDSequence):
         about = root / "cam_params.json" if (root / "cam_params.json").is_file() else root.parent / "cam_params.json"
         K, scale = intrinsics(600.0, 600.0, 599.5, 339.5), 6553.5
         if about.is_file():
-            camera = json.loads(about.read_text()).get("camera", {})
-            K = intrinsics(
-                *(
-                    float(camera.get(k, d))
-                    for k, d in zip(("fx", "fy", "cx", "cy"), (600, 600, 599.5, 339.5), strict=True)
-                )
-            )
-            scale = float(camera.get("scale", scale))
+            usual = {"fx": 600.0, "fy": 600.0, "cx": 599.5, "cy": 339.5, "scale": scale}
+            try:
+                camera = {k: float(v) for k, v in json.loads(about.read_text()).get("camera", {}).items() if k in usual}
+            except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+                raise InputError(f"{about} must hold a camera with fx, fy, cx, cy and scale: {error!r}.") from error
+            *lengths, scale = (usual | camera).values()
+            K = intrinsics(*lengths)
         K[:2, 2] += 0.5
         super().__init__(
-            pictures_of(results, "frame*")[::every], pictures_of(results, "depth*")[::every], K, depth_scale=scale,
-            poses=list(values.reshape(-1, 4, 4)[::every]), labels=labels[::every] or None, tree=tree, longest=longest, name=root.name,
+            pictures_of(results, "frame*"), pictures_of(results, "depth*"), K, depth_scale=scale,
+            poses=list(values.reshape(-1, 4, 4)), labels=labels or None, tree=tree, longest=longest, every=every, name=root.name,
         )  # fmt: skip
 
 
@@ -273,15 +303,15 @@ class ScanNetDataset(RGBDSequence):
         every: int = 1,
     ):
         root = folder_of(folder)
-        colors = pictures_of(root / "color")[::every]
+        colors = pictures_of(root / "color")
         about = root / "intrinsic" / "intrinsic_color.txt"
         K = intrinsics(1169.62, 1167.11, 646.30, 489.93)
         if about.is_file():
-            K = _numbers(about)[:3, :3]
+            K = _intrinsic(about)
         place = next((root / n for n in ("label-filt", "label", "labels") if (root / n).is_dir()), None)
         super().__init__(
-            colors, pictures_of(root / "depth")[::every], K, poses=[_matrix(root / "pose" / f"{c.stem}.txt") for c in colors],
-            labels=pictures_of(place)[::every] if place else None, tree=tree, longest=longest, name=root.name,
+            colors, pictures_of(root / "depth"), K, poses=[_matrix(root / "pose" / f"{c.stem}.txt") for c in colors],
+            labels=pictures_of(place) if place else None, tree=tree, longest=longest, every=every, name=root.name,
         )  # fmt: skip
 
 
@@ -290,13 +320,13 @@ class SevenScenesDataset(RGBDSequence):
 
     def __init__(self, folder: str | os.PathLike[str], *, longest: int | None = None, every: int = 1):
         root = folder_of(folder)
-        colors = pictures_of(root, "*.color.*")[::every]
+        colors = pictures_of(root, "*.color.*")
         names = [c.name.split(".")[0] for c in colors]
         about = root / "camera-intrinsics.txt"
-        K = _numbers(about)[:3, :3] if about.is_file() else intrinsics(585.0, 585.0, 320.0, 240.0)
+        K = _intrinsic(about) if about.is_file() else intrinsics(585.0, 585.0, 320.0, 240.0)
         super().__init__(
             colors, [root / f"{n}.depth.png" for n in names], K, poses=[_matrix(root / f"{n}.pose.txt") for n in names],
-            longest=longest, name=root.name,
+            longest=longest, every=every, name=root.name,
         )  # fmt: skip
 
 
@@ -329,11 +359,10 @@ class TUMDataset(RGBDSequence):
             if abs(near[0] - time) < apart and time - last > 1 / 32:
                 chosen.append((time, root / file, root / near[1]))
                 last = time
-        chosen = chosen[::every]
         poses = [_pose_at(truth, time, apart) for time, _, _ in chosen] if len(truth) else None
         super().__init__(
             [c[1] for c in chosen], [c[2] for c in chosen], intrinsics(*_TUM[kind][0]) if K is None else K, depth_scale=depth_scale,
-            poses=poses, longest=longest, distortion=_TUM[kind][1] if distortion is None else distortion, name=root.name,
+            poses=poses, longest=longest, every=every, distortion=_TUM[kind][1] if distortion is None else distortion, name=root.name,
         )  # fmt: skip
 
 
@@ -401,8 +430,8 @@ class RGBDFolder(RGBDSequence):
         tree = SemanticTree.from_json(known) if tree is None and known.is_file() else tree
         poses = _poses(root, colors)
         super().__init__(
-            colors[::every], depths[::every], K, depth_scale=scale, poses=None if poses is None else poses[::every],
-            labels=labels[::every] or None, tree=tree, longest=longest, distortion=about.get("distortion", ()), name=root.name,
+            colors, depths, K, depth_scale=scale, poses=poses, labels=labels or None, tree=tree, longest=longest, every=every,
+            distortion=about.get("distortion", ()), name=root.name,
         )  # fmt: skip
 
 
@@ -434,8 +463,6 @@ def open_sequence(
         InputError: no known layout, missing files, unequal counts.
     """
     root = folder_of(path)
-    if every < 1:
-        raise InputError(f"every must be at least 1, not {every}.")
     if (root / "rgb.txt").is_file():
         return TUMDataset(root, longest=longest, every=every)
     if any(root.glob("*.color.*")):

@@ -14,7 +14,7 @@ from mmkit.devices import resolve_device, resolve_dtype
 from mmkit.errors import InputError
 from mmkit.pipelines import Pipeline
 from mmkit.pointcloud.slam.config import HierSLAMConfig
-from mmkit.pointcloud.slam.datasets import open_sequence
+from mmkit.pointcloud.slam.datasets import RGBDSequence, open_sequence
 from mmkit.pointcloud.slam.evaluation import evaluate
 from mmkit.pointcloud.slam.frames import Frames, RGBDFrame
 from mmkit.pointcloud.slam.model import SemanticGaussians
@@ -23,6 +23,7 @@ from mmkit.pointcloud.slam.synthetic import SyntheticRoom
 from mmkit.pointcloud.slam.system import HierSLAM, Step
 from mmkit.pointcloud.slam.tree import SemanticTree
 from mmkit.pointcloud.slam.video import SUFFIXES, RGBDVideo
+from mmkit.storage.files import expanded
 
 
 class SemanticSLAMPipeline(Pipeline):
@@ -73,7 +74,7 @@ class SemanticSLAMPipeline(Pipeline):
 
         Args:
             data: a folder in one of the layouts of `open_sequence`, a sequence, or `None`: a drawn room.
-            every: of a folder, take every so many frames.
+            every: of a folder or a film, take every so many frames.
             depth: for a film as `data`, the folder of its depth pictures; a camera.json lies beside the film.
             output: a folder for the state, from which an interrupted run goes on.
             resume: do so.
@@ -81,12 +82,12 @@ class SemanticSLAMPipeline(Pipeline):
             callbacks: called after every frame with the system and the step.
             judge_every: frames between those that the report's picture figures are of.
         """
-        if data is None:
-            sequence: Any = SyntheticRoom(frames=24)
-        elif isinstance(data, (str, os.PathLike)):
-            sequence = _opened(Path(data), self.tree, every, depth)
+        if isinstance(data, (str, os.PathLike)):
+            sequence: Any = self._opened(expanded(data), every, depth)
+        elif every != 1 or depth is not None:
+            raise InputError("every and depth are for a folder or a film as data. Leave them out.")
         else:
-            sequence = _checked(data)
+            sequence = SyntheticRoom(frames=24) if data is None else _checked(data)
         tree = getattr(sequence, "tree", None) or self.tree
         slam = HierSLAM(self.settings, tree, **self.options)  # type: ignore[arg-type]
         wall, cpu = time.perf_counter(), time.process_time()
@@ -109,6 +110,24 @@ class SemanticSLAMPipeline(Pipeline):
             None if truth is None else truth[: len(slam)].numpy(), report, slam,
         )  # fmt: skip
 
+    def _opened(self, path: Path, every: int, depth: str | os.PathLike[str] | None) -> RGBDSequence:
+        """The recording at a path. Raises `InputError` for what would mean nothing with it."""
+        film = path.suffix.lower() in SUFFIXES
+        if film and depth is None:
+            raise InputError(f"{path} is a film; give the folder of its depth pictures as `depth` (--depth).")
+        if depth is not None and not film:
+            raise InputError(
+                f"{path} is no film ({', '.join(SUFFIXES)}), so `depth` (--depth) means nothing. Leave it out."
+            )
+        found = (
+            RGBDVideo(path, depth, every=every)
+            if film and depth is not None
+            else open_sequence(path, tree=self.tree, every=every)
+        )
+        if self.tree is not None and found.labels is None and self.options["labeler"] is None:
+            raise InputError(f"{path} holds no label pictures, so `tree` (--tree) means nothing. Leave it out.")
+        return found
+
 
 def _checked(data: Any) -> Any:
     """A sequence in memory. Raises `InputError` unless it is one of frames."""
@@ -121,11 +140,3 @@ def _checked(data: Any) -> Any:
             f"A recording is a folder, or a sequence of at least one RGBDFrame, not {type(data).__name__} of {type(first).__name__}."
         )
     return data
-
-
-def _opened(path: Path, tree: SemanticTree | None, every: int, depth: str | os.PathLike[str] | None) -> Any:
-    if path.suffix.lower() not in SUFFIXES:
-        return open_sequence(path, tree=tree, every=every)
-    if depth is None:
-        raise InputError(f"{path} is a film; give the folder of its depth pictures as `depth`.")
-    return RGBDVideo(path, depth)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmkit.errors import CheckpointError, InputError
+from mmkit.errors import CheckpointError, RunDiffersError
 from mmkit.pointcloud.slam.config import HierSLAMConfig
 from mmkit.pointcloud.slam.frames import RGBDFrame
 from mmkit.pointcloud.slam.keyframes import Keyframe
@@ -87,21 +87,15 @@ def _config(path: Path) -> dict[str, Any]:
 
 
 def restore(slam: SlamState, folder: str | os.PathLike[str]) -> None:
-    """Bring a fresh system to the state of a folder.
-
-    Raises:
-        InputError: the folder's system has other settings or another tree.
-    """
+    """Bring a fresh system to the state of a folder. Raises `RunDiffersError` when it has other settings or another tree."""
     path = expanded(folder)
     open_folder(path, KIND)
     saved, own = _config(path), slam.config.to_dict()
-    differing = sorted(k for k in own if saved.get(k) != own[k])
-    if differing:
-        raise InputError(
-            f"{path} is of a run with other settings ({', '.join(differing)}); use resume=False, or another folder."
-        )
+    changes = {k: f"{saved.get(k)} is now {own[k]}" for k in sorted(own) if saved.get(k) != own[k]}
     if _tree(path) != slam.tree:
-        raise InputError(f"{path} is of a run with another label tree; use resume=False, or another folder.")
+        changes["tree"] = "another label tree"
+    if changes:
+        raise RunDiffersError(path, changes)
     map_, state = (read_tensors(path / name, allow_pickle_format=False) for name in (MAP, STATE))
     try:
         _fill(slam, map_, state)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mmkit.errors import InputError
+from mmkit.errors import InputError, InterruptedRun, RunDiffersError
 from mmkit.pointcloud.slam import gicp, loops, storage
 from mmkit.pointcloud.slam.depths import aligned_depth
 from mmkit.pointcloud.slam.frames import Frames, RGBDFrame
@@ -25,7 +26,9 @@ from mmkit.pointcloud.slam.model import scene_radius
 from mmkit.pointcloud.slam.poses import inverse
 from mmkit.pointcloud.slam.state import SlamState
 from mmkit.pointcloud.slam.tracking import Tracked, extrapolated, photometric
-from mmkit.storage.files import expanded
+from mmkit.storage import folder_lock
+from mmkit.storage.folders import check_free
+from mmkit.training.setup import StopSignals
 
 
 @dataclass(frozen=True)
@@ -233,41 +236,64 @@ class HierSLAM(SlamState):
 
         Args:
             sequence: frames.
-            output: a folder that keeps the state every `save_every` frames and at the end; with `resume`, a run that was cut off goes on
-                from there and ends as if nothing had happened.
+            output: a folder that keeps the state every `save_every` frames, at the end, and when Ctrl-C or SIGTERM ends the run; with
+                `resume` it goes on from there and ends as if nothing had happened.
             callbacks: called after every frame with the system and the step; what they raise ends the run.
 
         Returns:
             The steps taken by this call.
 
         Raises:
-            InputError: the folder's state is of another sequence or of other settings.
+            InputError: the folder's state is of another sequence or of other settings (`RunDiffersError`), or another run uses it.
             StorageError: the state cannot be written; the folder keeps the one before.
+            InterruptedRun: by Ctrl-C or SIGTERM, with the state saved.
         """
-        if output is not None and resume and (expanded(output) / "mmkit.json").is_file() and not self.poses:
-            storage.restore(self, output)
-        if len(self) > len(sequence):
-            raise InputError(
-                f"The state has {len(self)} frames, the sequence {len(sequence)}; use resume=False, or another output."
-            )
-        if self.seen is not None and self.seen != sequence[0].digest() + sequence[len(self) - 1].digest():
-            raise InputError(
-                "The state is of another recording: its first or its latest frame differs. Use resume=False (--restart), or another output."
-            )
         steps: list[Step] = []
         listeners = list(callbacks)
-        with tqdm(total=len(sequence), initial=len(self), disable=not progress, desc="mapping", unit="frame") as bar:
+        with (
+            self._kept(sequence, output, resume) as keep,
+            tqdm(total=len(sequence), initial=len(self), disable=not progress, desc="mapping", unit="frame") as bar,
+        ):
             for index in range(len(self), len(sequence)):
                 frame = sequence[index]
                 steps.append(self.step(frame))
                 bar.update()
                 bar.set_postfix(loss=f"{steps[-1].loss:.4f}", gaussians=len(self.map), lost=self.tracked.count(False))
-                if output is not None and ((index + 1) % save_every == 0 or index + 1 == len(sequence)):
-                    self.seen = sequence[0].digest() + frame.digest()
-                    storage.save(self, output)
+                keep(frame, (index + 1) % save_every == 0 or index + 1 == len(sequence))
                 for listener in listeners:
                     listener(self, steps[-1])
         return steps
+
+    @contextlib.contextmanager
+    def _kept(
+        self, sequence: Frames, output: str | os.PathLike[str] | None, resume: bool
+    ) -> Iterator[Callable[[RGBDFrame, bool], None]]:
+        """Yield what is to be called with each frame and whether the state is due; the folder is ours meanwhile."""
+        if output is None:
+            self._require_same(sequence, "this system")
+            yield lambda frame, due: None
+            return
+        check_free(output, (storage.KIND,))
+        with folder_lock(output, beside=True) as folder, StopSignals() as signals:
+            if resume and (folder / "mmkit.json").is_file() and not self.poses:
+                storage.restore(self, folder)
+            self._require_same(sequence, folder)
+
+            def keep(frame: RGBDFrame, due: bool) -> None:
+                if due or signals.number:
+                    self.seen = sequence[0].digest() + frame.digest()
+                    storage.save(self, folder)
+                if signals.number:
+                    raise InterruptedRun(len(self), signals.number, folder)
+
+            yield keep
+
+    def _require_same(self, sequence: Frames, where: object) -> None:
+        """Raise `RunDiffersError` unless `sequence` begins with what was seen."""
+        if len(self) > len(sequence):
+            raise RunDiffersError(where, {"data": f"another recording: {len(self)} frames are now {len(sequence)}"})
+        if self.seen is not None and self.seen != sequence[0].digest() + sequence[len(self) - 1].digest():
+            raise RunDiffersError(where, {"data": "another recording: its first or its latest frame differs"})
 
     # ------------------------------------------------------------------------------------------------------------ files
 

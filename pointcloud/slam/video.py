@@ -26,6 +26,7 @@ class RGBDVideo(RGBDSequence):
         depth: a folder of depth pictures, one a frame.
         camera: a camera.json (fx, fy, cx, cy, depth_scale), default the one beside the film.
         longest: shrink frames to so many pixels on the longer side.
+        every: keep every so many frames.
 
     Raises:
         InputError: no such film, not a film, or another number of depth pictures than frames.
@@ -33,18 +34,19 @@ class RGBDVideo(RGBDSequence):
 
     def __init__(
         self, video: str | os.PathLike[str], depth: str | os.PathLike[str], *, camera: str | os.PathLike[str] | None = None,
-        longest: int | None = None,
+        longest: int | None = None, every: int = 1,
     ):  # fmt: skip
         self.video = expanded(video)
         about, K, scale = camera_of(self.video.parent / "camera.json" if camera is None else expanded(camera))
         count = sum(1 for _ in _decoded(self.video, draw=False))
         super().__init__(
-            [self.video] * count, pictures_of(folder_of(depth)), K, depth_scale=scale, longest=longest,
+            [self.video] * count, pictures_of(folder_of(depth)), K, depth_scale=scale, longest=longest, every=every,
             distortion=about.get("distortion", ()), name=self.video.name,
         )  # fmt: skip
-        self._film, self._next = _decoded(self.video), 0
+        self._film, self._next, self._every = _decoded(self.video), 0, every
 
     def _picture(self, index: int) -> Image.Image:
+        index *= self._every
         if index < self._next:
             self._film, self._next = _decoded(self.video), 0
         while True:

@@ -8,12 +8,13 @@ import signal
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from mmkit.errors import InputError, StorageError
-from mmkit.storage import folder_lock
+from mmkit.storage import folder_lock, new_folder
 from mmkit.storage.lock import LOCK
 
 HOLD = """
@@ -99,6 +100,20 @@ def test_threads_exclude_each_other_and_one_thread_may_enter_again(tmp_path: Pat
         thread.start()
         thread.join()
     assert "another thread" in str(errors[0])
+
+
+def test_a_lock_beside_a_folder_that_is_replaced_whole_stays(tmp_path: Path) -> None:
+    with folder_lock(tmp_path / "new" / "thing", beside=True) as folder:
+        for _ in range(2):
+            with new_folder(folder, "thing") as draft:
+                (draft / "a.txt").write_text("x")
+        with pytest.raises(InputError, match="another thread"), ThreadPoolExecutor(1) as other:
+            other.submit(lambda: folder_lock(folder, beside=True).__enter__()).result()
+        assert os.listdir(folder.parent) != ["thing"]
+    assert os.listdir(tmp_path / "new") == ["thing"]
+    with folder_lock(tmp_path / "none" / "thing", beside=True):
+        pass
+    assert os.listdir(tmp_path) == ["new"]
 
 
 def test_a_folder_made_for_nothing_is_removed(tmp_path: Path) -> None:

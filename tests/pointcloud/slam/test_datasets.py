@@ -173,6 +173,43 @@ def test_missing_and_uneven_data_are_told(tmp_path):
         open_sequence(tmp_path)
 
 
+def test_a_missing_depth_is_no_other_frames_depth_when_frames_are_thinned(tmp_path):
+    own(tmp_path)
+    (tmp_path / "depth" / "10.png").unlink()
+    with pytest.raises(InputError, match="4 pictures, 3 depth pictures"):
+        open_sequence(tmp_path, every=2)
+    depth(tmp_path / "depth" / "10.png", 500)
+    thin = open_sequence(tmp_path, every=2)
+    assert [thin[i].name for i in range(len(thin))] == ["9.png", "11.png"]
+    assert thin[0].pose is not None
+    assert thin[1].pose is None
+    with pytest.raises(InputError, match="every must be at least 1"):
+        open_sequence(tmp_path, every=0)
+
+
+@pytest.mark.parametrize(
+    ("layout", "file", "text", "told"),
+    [
+        ("replica", "cam_params.json", "{", "must hold a camera"),
+        ("replica", "cam_params.json", "[]", "must hold a camera"),
+        ("replica", "cam_params.json", '{"camera": {"fx": null}}', "must hold a camera"),
+        ("replica", "cam_params.json", '{"camera": {"fx": 0}}', "is no camera"),
+        ("replica", "cam_params.json", '{"camera": {"scale": NaN}}', "depth_scale must be above 0"),
+        ("scannet", "intrinsic/intrinsic_color.txt", "80 0 16", "must hold a 3 x 3 or 4 x 4 matrix"),
+        ("scannet", "intrinsic/intrinsic_color.txt", "", "must hold a 3 x 3 or 4 x 4 matrix"),
+        ("seven", "camera-intrinsics.txt", "nan 0 1\n0 4 5\n0 0 1", "is no camera"),
+        ("own", "camera.json", '{"fx": -1, "fy": 40, "cx": 1, "cy": 1}', "is no camera"),
+        ("own", "camera.json", '{"fx": 1, "fy": 40, "cx": 1, "cy": 1, "distortion": null}', "distortion is a list"),
+        ("own", "camera.json", '{"fx": 1, "fy": 40, "cx": 1, "cy": 1, "distortion": "wide"}', "distortion is a list"),
+    ],
+)
+def test_a_damaged_camera_is_told(layout, file, text, told, tmp_path):
+    LAYOUTS[layout](tmp_path)
+    (tmp_path / file).write_text(text)
+    with pytest.raises(InputError, match=told):
+        open_sequence(tmp_path)
+
+
 def test_damaged_pictures_are_told(tmp_path):
     own(tmp_path)
     (tmp_path / "depth" / "9.png").write_bytes(b"no picture")
@@ -295,6 +332,8 @@ def test_a_film_with_depths_is_a_sequence(tmp_path):
     reds = [int(sequence[i].color[10, 10, 0]) for i in (0, 2, 3, 1)]  # going back starts it again
     assert reds == pytest.approx([0, 80, 120, 40], abs=12)
     assert sequence[0].depth.shape == (H, W)
+    thin = RGBDVideo(tmp_path / "walk.mp4", tmp_path / "depth", every=2)
+    assert [int(thin[i].color[10, 10, 0]) for i in range(len(thin))] == pytest.approx([0, 80], abs=12)
     (tmp_path / "depth" / "9.png").unlink()
     with pytest.raises(InputError, match="4 pictures, 3 depth pictures"):
         RGBDVideo(tmp_path / "walk.mp4", tmp_path / "depth")

@@ -5,15 +5,19 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import signal
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from typer.testing import CliRunner
 
 import mmkit
+from mmkit.backbones import create_backbone, save_backbone
 from mmkit.cli import app
-from mmkit.errors import BackendUnavailableError, CheckpointError, InputError, StorageError
+from mmkit.errors import BackendUnavailableError, CheckpointError, InputError, InterruptedRun, StorageError
 from mmkit.pointcloud.slam import (
     HierSLAM,
     HierSLAMConfig,
@@ -111,6 +115,28 @@ def test_a_rerun_is_the_same_and_an_interrupted_run_ends_the_same(done, room, tm
     loaded = HierSLAM.load(tmp_path / "run")
     same(done, loaded)
     assert loaded.run(room, progress=False) == []
+
+
+def test_a_signal_ends_a_run_with_its_state_saved_and_its_folder_is_its_own(done, room, tmp_path):
+    def stop(slam, step):
+        if step.index == 4:
+            again = HierSLAM(settings(), room.tree)
+            with pytest.raises(InputError, match="in use by another"), ThreadPoolExecutor(1) as other:
+                other.submit(again.run, room, output=tmp_path / "run", progress=False).result()
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(InterruptedRun, match=r"after 6 steps; the state is saved in .*run") as caught:
+        HierSLAM(settings(), room.tree).run(room, output=tmp_path / "run", progress=False, callbacks=[stop])
+    assert caught.value.number == signal.SIGTERM
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+    again = HierSLAM(settings(), room.tree)
+    assert [s.index for s in again.run(room, output=tmp_path / "run", progress=False)] == [6, 7, 8]
+    same(done, again)
+    saved = save_backbone(create_backbone("tiny_vit", num_classes=2), tmp_path / "saved")
+    with pytest.raises(InputError, match="holds a backbone, not a slam"):
+        HierSLAM(settings(), room.tree).run(
+            room, output=saved, progress=False, callbacks=[lambda *a: pytest.fail("ran")]
+        )
 
 
 def test_a_run_goes_on_with_its_own_recording_only(room, tmp_path):
@@ -446,7 +472,39 @@ def test_the_command(tmp_path):
     assert result.exit_code == 0, result.output
     assert "ATE" in result.output
     assert {"map.ply", "report.json", "trajectory.png"} <= {p.name for p in (tmp_path / "out").iterdir()}
-    refused = run.invoke(app, ["slam", str(tmp_path / "nowhere"), str(tmp_path / "out2")])
-    assert refused.exit_code == 1
-    assert "not a folder" in refused.output
-    assert not (tmp_path / "out2").exists()
+    other = run.invoke(app, ["slam", "drawn", str(tmp_path / "out"), *small, "--seed", "1"])
+    assert "--seed: 0 is now 1. Use the same to continue, --restart to start over" in " ".join(other.output.split())
+
+
+def test_the_command_says_what_is_wrong_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(HierSLAM, "step", lambda *a: pytest.fail("mapped"))
+    (tmp_path / "file").write_text("x")
+    save_backbone(create_backbone("tiny_vit", num_classes=2), tmp_path / "saved")
+    (tmp_path / "walk.mp4").write_bytes(b"x")
+    for kind, mode in (("color", "RGB"), ("depth", "I;16")):
+        (tmp_path / "data" / kind).mkdir(parents=True)
+        Image.new(mode, (32, 24), 900 if mode == "I;16" else 0).save(tmp_path / "data" / kind / "0.png")
+    (tmp_path / "data" / "camera.json").write_text('{"fx": 40, "fy": 40, "cx": 16, "cy": 12}')
+    balanced = SemanticTree.balanced(["a", "b", "c", "d"], (2, 2))
+    balanced.to_json(tmp_path / "tree.json")
+    for line, told in (
+        ("nowhere out", "not a folder"),
+        ("drawn out --every 2", "--every means nothing for the drawn room"),
+        ("drawn out --depth x", "--depth means nothing for the drawn room"),
+        ("drawn out --tree tree.json", "--tree means nothing for the drawn room"),
+        ("data out --frames 3", "--frames means nothing for a recording"),
+        ("data out --depth data/depth", "is no film"),
+        ("data out --tree tree.json", "holds no label pictures"),
+        ("walk.mp4 out", "(--depth)"),
+        ("drawn out --tracker given --track-iters 3", "--track-iters means nothing for --tracker given"),
+        (f"drawn out --seed {2**70}", "seed must be a whole number within"),
+        ("drawn file", "a part of the path is a file"),
+        ("drawn saved", "would no longer be as it was saved"),
+    ):
+        result = CliRunner().invoke(app, ["slam", *line.split()])
+        assert result.exit_code == 1, line
+        assert told in " ".join(result.output.split()), (line, result.output)
+        assert not (tmp_path / "out").exists(), line
+    with pytest.raises(InputError, match="every and depth are for a folder or a film"):
+        mmkit.pipeline("semantic-slam")(every=2)

@@ -20,7 +20,7 @@ from mmkit.adapters import attached_adapters, load_adapter, set_active_adapters
 from mmkit.devices import resolve_device, resolve_dtype
 from mmkit.diffusion.denoiser import denoiser_of
 from mmkit.diffusion.result import TextToImage
-from mmkit.errors import CheckpointError, InputError, nearest
+from mmkit.errors import CheckpointError, InputError, check_seed, nearest
 from mmkit.lazy import library
 from mmkit.storage import read_json
 from mmkit.storage.files import expanded
@@ -138,6 +138,7 @@ class TextToImagePipeline:
         for name, value in {"num_images": num_images, "steps": steps, "batch_size": batch_size}.items():
             if not isinstance(value, int) or value < 1:
                 raise InputError(f"{name} must be a whole number from 1, not {value!r}.")
+        check_seed(seed)
         if steps == 1 and type(self.pipe).__name__ == "PixArtAlphaPipeline":
             raise InputError("PixArtAlphaPipeline needs two steps or more: its single step is for distilled models.")
         if unknown := set(options) - self._takes:

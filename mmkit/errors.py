@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import numbers
 from collections.abc import Iterable, Iterator, Mapping
 
 
@@ -97,7 +98,7 @@ MAX_SEED = 2**32 - 1
 
 def check_seed(seed: object) -> None:
     """Raise `InputError` unless `seed` is a whole number that every generator of random numbers takes."""
-    if not isinstance(seed, int) or isinstance(seed, bool) or abs(seed) > MAX_SEED:
+    if not isinstance(seed, numbers.Integral) or isinstance(seed, bool) or abs(int(seed)) > MAX_SEED:
         raise InputError(f"seed must be a whole number within ±{MAX_SEED}, not {seed!r}.")
 
 

@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+PICTURE = "before_after.png"
+
 
 def erase(
     concepts: Annotated[list[str], typer.Argument(help="What the model shall forget: 'snoopy', 'van gogh'.")],
@@ -34,28 +36,32 @@ def erase(
     """Make a text-to-image model forget concepts; needs no pictures. It is no guarantee: other words may bring them back."""
     from mmkit.diffusion import TextToImagePipeline
     from mmkit.diffusion.spm import erase as run, scene_rates
-    from mmkit.errors import InputError
-    from mmkit.storage.files import absolute
+    from mmkit.errors import InputError, InterruptedRun, in_words
+    from mmkit.storage.files import absolute, check_writable
 
     if evaluate and model is not None:
         raise InputError("--evaluate judges drawn scenes: leave --model out, or look at before_after.png.")
     scorer = None if clip is None else _scorer(clip)
-    output = absolute(output)
+    output, concepts = absolute(output), list(dict.fromkeys(c.strip() for c in concepts))
+    check_writable(output / PICTURE)
     draw = TextToImagePipeline(model)
     jobs = _jobs(concepts, model is None, method, keep, surrogate, expand, steps, seed, draw)
     done: dict[str, Any] = {}
+    advice = "Use the same to continue, --restart to start over, or another --output."
     for job in jobs:
-        erased = run(draw, **job, output_dir=output, resume=not restart)
+        with in_words({"max_steps": "--steps", "seed": "--seed", "loss_fn": "concept and prompts"}, advice):
+            erased = run(draw, **job, output_dir=output, resume=not restart)
         done |= erased.adapters
-        if any(f.stopped == "interrupted" for f in erased.fits.values()):
-            raise KeyboardInterrupt
+        for fit in erased.fits.values():
+            if fit.stopped == "interrupted":
+                raise InterruptedRun(fit.steps, fit.signal, output)
     before, after = _save(draw, concepts, done, output, seed)
     if scorer is not None:
         for name, pictures in (("before", before), ("after", after)):
             print(f"CLIPScore {name}: {float(scorer(pictures.images, pictures.prompts).mean()):.3f}")
     for word in concepts if evaluate else ():
         print(f"{word}: {scene_rates(draw, word, seed=seed)}.")
-    print(f"Saved to {output}: a folder for each eraser, before_after.png.")
+    print(f"Saved to {output}: a folder for each eraser, {PICTURE}.")
 
 
 def _jobs(
@@ -69,6 +75,8 @@ def _jobs(
     more = {} if steps is None else {"max_steps": steps}
     if method == "uce" and more:
         raise InputError("--steps means nothing for uce, which solves in one step. Leave it out.")
+    if method == "esd" and keep:
+        raise InputError("--keep means nothing for esd, which holds no prompts. Leave it out, or use spm or uce.")
     if bundled and expand is None:
         if method != "spm" and len(concepts) > 1:
             raise InputError(f"{method} erases one concept of the bundled model at a time; use spm for several.")
@@ -98,12 +106,13 @@ def _scorer(clip: str) -> Any:
 def _save(draw: Any, concepts: list[str], adapters: dict[str, Any], output: Path, seed: int) -> tuple[Any, Any]:
     """LoRA files beside the membranes, and the same seeds before and after, which are returned."""
     from mmkit.diffusion.spm import SPM, export_lora
+    from mmkit.diffusion.spm.erasing import file_name
 
     for name, adapter in adapters.items():
         if isinstance(adapter, SPM):
-            export_lora(adapter, output / f"{name.replace(' ', '_')}_lora.safetensors")
+            export_lora(adapter, output / f"{file_name(name)}_lora.safetensors")
     prompts = [c for c in concepts for _ in range(4)][:16]
     before, after = draw(prompts, seed=seed, strengths={}), draw(prompts, seed=seed)
     pair = type(before)(before.images + after.images, before.prompts * 2, before.seeds * 2, before.settings, 0.0)
-    pair.save(output / "before_after.png")
+    pair.save(output / PICTURE)
     return before, after

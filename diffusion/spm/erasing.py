@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,8 @@ def erase(
         raise InputError(f"{type(config).__name__} is not for method {method!r}.")
     draw = pipeline if isinstance(pipeline, TextToImagePipeline) else TextToImagePipeline(pipeline)
     named, folder = _named(concepts), None if output_dir is None else expanded(output_dir)
+    if folder is not None and method == "spm":
+        _require_own_folders(named)
     names = tuple(dict.fromkeys(phrase for own in named.values() for phrase in own))
     open_ = phrases(superclass, allow_none=True)
     concept_prompts(draw, (*names, *open_), keep, templates)  # all of them, before the first is trained
@@ -113,7 +115,7 @@ def erase(
                 "progress": progress,
                 "resume": resume,
             }
-            done.fits[name] = trainer.train(folder and folder / _file_name(name), **fit_settings)
+            done.fits[name] = trainer.train(folder and folder / file_name(name), **fit_settings)
             if done.fits[name].stopped == "interrupted":
                 return done
             _save(done, name, folder)
@@ -130,6 +132,16 @@ def _named(concepts: Any) -> dict[str, tuple[str, ...]]:
         names = phrases(list(concepts))
         return dict(zip(names, map(phrases, concepts.values()), strict=True))
     return {name: (name,) for name in phrases(concepts)}
+
+
+def _require_own_folders(names: Iterable[str]) -> None:
+    """Raise `InputError` when two erasers would be written to one folder."""
+    taken: dict[str, str] = {}
+    for name in names:
+        if (other := taken.setdefault(file_name(name), name)) != name:
+            raise InputError(
+                f"{other!r} and {name!r} would both be written to {file_name(name)!r}. Erase one after the other, to other folders."
+            )
 
 
 def _method(draw: TextToImagePipeline, method: str, config: Any, settings: dict[str, Any] | None) -> dict[str, Any]:
@@ -150,10 +162,11 @@ def _method(draw: TextToImagePipeline, method: str, config: Any, settings: dict[
     return {"adapter": "linear_probe", "settings": {"modules_to_save": tuple(paths)}, "config": config}
 
 
-def _file_name(name: str) -> str:
+def file_name(name: str) -> str:
+    """What the files of an eraser are called: its name with _ for what is no letter, digit or hyphen."""
     return re.sub(r"[^\w-]+", "_", name)
 
 
 def _save(done: Erasure, name: str, folder: Path | None) -> None:
     if folder is not None:
-        save_adapter(done.adapters[name], folder / _file_name(name) / "adapter")
+        save_adapter(done.adapters[name], folder / file_name(name) / "adapter")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from mmkit.adapters import apply_adapter, attached_adapters, load_adapter
+from mmkit.backbones import create_backbone, save_backbone
 from mmkit.diffusion import TextToImagePipeline
 from mmkit.diffusion.spm import (
     EraseConfig,
@@ -300,14 +302,76 @@ def test_wrong_input_leaves_the_model_alone(sd: Any, pipe: Any) -> None:
     assert attached_adapters(sd.unet) == attached_adapters(pipe.transformer) == {}
 
 
-@pytest.mark.slow
-def test_the_command(tmp_path: Path) -> None:
+def command(output: Path, *words: str) -> Any:
     from typer.testing import CliRunner
 
     from mmkit.cli import app
 
+    return CliRunner().invoke(app, ["erase", *words, "--output", str(output)])
+
+
+@pytest.mark.slow
+def test_what_is_erased_names_no_place_outside_the_output(
+    sd: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TextToImagePipeline, "unknown_words", lambda self, prompt: [])  # a larger model knows all words
+    sd.save_pretrained(tmp_path / "sd")
+    done = command(tmp_path / "out", "../a/b", "a cat", " a cat ", "--model", str(tmp_path / "sd"), "--steps", "1")
+    assert done.exit_code == 0, done.output
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "sd"]
+    names = {"a_cat", "a_cat_lora.safetensors", "_a_b", "_a_b_lora.safetensors", "before_after.png"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == names
+    with pytest.raises(InputError, match="'a cat' and 'a_cat' would both be written to 'a_cat'"):
+        erase(sd, ["a cat", "a_cat"], config=TINY, output_dir=tmp_path / "two", **QUIET)
+    assert not (tmp_path / "two").exists()
+    assert not attached_adapters(sd.unet)
+
+
+def test_an_interrupted_command_says_how_it_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mmkit.diffusion.spm.training import EraseLoss
+
+    real, out = EraseLoss.__call__, tmp_path / "out"
+
+    def once(self: Any, model: Any, batch: Any) -> Any:
+        signal.raise_signal(signal.SIGTERM)
+        return real(self, model, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EraseLoss, "__call__", once)
+        ended = command(out, "red", "--steps", "2")
+    assert ended.exit_code == 128 + signal.SIGTERM, ended.output
+    assert "Interrupted after 1 steps" in ended.output
+    assert "Run the same command again" in " ".join(ended.output.split())
+    other = " ".join(command(out, "red", "--steps", "2", "--seed", "4").output.split())
+    assert "--seed: 0 is now 4" in other
+    assert "--restart to start over, or another --output" in other
+    again = command(out, "red", "--steps", "2")
+    assert again.exit_code == 0, again.output
+
+
+def test_what_cannot_be_is_told_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mmkit.diffusion.spm.training.SPMTrainer.train", lambda *a, **k: pytest.fail("trained"))
+    monkeypatch.setattr("mmkit.diffusion.spm.erasing.closed_form_edit", lambda *a, **k: pytest.fail("solved"))
+    (tmp_path / "file").write_text("x")
+    saved = save_backbone(create_backbone("tiny_vit", num_classes=2), tmp_path / "saved")
+    before = sorted(tmp_path.rglob("*"))
+    for output, words, told in (
+        (tmp_path / "file", ("red",), "a part of the path is a file"),
+        (saved, ("red", "--method", "uce"), "would no longer be as it was saved"),
+        (tmp_path / "out", ("red", "--method", "esd", "--keep", "a blue circle"), "--keep means nothing for esd"),
+    ):
+        failed = command(output, *words)
+        assert failed.exit_code == 1
+        assert told in " ".join(failed.output.split())
+        assert sorted(tmp_path.rglob("*")) == before
+    with pytest.raises(InputError, match="seed must be a whole number"):
+        TextToImagePipeline()("a red circle", seed=2**70)
+
+
+@pytest.mark.slow
+def test_the_command(tmp_path: Path) -> None:
     def run(*words: str) -> Any:
-        return CliRunner().invoke(app, ["erase", *words, "--output", str(tmp_path / "out")])
+        return command(tmp_path / "out", *words)
 
     done = run("circle", "--steps", "2", "--evaluate")
     assert done.exit_code == 0, done.output

@@ -43,7 +43,8 @@ def create_backbone(
         overrides: passed to the library's constructor or configuration.
 
     Raises:
-        InputError: unknown name (the nearest are offered) or setting, or `num_classes` for a model without a classifier.
+        InputError: unknown name (the nearest are offered) or setting, `num_classes` for a model without a classifier, or weights from
+            two places at once.
         CheckpointError: a wrong, partial or damaged weight file (its keys are listed), or the hub cannot be reached.
     """
     if num_classes is not None and (
@@ -52,8 +53,14 @@ def create_backbone(
         raise InputError(f"num_classes must be a whole number of at least 0, not {num_classes!r}.")
     if not isinstance(name, str | os.PathLike):
         raise InputError(f"A backbone is given by its name or folder, not by {type(name).__name__}.")
+    if pretrained and checkpoint_path is not None:
+        raise InputError("pretrained and checkpoint_path exclude each other: both are weights. Leave one of them out.")
     folder = expanded(name)
     if folder.is_dir():
+        if pretrained:
+            raise InputError(
+                f"{folder} is a folder, whose own weights are read: pretrained means nothing. Leave it out."
+            )
         model = _from_folder(folder, num_classes, overrides)
     else:
         library, plain = split_name(str(name), own_weights=checkpoint_path is not None)
@@ -128,6 +135,10 @@ def save_backbone(model: nn.Module, folder: str | os.PathLike[str], *, class_nam
 def _from_folder(folder: Path, num_classes: int | None, overrides: dict[str, Any]) -> nn.Module:
     open_folder(folder, ("backbone", "finetuned"), required=False)
     path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointError(
+            f"{folder} holds no model: it has no config.json. Give a folder of save_backbone, timm, transformers or diffusers."
+        )
     config = read_json(path)
     builders = [_builder(library) for library in LIBRARIES.names()]
     builder = next((b for b in builders if isinstance(config, dict) and b.reads(config)), None)

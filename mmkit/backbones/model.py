@@ -79,7 +79,7 @@ class Model(nn.Module, PyTorchModelHubMixin):
         if not folder.is_dir():
             folder = hub_folder(str(pretrained_model_name_or_path))
         open_folder(folder, "model", required=False)
-        saved = read_json(folder / "config.json")
+        saved = _config_of(folder)
         if not isinstance(saved, dict) or saved.get("model") != cls.__name__:
             found = saved.get("model") if isinstance(saved, dict) else type(saved).__name__
             raise CheckpointError(f"{folder} holds a {found!r}, not a {cls.__name__!r}.")
@@ -104,9 +104,17 @@ def is_model_folder(folder: str | os.PathLike[str]) -> bool:
     return isinstance(saved, dict) and saved.keys() == {"model", "config"}
 
 
+def _config_of(folder: Path) -> Any:
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"{folder} holds no model: it has no config.json. Give a folder written by save_pretrained."
+        )
+    return read_json(folder / "config.json")
+
+
 def open_model(folder: str | os.PathLike[str]) -> Model:
     """The model of a folder written by `save_pretrained`, whatever its class. Raises `CheckpointError` for anything else."""
-    saved = read_json(expanded(folder) / "config.json")
+    saved = _config_of(expanded(folder))
     kind = saved.get("model") if isinstance(saved, dict) else None
     if kind not in MODEL_CLASSES.names():
         raise CheckpointError(f"{folder} holds no model of mmkit: its config.json names the class {kind!r}.")

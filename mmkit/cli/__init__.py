@@ -87,17 +87,24 @@ def _command(fn: Callable[..., Any], group: typer.Typer = app, name: str = "") -
 @_command
 def demo(
     headless: Annotated[bool, typer.Option("--headless", help="Run the main job without a browser.")] = False,
-    output: Annotated[Path, typer.Option(help="Where the headless run writes.")] = Path("runs/demo"),
-    epochs: Annotated[int, typer.Option(help="Passes over the data for each method (headless).")] = 12,
+    output: Annotated[Path | None, typer.Option(help="Where the headless run writes. Default: runs/demo.")] = None,
+    epochs: Annotated[
+        int | None, typer.Option(help="Passes over the data for each method (headless). Default: 12.")
+    ] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Start over instead of continuing in --output.")] = False,
-    port: Annotated[int, typer.Option(help="Port of the studio on 127.0.0.1.")] = 7860,
+    port: Annotated[int | None, typer.Option(help="Port of the studio on 127.0.0.1. Default: 7860.")] = None,
 ) -> None:
     """Open the studio, or with --headless adapt the bundled ViT to handwritten digits and compare four methods."""
+    unused = {"--port": port} if headless else {"--output": output, "--epochs": epochs, "--restart": restart or None}
+    if given := [name for name, value in unused.items() if value is not None]:
+        raise InputError(f"{given[0]} means nothing {'with' if headless else 'without'} --headless. Leave it out.")
     if headless:
         with in_words_of_the_command():
-            COMMANDS.get("demo")(output, epochs=epochs, resume=not restart)
+            COMMANDS.get("demo")(
+                output or Path("runs/demo"), epochs=12 if epochs is None else epochs, resume=not restart
+            )
     else:
-        _studio(None, port)
+        _studio(None, 7860 if port is None else port)
 
 
 _command(finetune)
@@ -114,7 +121,12 @@ def merge(
     """Fold an adapter into its backbone and save plain weights (config.json + model.safetensors)."""
     from mmkit.adapters import attached_adapters
     from mmkit.backbones import save_backbone
+    from mmkit.cli.exporting import task_of
 
+    if task := task_of(adapter):
+        raise InputError(
+            f"{adapter} is a result of --task {task}, which holds the whole model: there is nothing to merge."
+        )
     model = COMMANDS.get("finetune").load_finetuned(
         adapter, backbone=backbone, checkpoint_path=checkpoint, pretrained=pretrained
     )
@@ -281,7 +293,10 @@ def info(path: Annotated[Path, typer.Argument(help="An adapter or model folder."
     from mmkit.storage import read_json, require_folder
 
     folder = require_folder(path)
-    config = read_json(folder / (CONFIG_NAME if (folder / CONFIG_NAME).exists() else "config.json"))
+    names = [name for name in (CONFIG_NAME, "config.json") if (folder / name).is_file()]
+    if not names:
+        raise InputError(f"{folder} holds neither an adapter ({CONFIG_NAME}) nor a model (config.json).")
+    config = read_json(folder / names[0])
     for file in sorted(folder.glob("*.safetensors")):
         print(f"{file.name}: {file.stat().st_size / 1024:,.0f} kB")
     print(json.dumps(config, indent=2))

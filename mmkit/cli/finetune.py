@@ -54,10 +54,12 @@ def _from_file(ctx: typer.Context, path: Path | None) -> Path | None:
         values = read_settings(path)
     except InputError as error:
         raise typer.BadParameter(str(error)) from error
-    known = {p.name: p for p in ctx.command.params if p.name not in ("config", None)}
+    known = {p.name: p for p in ctx.command.params if p.name not in ("config", "set_", "help", None)}
     settings = values.pop("settings", {})
     if not isinstance(settings, dict):
         raise typer.BadParameter(f"{path}: settings must be a table, [settings].")
+    if strange := [name for name in settings if not name or "=" in name]:
+        raise typer.BadParameter(f"{path}: {strange[0]!r} in [settings] is no name of a setting.")
     for name, value in values.items():
         if name not in known:
             raise typer.BadParameter(f"{path}: there is no setting {name!r}. {nearest(name, [*known, 'settings'])}")
@@ -183,6 +185,8 @@ def finetune(
     methods = [m.strip() for m in ("ssf" if adapter is None else adapter).split(",") if m.strip()]
     if not methods:
         raise InputError(f"--adapter {adapter!r} names no method. `mmkit list adapters` lists them.")
+    if dry_run and find_lr:
+        raise InputError("--dry-run and --find-lr exclude each other: one trains nothing, the other tries rates.")
     if dry_run or find_lr:
         for method in methods:
             _look(data, backbone, method, common | pictures, given, find_lr, folds)

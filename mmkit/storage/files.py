@@ -58,6 +58,7 @@ _ADVICE = {
     errno.ENOTDIR: "a part of the path is a file; choose another place",
     errno.EEXIST: "a part of the path is a file; choose another place",
     errno.EISDIR: "there is a folder of that name; choose another name",
+    errno.ENOTEMPTY: "another process wrote it at the same moment; try again, or choose another folder",
     errno.EBUSY: "it is in use or a mounted volume; choose a folder below it",
 }
 

@@ -221,22 +221,41 @@ def open_folder(
         raise CheckpointError(
             f"{folder} holds {a_kind(manifest['kind'])}; expected {' or '.join(map(a_kind, wanted))}."
         )
+    for _ in range(5):
+        faults = _faults(folder, manifest)
+        if not faults:
+            return manifest
+        recover(folder)
+        if (now := read_manifest(folder)) == manifest:
+            break
+        manifest = now  # replaced by another process while its files were compared
+    raise CheckpointError(
+        f"{folder} is not as it was saved ({'; '.join(faults)}). Save or copy the folder again, whole."
+    )
+
+
+def _faults(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
+    """How the files of a folder differ from what its manifest lists."""
     found = _files(folder)
     listed = manifest["files"]
     missing = sorted(listed.keys() - found.keys() - _DOCUMENTS)
     added = sorted(found.keys() - listed.keys() - {MANIFEST} - _DOCUMENTS - _below(found, manifest.get("kept", ())))
     compared = sorted((listed.keys() & found.keys()) - _DOCUMENTS)
-    changed = [name for name in compared if sha256_file(found[name]) != listed[name]]
-    faults = [
+    changed = [name for name in compared if not _is_as_listed(found[name], listed[name])]
+    return [
         f"{what}: {_some(names)}"
         for what, names in (("missing", missing), ("changed", changed), ("not written with it", added))
         if names
     ]
-    if faults:
-        raise CheckpointError(
-            f"{folder} is not as it was saved ({'; '.join(faults)}). Save or copy the folder again, whole."
-        )
-    return manifest
+
+
+def _is_as_listed(file: Path, digest: str) -> bool:
+    try:
+        return sha256_file(file) == digest
+    except CheckpointError:
+        if file.exists():  # there, and not to be read: that is another fault
+            raise
+        return False
 
 
 def _files(folder: Path) -> dict[str, Path]:

@@ -55,7 +55,10 @@ def _value(value: Any) -> str:
 
 
 def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The values of a TOML file. Raises `InputError` when it is missing, not TOML or above `MAX_BYTES`."""
+    """The values of a TOML file, with or without the mark that Windows puts first.
+
+    Raises `InputError` when it is missing, not TOML or above `MAX_BYTES`.
+    """
     try:
         with open(path, "rb") as file:
             content = file.read(MAX_BYTES + 1)
@@ -64,8 +67,10 @@ def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
     if len(content) > MAX_BYTES:
         raise InputError(f"{path} is above {MAX_BYTES / 1e6:g} MB, which no settings are. Give a run.toml.")
     try:
-        return tomllib.loads(content.decode())
+        return tomllib.loads(content.decode("utf-8-sig"))
     except RecursionError as error:
         raise InputError(f"{path} is no TOML of settings: it is nested too deeply.") from error
     except ValueError as error:  # not TOML, not UTF-8, or a number of thousands of digits
-        raise InputError(f"{path} is no TOML: {error}.") from error
+        raise InputError(
+            f"{path} is no TOML: {error}. Settings are lines of NAME = VALUE, as in the run.toml of every result."
+        ) from error

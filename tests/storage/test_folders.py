@@ -161,6 +161,23 @@ def test_a_reader_compares_every_file(tmp_path: Path) -> None:
             open_folder(target)
 
 
+def test_a_folder_that_is_replaced_while_it_is_read_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "out", 1)
+    real, replaced = folders.sha256_file, iter([2])
+
+    def digest(path: Path) -> str:
+        if path.name != "mmkit.json" and ".tmp" not in str(path) and (value := next(replaced, None)):
+            write(tmp_path / "out", value)
+        return real(path)
+
+    monkeypatch.setattr(folders, "sha256_file", digest)
+    manifest = open_folder(tmp_path / "out", "thing")
+    assert manifest is not None
+    assert manifest["value"] == 2
+
+
 def test_folders_of_others_have_no_manifest(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     assert open_folder(tmp_path, required=False) is None

@@ -76,6 +76,11 @@ def load_finetuned(
         )
     if not adapted and not whole and (folder / KEPT[0]).is_dir():
         raise CheckpointError(f"{folder} holds a run that has not ended. Run the same command again to finish it.")
+    if not adapted and not whole:
+        raise CheckpointError(
+            f"{folder} holds no image classifier: neither {CONFIG_NAME} nor config.json. Give a folder written by `mmkit finetune`, "
+            "`mmkit merge` or `save_backbone`."
+        )
     if not adapted:
         if backbone is not None or any(options.values()):
             raise InputError(f"{folder} holds a whole model, which takes no other backbone or weights. Leave them out.")
@@ -83,7 +88,9 @@ def load_finetuned(
     spec, classes = _needed(folder, manifest or {})
     if backbone is None:
         if "name" not in spec:
-            raise CheckpointError(f"{folder} does not say which backbone it was made for; pass backbone=.")
+            raise CheckpointError(
+                f"{folder} does not say which backbone it was made for; name it with backbone= (--backbone)."
+            )
         name = spec["name"]
         backbone = folder / name if (folder / str(name)).is_dir() else name
     model = create_backbone(backbone, num_classes=len(classes) or None, **options, **spec.get("overrides", {}))

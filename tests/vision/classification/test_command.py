@@ -13,10 +13,11 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from mmkit.backbones import create_backbone, save_backbone
 from mmkit.cli import app
 from mmkit.cli.finetune import fit_fields
 from mmkit.data import fold_dataset, open_dataset
-from mmkit.errors import InputError
+from mmkit.errors import CheckpointError, InputError
 from mmkit.storage.settings import read_settings, settings_text
 from mmkit.training import FitConfig
 from mmkit.vision.classification import prepare, train_prepared
@@ -89,6 +90,11 @@ def test_a_run_writes_its_settings_and_they_are_taken_back(pictures: Path, tmp_p
         ("epochs = [1]", "is not one value"),
         ("epochs 3", "is no TOML"),
         ("settings = 3", "settings must be a table"),
+        ("set_ = 'r=2'", "there is no setting 'set_'"),
+        ("help = true", "there is no setting 'help'"),
+        ("[settings]\n'a=b' = 3", "'a=b' in [settings] is no name of a setting"),
+        ("[settings]\n'' = 3", "'' in [settings] is no name of a setting"),
+        ('{"epochs": 3}', "Settings are lines of NAME = VALUE"),
     ],
 )
 def test_a_settings_file_that_cannot_be_meant_is_refused(pictures: Path, tmp_path: Path, text: str, told: str):
@@ -103,6 +109,50 @@ def test_settings_come_back_from_toml_as_they_were(tmp_path: Path):
     values = {"a": 'q"\\\n\x7f\u2028😀', "b": 1e-7, "c": True, "d": [1, 2.5, "x"], "none": None, "t": {"k k": {"z": 1}}}
     (tmp_path / "x.toml").write_text(settings_text(values, "heading"), encoding="utf-8")
     assert read_settings(tmp_path / "x.toml") == {k: v for k, v in values.items() if v is not None}
+
+
+def test_a_settings_file_may_begin_as_windows_begins_them(tmp_path: Path):
+    (tmp_path / "x.toml").write_text("epochs = 3\n", encoding="utf-8-sig")
+    assert read_settings(tmp_path / "x.toml") == {"epochs": 3}
+
+
+def test_what_is_no_run_of_pictures_is_said(pictures: Path, tmp_path: Path):
+    video = tmp_path / "video"
+    (video / "model").mkdir(parents=True)
+    (video / "run.toml").write_text("task = 'video-classification'")
+    for line, told in (
+        (("merge", pictures), "holds no image classifier: neither adapter_config.json nor config.json"),
+        (("export", pictures), "holds no image classifier"),
+        (("merge", video), "is a result of --task video-classification, which holds the whole model"),
+    ):
+        found = CliRunner().invoke(app, [*map(str, line), "--output", str(tmp_path / "out.onnx")])
+        assert found.exit_code == 1
+        assert told in " ".join(found.output.split())
+        assert not (tmp_path / "out.onnx").exists()
+    told = CliRunner().invoke(app, ["info", str(pictures)])
+    assert told.exit_code == 1
+    assert "holds neither an adapter" in told.output
+    with pytest.raises(CheckpointError, match=r"holds no model: it has no config\.json\. Give a folder"):
+        create_backbone(pictures)
+
+
+def test_options_that_exclude_each_other_or_mean_nothing_are_refused(pictures: Path, tmp_path: Path):
+    code, told = run(pictures, tmp_path / "out", *PROBE, "--dry-run", "--find-lr")
+    assert code == 1
+    assert "--dry-run and --find-lr exclude each other" in told
+    for more, words in (
+        (("--epochs", "3"), "--epochs means nothing without --headless"),
+        (("--restart",), "--restart means nothing without --headless"),
+        (("--headless", "--port", "80"), "--port means nothing with --headless"),
+    ):
+        found = CliRunner().invoke(app, ["demo", *more])
+        assert found.exit_code == 1
+        assert words in " ".join(found.output.split())
+    model = save_backbone(create_backbone("tiny_vit", num_classes=2), tmp_path / "model")
+    with pytest.raises(InputError, match="pretrained means nothing"):
+        create_backbone(model, pretrained=True)
+    with pytest.raises(InputError, match="exclude each other"):
+        create_backbone("tiny_vit", model / "model.safetensors", pretrained=True)
 
 
 def test_a_look_before_training_writes_nothing(pictures: Path, tmp_path: Path):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +61,23 @@ def png(image: Image.Image) -> bytes:
 
 
 def json_text(value: Any) -> bytes:
-    """A value as the content of an indented JSON file."""
-    return (json.dumps(value, indent=2) + "\n").encode()
+    """A value as the content of an indented JSON file; numbers that are not finite, which JSON cannot say, are null."""
+    return (json.dumps(_finite(value), indent=2, allow_nan=False) + "\n").encode()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def chart_text(name: str, longest: int = 60) -> str:
+    """A name of the user's as a chart shows it: no formula of `$`, in the legend although it begins with `_`, one line."""
+    text = " ".join(name.encode("utf-8", "replace").decode().split())
+    text = text if len(text) <= longest else f"{text[: longest - 3]}..."
+    return f" {text}".replace("$", r"\$") if text.startswith("_") else text.replace("$", r"\$")
 
 
 def figure_image(figure: Any) -> Image.Image:

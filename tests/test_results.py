@@ -19,7 +19,7 @@ from mmkit.pointcloud.point_peft import CloudClassification, CloudSegmentation
 from mmkit.pointcloud.slam import SlamResult
 from mmkit.pointcloud.splats import GaussianModel, ViewResult, orbit
 from mmkit.registry import TASKS
-from mmkit.results import Result
+from mmkit.results import Result, chart_text
 from mmkit.video import VideoClassification
 from mmkit.video.zeroi2v import Window
 from mmkit.vision.classification import ImageClassification
@@ -173,6 +173,42 @@ def test_every_suffix_is_written_in_any_case_and_read_back(result, tmp_path):
                 assert all(np.array_equal(arrays[k], v) for k, v in want.items())
             else:
                 assert content[:2] == b"\x1f\x8b" if suffix == ".nii.gz" else content[344:347] == b"n+1"
+
+
+def swapped(value: object, name: str) -> object:
+    if isinstance(value, str):
+        return name
+    if isinstance(value, tuple | list) and value and all(isinstance(v, str) for v in value):
+        return type(value)(f"{name}{i}" for i, _ in enumerate(value))
+    return value
+
+
+@pytest.mark.parametrize("name", ["$\\frac{", "a$b$c", "_part", "clip\udcff", "x" * 2000, "a\nb\0"])
+def test_names_of_any_kind_are_drawn_and_written(result, name, tmp_path):
+    fields = [f.name for f in dataclasses.fields(result) if f.init]
+    named = type(result)(**{f: swapped(getattr(result, f), name) for f in fields})
+    named.plot()
+    named.save(tmp_path / f"ü 日本{next(iter(named.formats()))}")
+
+
+def test_names_are_no_formulas_and_stay_in_the_legend():
+    assert chart_text("a$b$c") == r"a\$b\$c"
+    assert chart_text("_part") == " _part"
+    assert chart_text("x" * 99) == "x" * 57 + "..."
+    assert chart_text("a\n b") == "a b"
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_numbers_that_are_none_are_null_in_json(result, bad, tmp_path):
+    def spoilt(value: object) -> object:
+        if isinstance(value, np.ndarray) and value.dtype.kind == "f":
+            return np.full_like(value, bad)
+        return bad if isinstance(value, float) else value
+
+    if ".json" in result.formats():
+        fields = [f.name for f in dataclasses.fields(result) if f.init]
+        path = type(result)(**{f: spoilt(getattr(result, f)) for f in fields}).save(tmp_path / "x.json")
+        json.loads(path.read_text(), parse_constant=lambda value: pytest.fail(f"{value} is not JSON"))
 
 
 def test_another_suffix_is_refused_with_the_list_and_nothing_is_written(result, tmp_path):

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from mmkit.pointcloud.io import PointCloud, write_point_cloud
-from mmkit.results import Result, figure_image, json_text, png
+from mmkit.results import Result, chart_text, figure_image, json_text, png
 
 
 def palette(labels: np.ndarray) -> np.ndarray:
@@ -79,7 +79,7 @@ class CloudClassification(Result):
         _scatter(figure.add_subplot(1, 2, 1, projection="3d"), self.points, self.colors())
         axes = figure.add_subplot(1, 2, 2)
         names, values = zip(*self.top()[::-1], strict=True)
-        axes.barh(names, values, color="#0d9488")
+        axes.barh(range(len(names)), values, color="#0d9488", tick_label=[chart_text(name) for name in names])
         axes.set_xlim(0, 1)
         figure.tight_layout()
         return figure_image(figure)
@@ -135,7 +135,7 @@ class CloudSegmentation(Result):
         _scatter(axes, self.points[shown], self.colors()[shown])
         for row in self.measures()[:8]:
             index = self.class_names.index(row["part"])
-            axes.scatter([], [], [], color=palette(np.array([index]))[0] / 255, label=row["part"])
+            axes.scatter([], [], [], color=palette(np.array([index]))[0] / 255, label=chart_text(row["part"]))
         axes.legend(loc="lower left", fontsize=8)
         return figure_image(figure)
 

@@ -52,9 +52,8 @@ class SlamResult(Result):
         }
 
     def _json(self) -> bytes:
-        report = {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in self.report.items()}
         poses = [[[float(x) for x in row] for row in pose] for pose in self.poses]
-        return json_text({"report": report, "tracked": [bool(t) for t in self.tracked], "camera_to_world": poses})
+        return json_text({"report": self.report, "tracked": [bool(t) for t in self.tracked], "camera_to_world": poses})
 
 
 def trajectory_image(

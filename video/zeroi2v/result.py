@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mmkit.results import Result, figure_image, json_text, png
+from mmkit.results import Result, chart_text, figure_image, json_text, png
 
 
 @dataclass(frozen=True)
@@ -91,11 +91,14 @@ class VideoClassification(Result):
         top, bottom = figure.subplots(2, 1, height_ratios=(1, 1.4))
         top.imshow(np.concatenate(list(self.strip), axis=1))
         top.set_axis_off()
-        top.set_title(f"{Path(self.path).name}: {self.label} ({self.scores[0]:.0%})", loc="left")
+        shown = f"{chart_text(Path(self.path).name)}: {chart_text(self.label)} ({self.scores[0]:.0%})"
+        top.set_title(shown, loc="left")
         for label in self.labels:
             index = self.class_names.index(label)
             times = [t for w in self.windows for t in (w.start, w.end)]
-            bottom.plot(times, [float(w.scores[index]) for w in self.windows for _ in range(2)], label=label)
+            bottom.plot(
+                times, [float(w.scores[index]) for w in self.windows for _ in range(2)], label=chart_text(label)
+            )
         bottom.set(xlabel="seconds", ylabel="score", ylim=(-0.03, 1.03), xlim=(0, max(self.duration, 1e-3)))
         bottom.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
         return figure_image(figure)

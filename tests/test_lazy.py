@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -24,3 +25,13 @@ def test_threads_that_need_a_library_at_once_all_get_the_whole_one(tmp_path, mon
             assert list(pool.map(lambda _: library("swapping").name, range(4))) == ["whole"] * 4
     finally:
         sys.modules.pop("swapping", None)
+
+
+def test_the_command_line_is_there_before_torch_is():
+    """Ctrl-C while large libraries load ends in one line only if they load inside a command; and --help is quick."""
+    code = (
+        "import sys, mmkit.cli\n"
+        "print([m for m in ('torch', 'timm', 'PIL', 'numpy', 'diffusers', 'gradio') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -17,7 +17,6 @@ from mmkit.errors import InputError, InterruptedRun, in_words, nearest
 from mmkit.registry import COMMANDS
 from mmkit.storage.files import absolute
 from mmkit.storage.settings import read_settings
-from mmkit.training.classifying import unused_settings
 from mmkit.training.config import FitConfig
 
 
@@ -286,6 +285,8 @@ def _other(
     given: dict[str, Any],
 ) -> None:
     """A task that another room trains: `finetune(data, model, adapter, output_dir=..., ...)` at its door."""
+    from mmkit.training.classifying import unused_settings
+
     train = COMMANDS.get(f"finetune-{task}")
     parameters = inspect.signature(train).parameters
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())

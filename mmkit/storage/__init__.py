@@ -4,26 +4,30 @@
 - `lock`: one run per folder.  `runs`: the training checkpoints of `fit`.
 """
 
-from __future__ import annotations
+from typing import TYPE_CHECKING
 
-from mmkit.storage.files import atomic_write, clean, read_json, sha256_file, temporary_name, write_json
-from mmkit.storage.folders import new_folder, open_folder, require_folder
-from mmkit.storage.lock import folder_lock
-from mmkit.storage.tensors import load_state, read_metadata, read_tensors, write_safetensors
+from mmkit.lazy import door
 
-__all__ = [
-    "atomic_write",
-    "clean",
-    "folder_lock",
-    "load_state",
-    "new_folder",
-    "open_folder",
-    "read_json",
-    "read_metadata",
-    "read_tensors",
-    "require_folder",
-    "sha256_file",
-    "temporary_name",
-    "write_json",
-    "write_safetensors",
-]
+if TYPE_CHECKING:
+    from mmkit.storage.files import (
+        atomic_write as atomic_write,
+        clean as clean,
+        read_json as read_json,
+        sha256_file as sha256_file,
+        temporary_name as temporary_name,
+        write_json as write_json,
+    )
+    from mmkit.storage.folders import (
+        new_folder as new_folder,
+        open_folder as open_folder,
+        require_folder as require_folder,
+    )
+    from mmkit.storage.lock import folder_lock as folder_lock
+    from mmkit.storage.tensors import (
+        load_state as load_state,
+        read_metadata as read_metadata,
+        read_tensors as read_tensors,
+        write_safetensors as write_safetensors,
+    )
+
+__getattr__, __dir__, __all__ = door(__name__)

@@ -100,7 +100,7 @@ def _from_table(folder: Path, table: Path) -> Captioned:
                 if table.suffix == ".jsonl"
                 else list(csv.DictReader(file))
             )
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{table} is damaged: {error}.") from error
     if not rows:
         raise InputError(f"{table} lists no pictures.")

@@ -136,7 +136,7 @@ def _concepts(metadata: dict[str, str]) -> tuple[str, ...]:
 def _parsed(text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"The metadata of the file are damaged: {error}.") from error
 
 

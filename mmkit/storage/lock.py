@@ -121,7 +121,7 @@ def _read(handle: int) -> dict[str, Any]:
     try:
         os.lseek(handle, 0, os.SEEK_SET)
         owner = json.loads(os.read(handle, 4096))
-    except ValueError:  # empty, or torn by a crash
+    except (ValueError, RecursionError):  # empty, or torn by a crash
         return {}
     return owner if isinstance(owner, dict) else {}
 

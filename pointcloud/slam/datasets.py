@@ -401,7 +401,7 @@ def camera_of(path: Path) -> tuple[dict[str, Any], np.ndarray, float]:
         )
     except FileNotFoundError:
         raise InputError(f'{path.parent} needs a camera.json with "fx", "fy", "cx", "cy" and "depth_scale".') from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{path} must hold fx, fy, cx, cy and depth_scale: {error!r}.") from error
 
 

@@ -60,6 +60,8 @@ def _assemble(
     for file, K, size in zip(files, ks, sizes, strict=True):
         picture = load_image(file)
         width, height = size or picture.size
+        if min(width, height) < 1:
+            raise InputError(f"{file}: its camera says {width} x {height} pixels, which no picture has.")
         if target is None:
             factor = min(1.0, (longest or math.inf) / max(picture.size))
             target = (max(1, round(picture.width * factor)), max(1, round(picture.height * factor)))
@@ -204,6 +206,8 @@ def _images_txt(path: Path) -> Iterator[tuple[str, list[float], list[float], int
     for line in lines[::2]:  # the lines between list points seen
         if line.strip():
             _, *numbers, camera, name = line.split(maxsplit=9)
+            if len(numbers) != 7:
+                raise ValueError(f"{line[:80]!r} is no picture: its number, 7 of its pose, camera and name")
             yield name, [float(x) for x in numbers[:4]], [float(x) for x in numbers[4:7]], int(camera)
 
 
@@ -287,7 +291,7 @@ def load_trajectory(folder: str | os.PathLike[str], *, longest: int | None = Non
             depths = [folder / "depth" / f"{f.stem}.png" for f in files]
     except InputError:
         raise
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(
             f"{folder} has none of the layouts that are read (COLMAP, transforms.json, 7-Scenes, camera.json with pose.txt): {error}."
         ) from error

@@ -339,7 +339,13 @@ class _Fit:
             self._fill(tensors)
         except RunDiffersError:
             raise
-        except (CheckpointError, KeyError, ValueError, TypeError, RuntimeError) as error:
+        except (
+            CheckpointError,
+            KeyError,
+            ValueError,
+            TypeError,
+            RuntimeError,
+        ) as error:  # RecursionError is a RuntimeError
             raise CheckpointError(
                 f"{path} holds no whole state of a fit ({type(error).__name__}: {error}). Delete it to start over."
             ) from error

@@ -76,7 +76,7 @@ def test_a_lock_of_another_machine_names_the_file_to_delete(tmp_path: Path) -> N
         pass
 
 
-@pytest.mark.parametrize("content", ["", "{", "[1]", '{"pid": 1}'])
+@pytest.mark.parametrize("content", ["", "{", "[1]", "[" * 4096, '{"pid": 1}'])
 def test_a_torn_lock_file_is_stale(tmp_path: Path, content: str) -> None:
     (tmp_path / LOCK).write_text(
         content if content != '{"pid": 1}' else json.dumps({"pid": 1, "host": os.uname().nodename})

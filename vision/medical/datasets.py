@@ -64,7 +64,7 @@ def hippocampus_cases(folder: str | os.PathLike[str], split: str) -> list[Case]:
     folder = Path(folder)
     try:
         names: list[Any] = json.loads((folder / "splits.json").read_text(encoding="utf-8"))[split]
-    except (FileNotFoundError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{folder}/splits.json with a split {split!r} is needed: {error}") from error
     cases = []
     for name in names:

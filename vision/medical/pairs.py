@@ -216,7 +216,7 @@ def _described(file: Path, masks: Sequence[Path]) -> tuple[Names, int | None] | 
     try:
         content = json.loads(read_text(file))
         labels = content.get("labels") if isinstance(content, dict) else None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{file} is damaged: {error}. Mend it, or name the classes in a classes.txt.") from error
     if not isinstance(labels, dict):
         return None

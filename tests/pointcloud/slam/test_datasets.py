@@ -198,6 +198,7 @@ def test_a_missing_depth_is_no_other_frames_depth_when_frames_are_thinned(tmp_pa
         ("scannet", "intrinsic/intrinsic_color.txt", "80 0 16", "must hold a 3 x 3 or 4 x 4 matrix"),
         ("scannet", "intrinsic/intrinsic_color.txt", "", "must hold a 3 x 3 or 4 x 4 matrix"),
         ("seven", "camera-intrinsics.txt", "nan 0 1\n0 4 5\n0 0 1", "is no camera"),
+        ("own", "camera.json", "[" * 100_000, "must hold fx, fy, cx, cy"),
         ("own", "camera.json", '{"fx": -1, "fy": 40, "cx": 1, "cy": 1}', "is no camera"),
         ("own", "camera.json", '{"fx": 1, "fy": 40, "cx": 1, "cy": 1, "distortion": null}', "distortion is a list"),
         ("own", "camera.json", '{"fx": 1, "fy": 40, "cx": 1, "cy": 1, "distortion": "wide"}', "distortion is a list"),

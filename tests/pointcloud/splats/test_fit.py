@@ -262,6 +262,24 @@ def test_rgbd_excerpts() -> None:
     assert error.median() < 0.12
 
 
+def test_cameras_that_are_none_are_told(tmp_path) -> None:
+    Image.new("RGB", (16, 12)).save(tmp_path / "0.png")
+    frame = {"file_path": "0.png", "transform_matrix": np.eye(4).tolist()}
+    (tmp_path / "transforms.json").write_text(json.dumps({"w": 0, "h": 12, "fl_x": 20, "frames": [frame]}))
+    with pytest.raises(InputError, match="0 x 12 pixels, which no picture has"):
+        load_posed_images(tmp_path)
+    (tmp_path / "transforms.json").unlink()
+    (tmp_path / "cameras.txt").write_text("1 PINHOLE 16 12 20 20 8 6\n")
+    (tmp_path / "images.txt").write_text("1 1 0 0 0 0 1 0.png\n\n")
+    with pytest.raises(InputError, match=r"not a readable COLMAP model.*is no picture"):
+        load_posed_images(tmp_path)
+    (tmp_path / "cameras.txt").unlink()
+    for damaged in ("[" * 100_000, "[]", '{"fx": {}}'):
+        (tmp_path / "camera.json").write_text(damaged)
+        with pytest.raises(InputError, match="none of the layouts"):
+            load_posed_images(tmp_path)
+
+
 def test_a_folder_without_any_layout(tmp_path) -> None:
     with pytest.raises(InputError, match="none of the layouts"):
         load_posed_images(tmp_path)

@@ -61,6 +61,7 @@ def model_choices() -> list[str]:
 
     bundled = [name for name in list_weights() if weight_entry(name).model.startswith(("clicknet", "squeeze_sam"))]
     folders = [f for f in os.environ.get(MODELS_VARIABLE, "").split(os.pathsep) if f]
+    bundled.sort(key=lambda name: name != InteractiveSegmenter.default_weights)
     return [*bundled, RANDOM_WALKER, *folders]
 
 
@@ -310,7 +311,8 @@ def build() -> None:
             opacity = gr.Slider(0, 1, value=0.5, step=0.05, label="Mask opacity", elem_id="segment-opacity")
             model = gr.Dropdown(
                 labelled, value=choices[0], label="Model", elem_id="segment-model",
-                info="clicknet-photo is small and learnt from a thousand photos; random-walker follows colors only.",
+                info="clicknet-photo is small and learnt from a thousand photos, clicknet-permissive without share-alike ones; "
+                "random-walker follows colors only.",
             )  # fmt: skip
     gr.HTML(js_on_load=_SCRIPT, padding=False)
     first, downloads = [picture, status, corner, png, record], [cutout, png, record]

@@ -36,6 +36,7 @@ from mmkit.data.drawn.sprites import CASES, motion_cases
 from mmkit.data.licenses import permissive_pictures
 from mmkit.storage import read_json, write_json
 from mmkit.vision.classification import probe_answers
+from mmkit.vision.clicks import InteractiveSegmenter
 from mmkit.vision.medical import (
     Case,
     average_precision,
@@ -345,11 +346,18 @@ def from_manifest(
     return rows
 
 
+def quality_of(name: str) -> str:
+    """The file in which `benchmarks/interactive.py quality` keeps the click model `name`."""
+    usual = name == InteractiveSegmenter.default_weights
+    return "interactive_quality.json" if usual else f"interactive_quality_{name}.json"
+
+
 def clicks(name: str) -> Callable[[Path], list[Row]]:
     """Overlap after one click, and objects that reach 85 % within 20 clicks, from `benchmarks/interactive.py`, beside its random walker."""
 
     def rows(_: Path) -> list[Row]:
-        file = read_json(RESULTS / "interactive_quality.json")
+        source = quality_of(name)
+        file = read_json(RESULTS / source)
         found, firsts, listed = file["rows"], file["first clicks"], []
         picture = np.random.default_rng(0).integers(0, 255, (480, 640, 3), np.uint8)
         segmenter = mmkit.pipeline("interactive-segmentation", name)
@@ -372,10 +380,7 @@ def clicks(name: str) -> Callable[[Path], list[Row]]:
                     "reached",
                 )
             )
-        return [
-            {**row, "source": "interactive_quality.json"} | ({} if i else {"cpu_ms": cost})
-            for i, row in enumerate(listed)
-        ]
+        return [{**row, "source": source} | ({} if i else {"cpu_ms": cost}) for i, row in enumerate(listed)]
 
     return rows
 
@@ -429,8 +434,7 @@ MEASURED: dict[str, Callable[[Path], list[Row]]] = {
 
 def measured() -> dict[str, Callable[[Path], list[Row]]]:
     """`MEASURED` and the click models."""
-    rows = read_json(RESULTS / "interactive_quality.json")["rows"]
-    names = [n for n in list_weights() if f"coco test objects: {n}" in rows]
+    names = [n for n in list_weights() if weight_entry(n).model.startswith("clicknet")]
     return {**MEASURED, **{name: clicks(name) for name in names}}
 
 

@@ -164,24 +164,24 @@ def grabcut_predictor(image: Image.Image, side: int = 256) -> Callable[[list[Cli
     return predict
 
 
-def grabcut(data: Path, weights: Path | None, limit: int, own: bool) -> dict[str, dict[str, Any]]:
+def grabcut(data: Path, weights: Path | None, limit: int, own: bool, name: str = NAME) -> dict[str, dict[str, Any]]:
     """Mean IoU of GrabCut after one click, beside the model's."""
-    session, table = SessionPredictor(segmenter_of(weights)), {}
-    for name, read in SETS.items():
+    session, table = SessionPredictor(segmenter_of(weights, name)), {}
+    for kind, read in SETS.items():
         examples = spaced(list(read(data)), limit)
-        methods = {NAME: session.start, "GrabCut": lambda _, image: grabcut_predictor(image)}
+        methods = {name: session.start, "GrabCut": lambda _, image: grabcut_predictor(image)}
         for method, start in list(methods.items())[: 1 if own else 2]:
             rows = [
                 simulate_clicks(start(label, image), target, max_clicks=1, ignore=ignore)
-                for label, image, target, ignore in tqdm(examples, desc=f"{name}, {method}", mininterval=5)
+                for label, image, target, ignore in tqdm(examples, desc=f"{kind}, {method}", mininterval=5)
             ]
-            table[f"{name}: {method}"] = {"mIoU@1": round(miou_at_k(rows, 1), 4), "objects": len(rows)}
+            table[f"{kind}: {method}"] = {"mIoU@1": round(miou_at_k(rows, 1), 4), "objects": len(rows)}
     return table
 
 
-def rating(data: Path, limit: int, keep: bool) -> tuple[dict[str, dict[str, Any]], Rating]:
+def rating(data: Path, limit: int, keep: bool, name: str = NAME) -> tuple[dict[str, dict[str, Any]], Rating]:
     """Calibration error of the model's estimate on one half of the held-out objects, with lines fitted on the other half."""
-    segmenter, rows = InteractiveSegmenter(ClickNetEngine(load_weights(NAME))), []
+    segmenter, rows = InteractiveSegmenter(ClickNetEngine(load_weights(name))), []
     examples = spaced(held_out_objects(data), limit)
     for number, (_, image, target, ignore) in enumerate(tqdm(examples, desc="held-out objects", mininterval=5)):
         segmenter.set_image(image)
@@ -210,7 +210,7 @@ def rating(data: Path, limit: int, keep: bool) -> tuple[dict[str, dict[str, Any]
             "masks": len(own),
         }
     if keep:
-        entry = bundled.weight_entry(NAME)
+        entry = bundled.weight_entry(name)
         bundled.record(dataclasses.replace(entry, extra={**entry.extra, "rating": line.to_dict()}))
     return table, line
 
@@ -248,22 +248,22 @@ def summary(rows: list[list[float]]) -> dict[str, Any]:
     return {k: round(v, 4) for k, v in found.items()}
 
 
-def segmenter_of(weights: Path | None) -> InteractiveSegmenter:
-    """The bundled model, or the one of a training script's file."""
+def segmenter_of(weights: Path | None, name: str = NAME) -> InteractiveSegmenter:
+    """The bundled model `name`, or the one of a training script's file."""
     if weights is None:
-        return InteractiveSegmenter(device="cpu")
+        return InteractiveSegmenter(name, device="cpu")
     model = clicknet_mobilenetv2()
     load_state(model, {k: v.float() if v.is_floating_point() else v for k, v in read_tensors(weights).items()})
     return InteractiveSegmenter(model, device="cpu")
 
 
-def jitter(data: Path, weights: Path | None, limit: int, draws: int = 3) -> dict[str, dict[str, Any]]:
+def jitter(data: Path, weights: Path | None, limit: int, name: str = NAME, draws: int = 3) -> dict[str, dict[str, Any]]:
     """Mean IoU after one click in the middle of the object, and after one elsewhere in it."""
-    session, table = SessionPredictor(segmenter_of(weights)), {}
-    for name, read in SETS.items():
+    session, table = SessionPredictor(segmenter_of(weights, name)), {}
+    for kind, read in SETS.items():
         rng, middle, elsewhere = np.random.default_rng(0), [], []
         examples = spaced(list(read(data)), limit)
-        for label, image, target, ignore in tqdm(examples, desc=name, mininterval=5):
+        for label, image, target, ignore in tqdm(examples, desc=kind, mininterval=5):
             predict = session.start(label, image)
             middle += simulate_clicks(predict, target, max_clicks=1, ignore=ignore)
             depth = ndimage.distance_transform_edt(np.pad(target & ~ignore, 1))[1:-1, 1:-1]
@@ -273,33 +273,33 @@ def jitter(data: Path, weights: Path | None, limit: int, draws: int = 3) -> dict
                 elsewhere.append(iou(predict([Click(x, y)]), target, ignore))
         row = {"mIoU@1, middle": float(np.mean(middle)), "mIoU@1, elsewhere": float(np.mean(elsewhere))}
         row["lost"] = row["mIoU@1, middle"] - row["mIoU@1, elsewhere"]
-        table[name] = {**{k: round(v, 4) for k, v in row.items()}, "objects": len(examples), "draws": draws}
+        table[kind] = {**{k: round(v, 4) for k, v in row.items()}, "objects": len(examples), "draws": draws}
     return table
 
 
 def quality(
-    data: Path, weights: Path | None, limit: int, baseline: int
+    data: Path, weights: Path | None, limit: int, baseline: int, name: str = NAME
 ) -> tuple[dict[str, dict[str, Any]], dict[str, list[float]]]:
     """Rows by "set / method", and each object's IoU after one click by set.
 
     `limit` objects per set at most (evenly spaced), the baseline on `baseline` of them.
     """
-    session, first = SessionPredictor(segmenter_of(weights)), {}
+    session, first = SessionPredictor(segmenter_of(weights, name)), {}
     table: dict[str, dict[str, Any]] = {}
-    for name, read in SETS.items():
+    for kind, read in SETS.items():
         examples = spaced(list(read(data)), limit)
-        rows = play(examples, session.start, name)
-        table[f"{name}: {NAME}"] = summary(rows)
-        first[name] = [round(row[0], 4) for row in rows]
+        rows = play(examples, session.start, kind)
+        table[f"{kind}: {name}"] = summary(rows)
+        first[kind] = [round(row[0], 4) for row in rows]
         if baseline:
             few = spaced(list(range(len(examples))), baseline)
             walker = play(
-                [examples[i] for i in few], lambda _, image: random_walker_predictor(image), f"{name}, random walker"
+                [examples[i] for i in few], lambda _, image: random_walker_predictor(image), f"{kind}, random walker"
             )
             if len(few) < len(examples):
-                name = f"{name}, {len(few)} of them"
-                table[f"{name}: {NAME}"] = summary([rows[i] for i in few])
-            table[f"{name}: random walker"] = summary(walker)
+                kind = f"{kind}, {len(few)} of them"
+                table[f"{kind}: {name}"] = summary([rows[i] for i in few])
+            table[f"{kind}: random walker"] = summary(walker)
     return table, first
 
 
@@ -407,6 +407,9 @@ def main() -> None:
     parser.add_argument(
         "--weights", type=Path, help="a file of examples/train_clicknet.py instead of the bundled weights"
     )
+    parser.add_argument(
+        "--name", default=NAME, help="of the bundled weights, or what those of --weights will be called"
+    )
     parser.add_argument("--own", action="store_true", help="the other methods' rows stay as an earlier run wrote them")
     parser.add_argument("--record", action="store_true", help="keep the fitted rating in the manifest")
     parser.add_argument("--huge", action="store_true", help="also measure SAM ViT-H")
@@ -415,19 +418,21 @@ def main() -> None:
     torch.manual_seed(0)
     found: dict[str, Any] = {}
     if args.part == "quality":
-        table, found["first clicks"] = quality(args.data, args.weights, args.limit, 0 if args.own else args.baseline)
+        baseline = 0 if args.own else args.baseline
+        table, found["first clicks"] = quality(args.data, args.weights, args.limit, baseline, args.name)
     elif args.part == "jitter":
-        table = jitter(args.data, args.weights, args.limit)
+        table = jitter(args.data, args.weights, args.limit, args.name)
     elif args.part == "rating":
-        table, line = rating(args.data, args.limit, args.record)
+        table, line = rating(args.data, args.limit, args.record, args.name)
         found["rating"] = line.to_dict()
     elif args.part == "grabcut":
-        table = grabcut(args.data, args.weights, args.limit, args.own)
+        table = grabcut(args.data, args.weights, args.limit, args.own, args.name)
     else:
         table = cost(args.huge, args.repeats)
-    target = RESULTS / f"interactive_{args.part}.json"
-    if args.own and target.exists():
-        rows = json.loads(target.read_text())["rows"]
+    usual = RESULTS / f"interactive_{args.part}.json"
+    target = usual if args.name == NAME else RESULTS / f"interactive_{args.part}_{args.name}.json"
+    if args.own and usual.exists():
+        rows = json.loads(usual.read_text())["rows"]
         table |= {k: v for k, v in rows.items() if k.endswith((": random walker", ": GrabCut"))}
     print(show(table))
     about: dict[str, Any] = {
@@ -435,10 +440,10 @@ def main() -> None:
         "limit": args.limit, "repeats": args.repeats,
     }  # fmt: skip
     if args.part in ("quality", "jitter"):
-        file = args.weights or bundled.weight_entry(NAME).path
+        file = args.weights or bundled.weight_entry(args.name).path
         about["weights sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
     write_json(target, {**about, **found, "rows": table})
-    (RESULTS / f"interactive_{args.part}.md").write_text(show(table) + "\n")
+    target.with_suffix(".md").write_text(show(table) + "\n")
 
 
 if __name__ == "__main__":

@@ -38,6 +38,17 @@ def test_the_share_of_objects_out_of_reach_is_said() -> None:
         assert all(f"Of {row['objects']} everyday objects" in text for text in texts)
 
 
+def test_the_click_model_without_share_alike_pictures_says_what_it_can_do() -> None:
+    name = "clicknet-permissive"
+    rows, entry = results(f"interactive_quality_{name}")["rows"], weight_entry(name)
+    one = {kind: f"{100 * rows[f'{kind}: {name}']['mIoU@1']:.0f} % with" for kind in ("coco test objects", "pets test")}
+    for text in (entry.summary, readme().split(f"- **`{name}`**")[1].split("- **")[0]):
+        assert all(said in text for said in one.values())
+    assert entry.license == "Apache-2.0"
+    assert "CC-BY-SA" not in entry.data
+    assert "--permissive" in entry.command
+
+
 def test_grabcut_stands_beside_the_click_model() -> None:
     rows = results("interactive_grabcut")["rows"]
     one = {name: f"{100 * row['mIoU@1']:.0f}" for name, row in rows.items()}

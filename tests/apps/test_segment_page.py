@@ -48,6 +48,12 @@ def test_clicks_while_the_files_are_written_mix_nothing(segmenter, monkeypatch, 
         assert json.load(file) == json.loads(json.dumps(expected.record()))
 
 
+def test_the_usual_model_comes_first() -> None:
+    choices = segment.model_choices()
+    assert choices[0] == InteractiveSegmenter.default_weights
+    assert {"clicknet-permissive", "random-walker"} <= set(choices)
+
+
 def test_only_a_measured_rating_is_shown() -> None:
     picture = np.random.default_rng(0).integers(0, 255, (80, 100, 3), np.uint8)
     texts = []

@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from interactive import results_file
 from torch import Tensor, nn
 
 import mmkit
@@ -36,7 +37,6 @@ from mmkit.data.drawn.sprites import CASES, motion_cases
 from mmkit.data.licenses import permissive_pictures
 from mmkit.storage import read_json, write_json
 from mmkit.vision.classification import probe_answers
-from mmkit.vision.clicks import InteractiveSegmenter
 from mmkit.vision.medical import (
     Case,
     average_precision,
@@ -346,18 +346,12 @@ def from_manifest(
     return rows
 
 
-def quality_of(name: str) -> str:
-    """The file in which `benchmarks/interactive.py quality` keeps the click model `name`."""
-    usual = name == InteractiveSegmenter.default_weights
-    return "interactive_quality.json" if usual else f"interactive_quality_{name}.json"
-
-
 def clicks(name: str) -> Callable[[Path], list[Row]]:
     """Overlap after one click, and objects that reach 85 % within 20 clicks, from `benchmarks/interactive.py`, beside its random walker."""
 
     def rows(_: Path) -> list[Row]:
-        source = quality_of(name)
-        file = read_json(RESULTS / source)
+        source = results_file("quality", name)
+        file = read_json(source)
         found, firsts, listed = file["rows"], file["first clicks"], []
         picture = np.random.default_rng(0).integers(0, 255, (480, 640, 3), np.uint8)
         segmenter = mmkit.pipeline("interactive-segmentation", name)
@@ -380,7 +374,7 @@ def clicks(name: str) -> Callable[[Path], list[Row]]:
                     "reached",
                 )
             )
-        return [{**row, "source": source} | ({} if i else {"cpu_ms": cost}) for i, row in enumerate(listed)]
+        return [{**row, "source": source.name} | ({} if i else {"cpu_ms": cost}) for i, row in enumerate(listed)]
 
     return rows
 

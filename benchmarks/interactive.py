@@ -37,7 +37,7 @@ from scipy import ndimage
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from train_clicknet import held_back
+from train_clicknet import held_back, results_file
 
 from mmkit import weights as bundled
 from mmkit.backbones import load_weights
@@ -61,7 +61,6 @@ from mmkit.vision.clicks import (
 )
 from mmkit.vision.clicks.rating import CLICKS
 
-RESULTS = Path(__file__).parent / "results"
 NAME = InteractiveSegmenter.default_weights
 Example = tuple[str, Image.Image, np.ndarray, np.ndarray]
 
@@ -415,6 +414,8 @@ def main() -> None:
     parser.add_argument("--huge", action="store_true", help="also measure SAM ViT-H")
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
+    if args.part == "cost" and args.name != NAME:
+        parser.error("--name means nothing for cost, which does not depend on the weights")
     torch.manual_seed(0)
     found: dict[str, Any] = {}
     if args.part == "quality":
@@ -429,8 +430,7 @@ def main() -> None:
         table = grabcut(args.data, args.weights, args.limit, args.own, args.name)
     else:
         table = cost(args.huge, args.repeats)
-    usual = RESULTS / f"interactive_{args.part}.json"
-    target = usual if args.name == NAME else RESULTS / f"interactive_{args.part}_{args.name}.json"
+    usual, target = results_file(args.part, NAME), results_file(args.part, args.name)
     if args.own and usual.exists():
         rows = json.loads(usual.read_text())["rows"]
         table |= {k: v for k, v in rows.items() if k.endswith((": random walker", ": GrabCut"))}

@@ -55,7 +55,7 @@ SHARE_ALIKE = ("CC-BY-SA-2.0",)
 FREE = ("CC-BY-2.0", "no-known-copyright-restrictions", *SHARE_ALIKE)
 """Licenses of the COCO pictures that are trained on; the others of `seg_coco/train` only measure progress."""
 PHOTO, PERMISSIVE = "clicknet-photo", "clicknet-permissive"
-SHARES, OTHERS = "--shares 0.6 0.1 0.03 0.27", "--shares 0.56 0.16 0.03 0.25"
+SHARES = "--shares 0.6 0.1 0.03 0.27"
 
 
 class Recipe(NamedTuple):
@@ -64,6 +64,7 @@ class Recipe(NamedTuple):
     rounds: tuple[str, ...]
     data: str
     license: str
+    remark: str = ""
 
     def command(self, name: str) -> str:
         """From the data to the bundled file."""
@@ -96,8 +97,8 @@ RECIPES = {
             f"--permissive --start runs/first.safetensors {SHARES} --lr 0.0012 --steps 850 --report 425 --output runs/second.safetensors",
             f"--permissive --start runs/second.safetensors {SHARES} --lr 0.0015 --steps 4200 --until 1407 --check 72 "
             "--output runs/third.safetensors",
-            f"--permissive --animals --start runs/third.safetensors {OTHERS} --lr 0.001 --steps 1300 --report 260 --check 72 "
-            "--output runs/fourth.safetensors",
+            "--permissive --animals --start runs/third.safetensors --shares 0.56 0.16 0.03 0.25 --lr 0.001 --steps 1300 --report 260 "
+            "--check 72 --output runs/fourth.safetensors",
             "--permissive --animals --start runs/fourth.safetensors --shares 0.6 0.12 0.03 0.25 --lr 0.0012 --steps 1000 --report 500 "
             "--check 72 --output runs/clicknet.safetensors",
         ),
@@ -105,18 +106,15 @@ RECIPES = {
         "clicks), mOSD table tops (BSD-3, 8 scenes); without masks further DreamBooth subjects and COCO photos and clothes (CC0); "
         "encoder: MobileNetV2 trained by Google on ImageNet-1k",
         "Apache-2.0",
+        "Made without share-alike pictures: clicknet-photo, whose license is CC-BY-SA, knows animals better. ",
     ),
 }
 SUMMARY = (
     "Click segmentation of photographs: an ImageNet MobileNetV2 sees each view at 224 pixels, a decoder of 1.6 M parameters answers the "
     "clicks. Of {objects} everyday objects {missed85} % do not reach 85 % overlap in 20 clicks, and {missed90} % not 90 %. One click "
     "overlaps {coco} % with everyday objects and {pets} % with pets, where GrabCut reaches {coco_cut} and {pets_cut} %. Small things in "
-    "crowds and hair-fine outlines take several clicks. {other}Load SAM or SAM 2 for demanding work."
+    "crowds and hair-fine outlines take several clicks. {remark}Load SAM or SAM 2 for demanding work."
 )
-OTHER = {
-    PHOTO: "",
-    PERMISSIVE: "Made without share-alike pictures: clicknet-photo, whose license is CC-BY-SA, knows animals better. ",
-}
 ANIMALS = Path(__file__).with_name("clicknet_animals.json")
 """Clicks on 36 photos of eight cats and dogs, set by hand: x and y as shares of width and height, and 1 where it is the animal."""
 HELD_BACK = 5
@@ -351,24 +349,29 @@ def report(model: ClickNet, held_out: dict[str, list[tuple]]) -> dict[str, float
     return found
 
 
+def results_file(part: str, name: str) -> Path:
+    """Where `benchmarks/interactive.py` writes a part about the click model `name`."""
+    return (
+        Path(__file__).parents[1] / f"benchmarks/results/interactive_{part}{'' if name == PHOTO else '_' + name}.json"
+    )
+
+
 def bundle_file(path: Path, name: str) -> None:
     """Add a trained file to the bundled weights, with the scores `benchmarks/interactive.py quality --weights` gave it."""
     from mmkit.weights import WeightEntry, bundle
 
-    suffix = "" if name == PHOTO else f"_{name}"
-    folder = Path(__file__).parents[1] / "benchmarks/results"
-    results = json.loads((folder / f"interactive_quality{suffix}.json").read_text())
+    recipe, results = RECIPES[name], json.loads(results_file("quality", name).read_text())
     if results["weights sha256"] != hashlib.sha256(path.read_bytes()).hexdigest():
         raise SystemExit(
             f"First measure this file: python benchmarks/interactive.py quality --name {name} --weights {path}"
         )
-    cut = json.loads((folder / "interactive_grabcut.json").read_text())["rows"]
+    cut = json.loads(results_file("grabcut", PHOTO).read_text())["rows"]
     rows = results["rows"]
     coco = rows[f"coco test objects: {name}"]
     kinds = (("coco", "coco test objects"), ("pets", "pets test"))
     summary = SUMMARY.format(
         objects=coco["objects"],
-        other=OTHER[name],
+        remark=recipe.remark,
         **{f"missed{t}": f"{100 * coco[f'NoF@{t}'] / coco['objects']:.0f}" for t in (85, 90)},
         **{k: f"{100 * rows[f'{kind}: {name}']['mIoU@1']:.0f}" for k, kind in kinds},
         **{f"{k}_cut": f"{100 * cut[f'{kind}: GrabCut']['mIoU@1']:.0f}" for k, kind in kinds},
@@ -380,7 +383,6 @@ def bundle_file(path: Path, name: str) -> None:
             score |= {f"{data} {k}": v for k, v in values.items()}
         elif method == "random walker":
             score |= {f"{data} {k}, random walker": v for k, v in values.items() if k.startswith("mIoU")}
-    recipe = RECIPES[name]
     entry = bundle(
         WeightEntry(
             name=name, model="clicknet_mobilenetv2", config={}, summary=summary, license=recipe.license, command=recipe.command(name),

@@ -94,6 +94,7 @@ class InterruptedRun(MMKitError, KeyboardInterrupt):
 
 
 MAX_SEED = 2**32 - 1
+"""Seeds lie within ± this, as numpy and torch both take them."""
 
 
 def check_seed(seed: object) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 from pathlib import Path
@@ -47,6 +48,15 @@ def test_the_click_model_without_share_alike_pictures_says_what_it_can_do() -> N
     assert entry.license == "Apache-2.0"
     assert "CC-BY-SA" not in entry.data
     assert "--permissive" in entry.command
+
+
+def test_the_click_models_are_recorded_with_the_recipes_of_their_script(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    recipes = importlib.import_module("train_clicknet").RECIPES
+    assert set(recipes) == {name for name in list_weights() if name.startswith("clicknet")}
+    for name, recipe in recipes.items():
+        entry = weight_entry(name)
+        assert (entry.command, entry.data, entry.license) == (recipe.command(name), recipe.data, recipe.license)
 
 
 def test_grabcut_stands_beside_the_click_model() -> None:

@@ -23,12 +23,9 @@ from mmkit.data.archive import MAX_BYTES, MAX_FILES, extract_zip
 from mmkit.data.images import MAX_PIXELS, SUFFIXES, load_image
 from mmkit.data.labels import Row, class_order, from_folders, from_table, near_twins, split_of
 from mmkit.data.listing import Folder, PathList, list_folder, natural
-from mmkit.errors import InputError
+from mmkit.errors import InputError, check_seed
 from mmkit.storage import clean, temporary_name
 from mmkit.storage.files import absolute, expanded
-
-LARGEST_SEED = 2**32 - 1
-"""Seeds lie within ± this, as numpy and torch both take them."""
 
 _INDEX_NAMES = ("index.csv", "labels.csv", "metadata.csv", "data.csv")
 
@@ -290,12 +287,6 @@ def stratified_split(labels: Sequence[int], share: float, seed: int = 0) -> tupl
         second += order[:count]
         first += order[count:]
     return sorted(first), sorted(second)
-
-
-def check_seed(seed: int) -> None:
-    """Raise `InputError` for a seed beyond `LARGEST_SEED`."""
-    if not -LARGEST_SEED <= seed <= LARGEST_SEED:
-        raise InputError(f"seed must lie within ±{LARGEST_SEED}, not {seed}.")
 
 
 def _generator(seed: int, label: int) -> torch.Generator:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-from mmkit.errors import InputError
+from mmkit.errors import MAX_SEED, InputError
 
 _FREE_FIELDS = {
     "num_workers",
@@ -114,7 +114,7 @@ class FitConfig:
         for name in ("min_lr", "weight_decay", "mixup", "cutmix", "warmup_steps", "warmup_epochs", "num_workers"):
             self._require(name, 0 <= getattr(self, name) < math.inf, "0 or more")
         self._require("max_seconds", self.max_seconds is None or self.max_seconds > 0, "above 0, or None")
-        self._require("seed", abs(self.seed) < 2**32, "within ±4294967295")
+        self._require("seed", abs(self.seed) <= MAX_SEED, f"within ±{MAX_SEED}")
         self._require("lr", 0 < self.lr < math.inf, "above 0")
         self._require("label_smoothing", 0 <= self.label_smoothing < 1, "in 0..1")
         self._require("mixup_prob", 0 < self.mixup_prob <= 1, "above 0 and up to 1")

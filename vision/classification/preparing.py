@@ -15,8 +15,7 @@ from torch import nn
 from mmkit.adapters import Adapter, apply_adapter, list_adapters
 from mmkit.backbones import ImageBackboneInfo, create_backbone, image_info, warn_if_random
 from mmkit.data import ImageDataset, ImageTransform, fold_dataset, open_dataset, split_dataset
-from mmkit.data.folder import check_seed
-from mmkit.errors import InputError, nearest
+from mmkit.errors import InputError, check_seed, nearest
 from mmkit.storage.files import absolute, expanded
 from mmkit.training.digest import tensors_digest
 

@@ -276,8 +276,8 @@ def test_a_mistake_in_the_last_method_is_told_before_the_first_is_trained(pictur
         (("--adapter", "ssf,nope"), "Unknown adapter 'nope'"),
         (("--adapter", "lora,ssf", "--set", "r=4"), "unexpected keyword argument 'r'"),
         (("--folds", 0), "2 folds or more"),
-        (("--seed", 2**64), "seed must lie within"),
-        (("--seed", 2**64, "--val", 0), "seed must lie within"),
+        (("--seed", 2**64), "seed must be a whole number within"),
+        (("--seed", 2**64, "--val", 0), "seed must be a whole number within"),
         (("--set", "r=" + "9" * 5000), "unexpected keyword argument 'r'"),
     ):
         code, said = run(pictures, tmp_path / "out", "--epochs", 1, *more)

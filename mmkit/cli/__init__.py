@@ -7,9 +7,10 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
+from typer.core import TyperCommand
 
 from mmkit import __version__
 from mmkit.cli.finetune import finetune, in_words_of_the_command
@@ -56,6 +57,22 @@ def _terminate(number: int, frame: Any) -> None:
     raise _Terminated
 
 
+class _Command(TyperCommand):
+    """Refuses an empty path: `pathlib` makes the working directory of it, and `--output "$UNSET"` would write there."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        options = {flag: param for param in self.params for flag in param.opts if flag.startswith("-")}
+        paths = {name for name, hint in get_type_hints(self.callback).items() if Path in (hint, *get_args(hint))}
+        for before, arg in zip(["", *args], args, strict=False):
+            name, equals, value = arg.partition("=")
+            name = name if equals and not value else before if not arg else ""
+            takes = name in options and not getattr(options[name], "is_flag", False)
+            if (takes and options[name].name in paths) or (not arg and not takes):
+                what = name if takes else "An argument"
+                ctx.fail(f"{what} is empty: an unset variable? The working directory is '.'.")
+        return super().parse_args(ctx, args)
+
+
 def _command(fn: Callable[..., Any], group: typer.Typer = app, name: str = "") -> Callable[..., Any]:
     """Register `fn` (as `name`, or its own less a trailing underscore) in `group`; what goes wrong ends in one line, not a
     traceback.
@@ -81,7 +98,7 @@ def _command(fn: Callable[..., Any], group: typer.Typer = app, name: str = "") -
         finally:
             signal.signal(signal.SIGTERM, before)
 
-    return group.command(name or fn.__name__.rstrip("_"))(wrapped)
+    return group.command(name or fn.__name__.rstrip("_"), cls=_Command)(wrapped)
 
 
 @_command

@@ -65,6 +65,8 @@ def _from_file(ctx: typer.Context, path: Path | None) -> Path | None:
         flag = bool(getattr(known[name], "is_flag", False))
         if flag != isinstance(value, bool) or isinstance(value, (list, dict)):
             raise typer.BadParameter(f"{path}: {name} = {value!r} is not {'true or false' if flag else 'one value'}.")
+        if value == "":
+            raise typer.BadParameter(f"{path}: {name} is empty. Leave it out, or give it a value.")
     if settings:
         values["set_"] = [f"{k}={v if isinstance(v, str) else _toml(v)}" for k, v in settings.items()]
     ctx.default_map = {

@@ -29,12 +29,15 @@ def slam(
 ) -> None:
     """Map a recording of a depth camera: its path, a labelled map of Gaussians, and a report. An interrupted run goes on."""
     from mmkit.errors import InputError, in_words
+    from mmkit.pointcloud.slam.gicp import gicp_available
     from mmkit.pointcloud.slam.pipeline import SemanticSLAMPipeline
     from mmkit.pointcloud.slam.synthetic import SyntheticRoom
     from mmkit.storage.files import absolute, check_writable
 
     drawn, room = data == "drawn", {"--every": every, "--depth": depth, "--tree": tree}
     unused = [name for name, value in (room if drawn else {"--frames": frames}).items() if value is not None]
+    if track_iters is not None and tracker == "auto" and gicp_available():
+        raise InputError("--track-iters means nothing for the tracker taken here, gicp. Add --tracker photometric.")
     if track_iters is not None and tracker in ("gicp", "constant", "given"):
         unused.append("--track-iters")
     if unused:

@@ -467,7 +467,7 @@ def test_the_pipeline_and_its_result(room, tmp_path):
 
 def test_the_command(tmp_path):
     run = CliRunner()
-    small = ["--frames", "3", "--track-iters", "2", "--map-iters", "3"]
+    small = ["--frames", "3", "--tracker", "photometric", "--track-iters", "2", "--map-iters", "3"]
     result = run.invoke(app, ["slam", "drawn", str(tmp_path / "out"), *small])
     assert result.exit_code == 0, result.output
     assert "ATE" in result.output
@@ -479,6 +479,7 @@ def test_the_command(tmp_path):
 def test_the_command_says_what_is_wrong_before_the_work(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(HierSLAM, "step", lambda *a: pytest.fail("mapped"))
+    monkeypatch.setattr("mmkit.pointcloud.slam.gicp.gicp_available", lambda: True)
     (tmp_path / "file").write_text("x")
     save_backbone(create_backbone("tiny_vit", num_classes=2), tmp_path / "saved")
     (tmp_path / "walk.mp4").write_bytes(b"x")
@@ -498,6 +499,7 @@ def test_the_command_says_what_is_wrong_before_the_work(tmp_path, monkeypatch):
         ("data out --tree tree.json", "holds no label pictures"),
         ("walk.mp4 out", "(--depth)"),
         ("drawn out --tracker given --track-iters 3", "--track-iters means nothing for --tracker given"),
+        ("drawn out --track-iters 3", "for the tracker taken here, gicp. Add --tracker photometric"),
         (f"drawn out --seed {2**70}", "seed must be a whole number within"),
         ("drawn file", "a part of the path is a file"),
         ("drawn saved", "would no longer be as it was saved"),

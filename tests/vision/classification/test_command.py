@@ -7,10 +7,12 @@ import json
 import re
 import tomllib
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
 from PIL import Image
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from mmkit.backbones import create_backbone, save_backbone
@@ -88,6 +90,7 @@ def test_a_run_writes_its_settings_and_they_are_taken_back(pictures: Path, tmp_p
         ("epochs = true", "epochs = True is not one value"),
         ("pretrained = 1", "pretrained = 1 is not true or false"),
         ("epochs = [1]", "is not one value"),
+        ('output = ""', "output is empty. Leave it out"),
         ("epochs 3", "is no TOML"),
         ("settings = 3", "settings must be a table"),
         ("set_ = 'r=2'", "there is no setting 'set_'"),
@@ -153,6 +156,29 @@ def test_options_that_exclude_each_other_or_mean_nothing_are_refused(pictures: P
         create_backbone(model, pretrained=True)
     with pytest.raises(InputError, match="exclude each other"):
         create_backbone("tiny_vit", model / "model.safetensors", pretrained=True)
+
+
+def test_an_empty_path_is_no_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """`--output "$UNSET"`: every place of every command where a path can stand."""
+    monkeypatch.chdir(tmp_path)
+    commands, asked = [((), get_command(app))], 0
+    while commands:
+        names, command = commands.pop()
+        commands += [((*names, name), below) for name, below in getattr(command, "commands", {}).items()]
+        if hasattr(command, "commands"):
+            continue
+        hints = get_type_hints(command.callback)
+        flags = [p.opts[0] for p in command.params if Path in (hints.get(p.name), *get_args(hints.get(p.name)))]
+        for line in [(f, "") for f in flags if f[0] == "-"] + [(f"{f}=",) for f in flags if f[0] == "-"] + [("",)]:
+            found = CliRunner().invoke(app, [*names, *line])
+            told = " ".join(re.sub(r"[│╭╮╰╯─]", " ", found.output).split())
+            assert (found.exit_code, " is empty: an unset variable?" in told) == (2, True), (names, line, told)
+            asked += 1
+    assert asked > 40
+    assert not any(tmp_path.iterdir())
+    assert (
+        "no concept 'mouse'" in CliRunner().invoke(app, ["erase", "mouse", "--surrogate", ""]).output
+    )  # a text may be empty
 
 
 def test_a_look_before_training_writes_nothing(pictures: Path, tmp_path: Path):

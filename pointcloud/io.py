@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from mmkit.errors import InputError
+from mmkit.errors import MAX_SEED, InputError, check_seed
 from mmkit.pointcloud.pcd import read_pcd
 from mmkit.storage import atomic_write
 from mmkit.storage.files import expanded
@@ -25,6 +25,8 @@ logger = logging.getLogger("mmkit.pointcloud")
 MESH_POINTS = 20_000
 """Points that are sampled from a mesh unless asked otherwise."""
 
+_LOSS = 1e-5  # of the extent: where float32 would round coordinates by more, they are moved to the origin first
+
 
 @dataclass
 class PointCloud:
@@ -33,7 +35,8 @@ class PointCloud:
     Attributes:
         xyz: (N, 3) float32, finite.
         rgb: (N, 3) uint8, or None. normals: (N, 3) float32, or None. labels: (N,) int64, or None.
-        meta: "format"; "dropped": points without finite coordinates; "offset": what was subtracted from large coordinates.
+        meta: "format"; "dropped": points without finite coordinates; "offset": what was subtracted from coordinates so large that
+            float32 would have lost their detail, as those of surveys are.
     """
 
     xyz: np.ndarray
@@ -63,8 +66,12 @@ def read_point_cloud(
         index: which cloud of an h5, npy or npz file that holds several, (n, N, 3).
 
     Raises:
-        InputError: a missing, unreadable or empty file, an unknown suffix, or no finite point.
+        InputError: a missing, unreadable or empty file, an unknown suffix, no finite point, or a number of points below 1.
     """
+    check_seed(seed)
+    seed %= MAX_SEED + 1  # numpy takes none below 0
+    if num_points is not None and (not isinstance(num_points, int | np.integer) or num_points < 1):
+        raise InputError(f"num_points must be a whole number from 1, not {num_points!r}.")
     path = expanded(path)
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
@@ -87,12 +94,20 @@ def read_point_cloud(
 
 def _checked(cloud: PointCloud, path: Path, num_points: int | None, seed: int) -> PointCloud:
     xyz = np.asarray(cloud.xyz)
-    if xyz.ndim != 2 or xyz.shape[1] != 3:
-        raise InputError(f"{path.name} holds {xyz.shape}, not points (N, 3).")
-    finite = np.isfinite(xyz).all(1)
+    if xyz.ndim != 2 or xyz.shape[1] != 3 or xyz.dtype.kind not in "fiu":
+        raise InputError(f"{path.name} holds {xyz.dtype} {xyz.shape}, not points (N, 3).")
+    finite = (np.abs(xyz) <= np.finfo(np.float32).max).all(1)
     if not finite.any():
         raise InputError(f"{path.name} holds no point with finite coordinates.")
-    cloud.xyz = np.ascontiguousarray(xyz, np.float32)
+    if offset := rounding_offset(xyz[finite]):
+        logger.info("%s: its coordinates are large; %s is subtracted (meta['offset'])", path.name, offset)
+        xyz = xyz - offset
+        cloud.meta["offset"] = offset
+    with np.errstate(over="ignore"):  # those rows are left out below
+        cloud.xyz = np.ascontiguousarray(xyz, np.float32)
+    cloud.rgb = None if cloud.rgb is None else _bytes(cloud.rgb)
+    cloud.normals = None if cloud.normals is None else np.asarray(cloud.normals, np.float32)
+    cloud.labels = None if cloud.labels is None else _whole(cloud.labels)
     cloud.meta["format"] = path.suffix.lower()
     if dropped := int((~finite).sum()):
         logger.warning(
@@ -103,6 +118,13 @@ def _checked(cloud: PointCloud, path: Path, num_points: int | None, seed: int) -
     if num_points is not None and len(cloud) > num_points:
         cloud = cloud.take(np.random.default_rng(seed).choice(len(cloud), num_points, replace=False))
     return cloud
+
+
+def rounding_offset(xyz: np.ndarray) -> list[float] | None:
+    """What to subtract from finite points (N, 3) before they become float32, where that would lose their detail; else None."""
+    low, high = xyz.min(0), xyz.max(0)
+    lost = np.abs(xyz - xyz.astype(np.float32)).max()
+    return low.tolist() if lost > _LOSS * (high - low).max() > 0 else None
 
 
 def columns(points: Any) -> np.ndarray:
@@ -118,17 +140,53 @@ def columns(points: Any) -> np.ndarray:
 def write_point_cloud(cloud: PointCloud | np.ndarray, path: str | os.PathLike[str]) -> Path:
     """Write .ply (binary; with colors, normals and labels), .npy, .npz (all), .xyz or .txt (coordinates), whole or not at all.
 
-    Raises `InputError` for another suffix.
+    Raises `InputError` for another suffix, or arrays of other shapes than those of `PointCloud`.
     """
     path = expanded(path)
     cloud = cloud if isinstance(cloud, PointCloud) else PointCloud(columns(cloud))
     writer = _WRITERS.get(path.suffix.lower())
     if writer is None:
         raise InputError(f"{path.name}: clouds are written as {', '.join(sorted(_WRITERS))}.")
-    content = writer(cloud)
+    content = writer(_writable(cloud))
     with atomic_write(path) as temporary:
         temporary.write_bytes(content)
     return path
+
+
+def _writable(cloud: PointCloud) -> PointCloud:
+    """The cloud with the shapes and types that `PointCloud` names."""
+    xyz = np.asarray(cloud.xyz)
+    if xyz.ndim != 2 or xyz.shape[1] != 3:
+        raise InputError(f"xyz must be (N, 3), not {xyz.shape}.")
+    for name, shape in {"rgb": xyz.shape, "normals": xyz.shape, "labels": xyz.shape[:1]}.items():
+        value = getattr(cloud, name)
+        if value is not None and np.shape(value) != shape:
+            raise InputError(f"{name} must be {shape}, one for each point, not {np.shape(value)}.")
+    return PointCloud(
+        xyz, None if cloud.rgb is None else _bytes(cloud.rgb), cloud.normals, cloud.labels, dict(cloud.meta)
+    )
+
+
+def _bytes(rgb: Any) -> np.ndarray:
+    """Colors as uint8: fractions 0..1 and numbers of 16 bits are told by their type and size."""
+    rgb = np.asarray(rgb)
+    if rgb.dtype == np.uint8:
+        return rgb
+    high = rgb.max(initial=0)
+    if rgb.dtype.kind == "f":
+        rgb = np.nan_to_num(rgb) * (255.0 if np.nanmax(rgb, initial=0) <= 1 else 1.0)
+    elif rgb.dtype.kind == "u" and high > 255:
+        rgb = rgb // 256
+    return np.rint(rgb).clip(0, 255).astype(np.uint8)
+
+
+def _whole(labels: Any) -> np.ndarray | None:
+    """Labels as int64; None where they are not whole numbers, such as intensities."""
+    labels = np.asarray(labels)
+    if labels.dtype.kind == "f" and not (np.isfinite(labels) & (labels == np.rint(labels))).all():
+        logger.warning("a column in the place of labels holds other than whole numbers and is left out")
+        return None
+    return labels.astype(np.int64)
 
 
 # --- formats --------------------------------------------------------------------------------------------------------------
@@ -154,15 +212,8 @@ def from_columns(columns: dict[str, np.ndarray]) -> PointCloud:
     if xyz is None:
         raise InputError(f"There are no columns x, y, z among {sorted(columns)[:8]}.")
     normals = block("nx", "ny", "nz") if "nx" in columns else block("normal_x", "normal_y", "normal_z")
-    if rgb is not None and rgb.dtype != np.uint8:
-        rgb = (rgb * (255 if rgb.max(initial=0) <= 1 else 1)).clip(0, 255)
     labels = columns.get("label", columns.get("labels"))
-    return PointCloud(
-        xyz,
-        None if rgb is None else rgb.astype(np.uint8),
-        None if normals is None else normals.astype(np.float32),
-        None if labels is None else labels.astype(np.int64),
-    )
+    return PointCloud(xyz, rgb, normals, labels)
 
 
 def _mesh(path: Path, count: int, seed: int, index: int) -> PointCloud:
@@ -199,11 +250,15 @@ def _text(path: Path, count: int, seed: int, index: int) -> PointCloud:
         for line in path.read_text(errors="replace").replace(",", " ").replace(";", " ").splitlines()
         if line.strip()
     ]
+    names: list[str] = []
     while (lines and len(lines[0].split()) < 3) or (lines and not _is_number(lines[0].split()[0])):
+        names = [_SHORT.get(n, n) for n in lines[0].replace('"', " ").strip("#/ \t").lower().split()]
         lines = lines[1:]  # a count, or names of columns
     if not lines:
         raise InputError(f"{path.name} holds no rows of numbers.")
     table = np.loadtxt(lines, ndmin=2)
+    if {"x", "y", "z"} <= set(names) and len(names) == table.shape[1]:
+        return from_columns(dict(zip(names, table.T, strict=True)))
     cloud = PointCloud(table[:, :3])
     if table.shape[1] >= 6:
         extra = table[:, 3:6]
@@ -212,8 +267,11 @@ def _text(path: Path, count: int, seed: int, index: int) -> PointCloud:
         elif extra.min() >= 0 and extra.max() <= 255:
             cloud.rgb = extra.astype(np.uint8)
     if table.shape[1] in (4, 7):
-        cloud.labels = table[:, -1].astype(np.int64)
+        cloud.labels = table[:, -1]
     return cloud
+
+
+_SHORT = {"r": "red", "g": "green", "b": "blue"}  # as CloudCompare names them
 
 
 def _is_number(text: str) -> bool:
@@ -234,25 +292,27 @@ def _numpy(path: Path, count: int, seed: int, index: int) -> PointCloud:
 
 
 def _named(arrays: dict[str, Any], index: int) -> PointCloud:
-    """A cloud from arrays under the usual names, else from the first that looks like points."""
+    """A cloud from arrays (or h5 data sets) under the usual names, else from the first that looks like points."""
     shaped = [k for k, a in arrays.items() if a.ndim >= 2 and a.shape[-1] >= 3]
     key = next((k for k in ("xyz", "points", "data") if k in shaped), shaped[0] if shaped else None)
     if key is None:
         raise InputError(f"There are no points (N, 3) among {sorted(arrays)[:8]}.")
-    cloud = _array(np.asarray(arrays[key]), index)
+    whole = arrays[key].shape[:-1]  # (N,), or (n, N) where there are several clouds
+    cloud = _array(arrays[key], index)
     for name in ("rgb", "normals", "labels"):
-        if name in arrays and len(arrays[name]) == len(cloud.xyz):
-            setattr(cloud, name, np.asarray(arrays[name]))
+        if name in arrays and name != key and arrays[name].shape[: len(whole)] == whole:
+            setattr(cloud, name, np.asarray(arrays[name][index] if len(whole) == 2 else arrays[name][()]))
     return cloud
 
 
-def _array(points: np.ndarray, index: int) -> PointCloud:
+def _array(points: Any, index: int) -> PointCloud:
     if points.ndim == 3:
         if not 0 <= index < len(points):
             raise InputError(f"The file holds {len(points)} clouds; there is no number {index}.")
         points = points[index]
     if points.ndim != 2 or points.shape[1] < 3:
         raise InputError(f"An array of shape {points.shape} is no cloud (N, 3).")
+    points = np.asarray(points)
     return PointCloud(points[:, :3], normals=points[:, 3:6].astype(np.float32) if points.shape[1] == 6 else None)
 
 
@@ -260,8 +320,7 @@ def _h5(path: Path, count: int, seed: int, index: int) -> PointCloud:
     import h5py
 
     with h5py.File(path, "r") as file:
-        sets = {k: v for k, v in file.items() if isinstance(v, h5py.Dataset)}
-        return _named({k: v[index : index + 1] if v.ndim == 3 else v[()] for k, v in sets.items() if v.ndim}, 0)
+        return _named({k: v for k, v in file.items() if isinstance(v, h5py.Dataset) and v.ndim}, index)
 
 
 def _las(path: Path, count: int, seed: int, index: int) -> PointCloud:
@@ -272,7 +331,6 @@ def _las(path: Path, count: int, seed: int, index: int) -> PointCloud:
     rgb = None
     if {"red", "green", "blue"} <= set(las.point_format.dimension_names):
         rgb = np.stack([las.red, las.green, las.blue], 1)
-        rgb = (rgb // 256 if rgb.max(initial=0) > 255 else rgb).astype(np.uint8)
     labels = np.asarray(las.classification, np.int64)
     return PointCloud(np.asarray(las.xyz) - offset, rgb, None, labels, {"offset": offset.tolist()})
 
@@ -300,6 +358,8 @@ def _write_ply(cloud: PointCloud) -> bytes:
     if cloud.rgb is not None:
         columns += [(n, "u1", cloud.rgb[:, i]) for i, n in enumerate(("red", "green", "blue"))]
     if cloud.labels is not None:
+        if len(cloud) and np.abs(cloud.labels).max() >= 1 << 31:
+            raise InputError("A .ply file holds labels of 32 bits; these are larger. Write .npz.")
         columns.append(("label", "<i4", cloud.labels))
     rows = np.empty(len(cloud), [(n, t) for n, t, _ in columns])
     for name, _, values in columns:

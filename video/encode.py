@@ -14,6 +14,7 @@ from torch import Tensor
 from mmkit.errors import InputError
 from mmkit.storage import atomic_write
 from mmkit.storage.files import expanded
+from mmkit.video.frames import check_fps
 from mmkit.video.io import VideoReader
 
 _WEBM = (".webm", ".mp4")
@@ -47,16 +48,21 @@ def write_video(
     path = expanded(path)
     if isinstance(frames, Tensor):
         frames = frames.cpu().numpy()
-    if not fps > 0:
-        raise InputError(f"fps must be positive, not {fps}.")
+    if not isinstance(frames, Iterable):
+        raise InputError(f"frames are an array (T, H, W, 3) or several of (H, W, 3), not {type(frames).__name__}.")
+    check_fps(fps)
+    rate = Fraction(fps).limit_denominator(1001) if fps >= 1 else 1 / Fraction(1 / fps).limit_denominator(1001)
     with atomic_write(path) as temporary:
         try:
             kind = _container_format(path)
             extra = {"movflags": "+faststart"} if faststart and kind in ("mp4", "mov") else {}
             with av.open(os.fspath(temporary), "w", format=kind, options=extra) as container:
-                stream: Any = container.add_stream(
-                    codec, rate=Fraction(fps).limit_denominator(1001), options=_encoder(codec, options)
-                )
+                try:
+                    stream: Any = container.add_stream(codec, rate=rate, options=_encoder(codec, options))
+                except (
+                    ValueError
+                ) as error:  # PyAV's, for a codec that does not exist or does not go into this container
+                    raise InputError(f"{path} cannot be written with codec {codec!r}: {error}.") from error
                 shape = None
                 for frame in frames:
                     frame = np.asarray(frame)

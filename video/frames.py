@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,12 @@ from mmkit.errors import InputError
 
 class VideoDecodeError(InputError):
     """A video cannot be read: missing, empty, not a video, or damaged beyond `tolerance`."""
+
+
+def check_fps(fps: object) -> None:
+    """Raise `InputError` unless `fps` is a frame rate that video files can hold."""
+    if not isinstance(fps, numbers.Real) or not 1e-6 <= fps <= 1e6:
+        raise InputError(f"fps must be frames per second, above 0 and at most a million, not {fps!r}.")
 
 
 @dataclass(frozen=True)

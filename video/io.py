@@ -23,7 +23,7 @@ from mmkit.data.listing import PathList, list_folder
 from mmkit.errors import InputError
 from mmkit.ops.backends import choose_backend
 from mmkit.storage.files import expanded
-from mmkit.video.frames import Clip, Placement, VideoDecodeError, resize, to_rgb
+from mmkit.video.frames import Clip, Placement, VideoDecodeError, check_fps, resize, to_rgb
 
 logger = logging.getLogger("mmkit.video")
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".flv", ".wmv", ".ogv", ".3gp")
@@ -131,16 +131,24 @@ class VideoReader:
         self._pictures = PathList(os.path.join(top.path, name) for name in top.files)
         if not self._pictures:
             raise VideoDecodeError(f"{self.path} is a folder without pictures ({', '.join(SUFFIXES)}).")
-        if not fps > 0:
-            raise InputError(f"fps must be positive, not {fps}.")
+        check_fps(fps)
         self.backend = "pictures"
-        try:
-            self.width, self.height = load_image(self._pictures[0]).size
-        except InputError as error:
-            raise VideoDecodeError(str(error)) from error
+        self.width, self.height = self._picture_size()
         self.fps = float(fps)
         self.seconds = np.arange(len(self._pictures)) / self.fps
         self.codec = "pictures"
+
+    def _picture_size(self) -> tuple[int, int]:
+        """(width, height) of the first picture that can be read; of the first alone where no damage is tolerated."""
+        failed: InputError | None = None
+        for path in self._pictures:
+            try:
+                return load_image(path).size
+            except InputError as error:
+                failed = failed or error
+                if not self.tolerance:
+                    break
+        raise VideoDecodeError(str(failed)) from failed
 
     def _open_file(self) -> None:
         import av
@@ -420,17 +428,27 @@ class VideoReader:
         self, wanted: list[int], size: tuple[int, int]
     ) -> Iterator[tuple[int, np.ndarray[Any, Any], str]]:
         last: np.ndarray[Any, Any] | None = None
+        waiting: list[int] = []  # damaged, before the first that can be read
+        failed: InputError | None = None
         for index in wanted:
             try:
                 picture = load_image(self._pictures[index])
-                if picture.size != (size[1], size[0]):
-                    picture = picture.resize((size[1], size[0]))
-                last = np.asarray(picture)
-                yield index, last, "ok"
             except InputError as error:
+                failed = failed or error
                 if last is None:
-                    raise VideoDecodeError(str(error)) from error
-                yield index, last, "replaced"
+                    waiting.append(index)
+                else:
+                    yield index, last, "replaced"
+                continue
+            if picture.size != (size[1], size[0]):
+                picture = picture.resize((size[1], size[0]))
+            last = np.asarray(picture)
+            for earlier in waiting:
+                yield earlier, last, "replaced"
+            waiting.clear()
+            yield index, last, "ok"
+        if waiting:
+            raise VideoDecodeError(str(failed)) from failed
 
     def _pass_torchcodec(
         self, wanted: list[int], size: tuple[int, int]

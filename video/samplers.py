@@ -153,7 +153,10 @@ class DenseSampler:
 
 
 def window_starts(duration: float, window: float, hop: float | None = None) -> Indices:
-    """Start times of windows of `window` seconds, `hop` seconds apart, that cover `duration`; the last ends with it."""
+    """Start times of windows of `window` seconds, `hop` seconds apart, from the start of `duration` on.
+
+    Where more than a quarter of a hop would stay behind the last, one more ends with `duration`.
+    """
     if not window > 0 or (hop is not None and not hop > 0):
         raise InputError(f"window and hop must be positive seconds, not {window} and {hop}.")
     hop = hop or window

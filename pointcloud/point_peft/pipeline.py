@@ -16,7 +16,7 @@ from mmkit.backbones.model import open_model
 from mmkit.errors import InputError
 from mmkit.ops.points import gather_points, knn_indices
 from mmkit.pipelines import Pipeline
-from mmkit.pointcloud.io import PointCloud, columns, read_point_cloud
+from mmkit.pointcloud.io import PointCloud, columns, read_point_cloud, rounding_offset
 from mmkit.pointcloud.point_peft.adapter import PointPEFT
 from mmkit.pointcloud.point_peft.result import CloudClassification, CloudSegmentation
 from mmkit.pointcloud.transforms import choose_points, unit_sphere
@@ -27,18 +27,21 @@ CloudLike: TypeAlias = "str | os.PathLike[str] | np.ndarray | PointCloud | Tenso
 
 
 def load_cloud(source: CloudLike) -> np.ndarray:
-    """Points (N, 3) float32 of a file, an array (N, 3+), a tensor or a `PointCloud`.
+    """Points (N, 3) float32 of a file, an array (N, 3+), a tensor or a `PointCloud`; those of surveys are moved to the origin.
 
     Raises `InputError` for an unreadable file, another shape, an empty cloud, or coordinates that are not finite.
     """
     if isinstance(source, str | os.PathLike):
         return read_point_cloud(source).xyz
-    xyz = columns(source.xyz if isinstance(source, PointCloud) else source)
+    given = source.xyz if isinstance(source, PointCloud) else source
+    xyz = columns(given)
     if xyz.ndim != 2 or xyz.shape[1] < 3 or not len(xyz):
         raise InputError(f"A cloud is an array (N, 3) with N >= 1, not {xyz.shape}.")
     if not np.isfinite(xyz[:, :3]).all():
         raise InputError("The cloud has NaN or infinite coordinates; remove those points first.")
-    return np.ascontiguousarray(xyz[:, :3])
+    exact = np.asarray(given, np.float64)[:, :3]
+    offset = rounding_offset(exact)
+    return np.ascontiguousarray(xyz[:, :3] if offset is None else exact - offset, np.float32)
 
 
 class _CloudPipeline(Pipeline):

@@ -8,6 +8,7 @@ import struct
 import h5py
 import laspy
 import numpy as np
+import plyfile
 import pytest
 import torch
 import trimesh
@@ -24,6 +25,7 @@ from mmkit.pointcloud import (
     unit_sphere,
     write_point_cloud,
 )
+from mmkit.pointcloud.point_peft.pipeline import load_cloud
 
 RNG = np.random.default_rng(0)
 FAR = np.array([5e5, 4e6, 100])
@@ -241,3 +243,115 @@ def test_shapenetpart(tmp_path):
     assert label == 1
     assert (parts == 36).all()
     assert points.shape == (40, 3)
+
+
+# --- what a file says reaches the cloud
+
+
+def test_survey_coordinates_keep_their_detail_in_every_format(tmp_path):
+    far = XYZ.astype(np.float64) + FAR
+    np.savetxt(tmp_path / "a.xyz", far, fmt="%.6f")
+    np.save(tmp_path / "a.npy", far)
+    rows = np.rec.fromarrays(far.T, names="x,y,z")
+    plyfile.PlyData([plyfile.PlyElement.describe(rows, "vertex")]).write(tmp_path / "a.ply")
+    for name in ("a.xyz", "a.npy", "a.ply"):
+        cloud = read_point_cloud(tmp_path / name)
+        assert np.allclose(cloud.xyz + cloud.meta["offset"], far, atol=1e-5)
+    assert "offset" not in read_point_cloud(write_point_cloud(XYZ, tmp_path / "near.xyz")).meta
+
+
+def test_coordinates_beyond_float32_are_left_out(tmp_path):
+    np.save(tmp_path / "a.npy", np.array([[1e300, 0, 0], [1, 2, 3], [4, 5, 6]]))
+    cloud = read_point_cloud(tmp_path / "a.npy")
+    assert cloud.xyz.tolist() == [[1, 2, 3], [4, 5, 6]]
+    assert cloud.meta["dropped"] == 1
+    np.save(tmp_path / "words.npy", np.array([["a", "b", "c"]]))
+    with pytest.raises(InputError, match="not points"):
+        read_point_cloud(tmp_path / "words.npy")
+
+
+@pytest.mark.parametrize("n", [3, 40])
+def test_one_of_several_clouds_comes_with_its_own_colors_and_labels(tmp_path, n):
+    arrays = {
+        "xyz": RNG.random((n, 40, 3)),
+        "rgb": RNG.integers(0, 256, (n, 40, 3)).astype(np.uint8),
+        "labels": RNG.integers(0, 9, (n, 40)),
+    }
+    np.savez(tmp_path / "a.npz", **arrays)
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        for key, value in arrays.items():
+            file[key] = value
+    for name in ("a.npz", "a.h5"):
+        cloud = read_point_cloud(tmp_path / name, index=2)
+        assert np.array_equal(cloud.rgb, arrays["rgb"][2])
+        assert np.array_equal(cloud.labels, arrays["labels"][2])
+    with h5py.File(tmp_path / "b.h5", "w") as file:  # a class for each cloud is no label of points
+        file["data"], file["labels"] = arrays["xyz"], np.arange(n)
+    assert read_point_cloud(tmp_path / "b.h5").labels is None
+    with pytest.raises(InputError, match=f"holds {n} clouds"):
+        read_point_cloud(tmp_path / "b.h5", index=n)
+
+
+def test_columns_of_text_are_taken_by_their_names(tmp_path):
+    for text in ("label,x,y,z\n7,1,2,3\n8,4,5,6\n", '"Label";"X";"Y";"Z"\n7;1;2;3\n8;4;5;6\n'):
+        (tmp_path / "a.csv").write_text(text)
+        cloud = read_point_cloud(tmp_path / "a.csv")
+        assert cloud.xyz.tolist() == [[1, 2, 3], [4, 5, 6]]
+        assert cloud.labels.tolist() == [7, 8]
+    (tmp_path / "a.txt").write_text("//X Y Z R G B\n1 2 3 1 0 0\n4 5 6 0 200 9\n")
+    assert read_point_cloud(tmp_path / "a.txt").rgb.tolist() == [[1, 0, 0], [0, 200, 9]]
+
+
+def test_intensities_are_no_labels(tmp_path, caplog):
+    for last in (".25", "nan"):
+        (tmp_path / "a.xyz").write_text(f"1 2 3 0.5\n4 5 6 {last}\n")
+        assert read_point_cloud(tmp_path / "a.xyz").labels is None
+    assert "left out" in caplog.text
+
+
+def test_colors_of_every_type_become_bytes(tmp_path):
+    wanted = np.array([[0, 51, 255], [1, 2, 3]])
+    kinds = {"f4": wanted / 255, "f8": wanted, "u2": wanted * 256, "i4": wanted}
+    for kind, values in kinds.items():
+        for suffix in (".npz", ".ply"):
+            cloud = PointCloud(XYZ[:2], rgb=values.astype(kind))
+            assert np.array_equal(read_point_cloud(write_point_cloud(cloud, tmp_path / f"a{suffix}")).rgb, wanted), kind
+    header = "ply\nformat ascii 1.0\nelement vertex 2\n" + "".join(f"property float {n}\n" for n in "xyz")
+    for kind, body in {
+        "ushort": "0 0 0 0 13056 65280\n1 2 3 256 512 768\n",
+        "int": "0 0 0 1 0 1\n1 2 3 0 1 0\n",
+    }.items():
+        colors = "".join(f"property {kind} {n}\n" for n in ("red", "green", "blue"))
+        (tmp_path / "b.ply").write_text(f"{header}{colors}end_header\n{body}")
+        expected = wanted if kind == "ushort" else [[1, 0, 1], [0, 1, 0]]
+        assert np.array_equal(read_point_cloud(tmp_path / "b.ply").rgb, expected)
+
+
+@pytest.mark.parametrize(
+    "cloud",
+    [
+        np.zeros((5, 2)),
+        PointCloud(XYZ, labels=np.arange(3)),
+        PointCloud(XYZ, rgb=np.zeros((40, 4), np.uint8)),
+        PointCloud(XYZ, labels=np.full(40, 2**40)),
+    ],
+)
+def test_what_a_file_cannot_hold_is_refused_before_it_is_written(tmp_path, cloud):
+    with pytest.raises(InputError):
+        write_point_cloud(cloud, tmp_path / "a.ply")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("settings", [{"num_points": 0}, {"num_points": -1}, {"num_points": 1.5}, {"seed": "a"}])
+def test_numbers_of_points_and_seeds_that_are_none_are_told(tmp_path, settings):
+    path = write_point_cloud(XYZ, tmp_path / "a.ply")
+    with pytest.raises(InputError, match="whole number"):
+        read_point_cloud(path, **settings)
+    assert len(read_point_cloud(path, 3, seed=-1)) == 3
+
+
+def test_survey_coordinates_in_memory_keep_their_detail():
+    near = np.random.default_rng(0).random((50, 3))
+    for far in (near + FAR, torch.from_numpy(near + FAR)):
+        assert np.allclose(load_cloud(far), near - near.min(0), atol=1e-6)
+    assert np.array_equal(load_cloud(near), near.astype(np.float32))

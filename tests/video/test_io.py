@@ -371,3 +371,40 @@ def test_large_frames_need_little_more_than_the_clip(tmp_path: Path) -> None:
     path = write_video(tmp_path / "4k.mp4", (np.roll(frame, i, 0) for i in range(12)), options={"preset": "ultrafast"})
     result = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)
     assert float(result.stdout) < 1.5
+
+
+@pytest.mark.parametrize("fps", [1e-4, 0.0015, 0.5, 29.97])
+def test_slow_videos_have_the_frame_rate_that_was_asked_for(tmp_path: Path, fps: float) -> None:
+    with VideoReader(write_video(tmp_path / "a.mp4", np.zeros((3, 16, 16, 3), np.uint8), fps=fps)) as reader:
+        assert reader.fps == pytest.approx(fps)
+        assert reader.seconds.tolist() == pytest.approx([0, 1 / fps, 2 / fps], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("a.mp4", {"fps": f}) for f in (float("inf"), float("nan"), 1e12, 1e-12, "a")]
+    + [("a.mp4", {"codec": "nope"}), ("a.mp4", {"codec": "libvpx"}), ("a.webm", {}), ("a.mp4", {"frames": None})],
+)
+def test_what_cannot_be_written_is_an_error_of_ours(tmp_path: Path, name: str, settings: dict[str, Any]) -> None:
+    with pytest.raises(InputError):
+        write_video(tmp_path / name, **{"frames": np.zeros((3, 16, 16, 3), np.uint8), **settings})
+    assert not list(tmp_path.iterdir())
+
+
+def test_damaged_pictures_at_the_start_of_a_folder_are_tolerated_like_others(tmp_path: Path, clips: Any) -> None:
+    for i, frame in enumerate(clips.numbered(6)):
+        Image.fromarray(frame).save(tmp_path / f"{i}.png")
+    for i in (0, 1):
+        (tmp_path / f"{i}.png").write_bytes(b"no picture")
+    with VideoReader(tmp_path) as reader:
+        with pytest.warns(UserWarning, match="2 of 4"):
+            clip = reader.read([1, 0, 2, 3])
+        assert clips.numbers(clip.frames) == [2, 2, 2, 3]
+        assert clip.num_replaced == 2
+        with pytest.raises(VideoDecodeError, match=r"0\.png"):
+            reader.read([0, 1])
+    with pytest.raises(VideoDecodeError, match=r"0\.png"):
+        VideoReader(tmp_path, tolerance=0)
+    for fps in (float("inf"), "a"):
+        with pytest.raises(InputError, match="fps"):
+            VideoReader(tmp_path, fps=fps)  # type: ignore[arg-type]

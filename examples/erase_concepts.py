@@ -31,7 +31,7 @@ def main() -> None:
     for word in args.concepts:
         more = {} if args.steps is None else {"max_steps": args.steps}
         done = erase(draw, **scene_recipe(word, **more), output_dir=args.output)
-        export_lora(done.adapters[word], args.output / f"{word}_lora.safetensors")  # for diffusers alone
+        export_lora(done.adapters[word], args.output / f"{word}_lora.safetensors")  # read by load_lora
         print(f"{word}: {scene_rates(draw, word)}.")
 
     careful = ConceptEraser(draw.pipe, calibrate=True)  # every prompt with its own strengths

@@ -2,7 +2,7 @@
 
 An SPM file holds `<layer>.lora_down.weight`, `<layer>.lora_up.weight` and `<layer>.alpha` with `<layer>` = "lora_unet_" and the module's
 path with "_" for ".", and the erased concepts in its metadata. `StableDiffusionPipeline.load_lora_weights` of diffusers reads it, too; for
-transformers (PixArt, Flux, ...) it reads what `export_lora` writes.
+transformers (Flux, SD3, Sana, ...) it reads what `export_lora` writes. The pipelines of PixArt and DiT have no `load_lora_weights`.
 """
 
 from __future__ import annotations
@@ -106,7 +106,9 @@ def save_official_checkpoint(adapter: SPM, path: str | os.PathLike[str]) -> None
 
 
 def export_lora(adapter: SPM, path: str | os.PathLike[str], *, strength: float = 1.0) -> None:
-    """Write `adapter` at a fixed strength as a LoRA that `load_lora_weights` of any diffusers pipeline reads; alpha is folded in.
+    """Write `adapter` at a fixed strength as a LoRA that `load_lora_weights` of diffusers reads; alpha is folded in.
+
+    Pipelines of diffusers without `load_lora_weights` (PixArt, DiT) cannot read it; `load_lora` here can.
 
     Raises `InputError` when it trains whole modules beside membranes.
     """

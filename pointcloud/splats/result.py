@@ -84,7 +84,7 @@ def turntable(
         on_frame: called with the number of frames done.
 
     Raises:
-        InputError: another suffix, an odd or too large size, or an angle or distance of no camera.
+        InputError: another suffix, an odd or too large size, a frame rate that is none, or an angle or distance of no camera.
         StorageError: the film cannot be written there.
     """
     import av
@@ -94,6 +94,8 @@ def turntable(
         raise InputError(f"A film must be called .mp4, not {path.name!r}.")
     if size % 2 or not 16 <= size <= 2048 or not 1 <= frames <= 10_000:
         raise InputError(f"size must be even, 16 to 2048, and frames 1 to 10000; got {size} and {frames}.")
+    if not isinstance(fps, int) or not 1 <= fps <= 1000:
+        raise InputError(f"fps must be a whole number from 1 to 1000, not {fps!r}.")
     centre, radius = model.bounds()
     away = 2.6 * max(radius, 1e-3) if distance is None else distance
     cameras = orbit(centre, away, [360 * i / frames for i in range(frames)], elevation, width=size, height=size)

@@ -29,7 +29,6 @@ from mmkit.pointcloud.point_peft.pipeline import load_cloud
 
 RNG = np.random.default_rng(0)
 FAR = np.array([5e5, 4e6, 100])
-FAR = np.array([5e5, 4e6, 100])
 XYZ = RNG.normal(size=(40, 3)).astype(np.float32)
 FULL = PointCloud(
     XYZ, RNG.integers(0, 256, (40, 3)).astype(np.uint8), RNG.normal(size=(40, 3)).astype(np.float32), np.arange(40) % 3

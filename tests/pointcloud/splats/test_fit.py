@@ -375,6 +375,9 @@ def test_a_film_around_a_scene(tmp_path) -> None:
         assert sum(1 for _ in film.decode(video=0)) == 5
     with pytest.raises(InputError, match="even"):
         turntable(model, tmp_path / "y.mp4", size=33)
+    for fps in (0, -3, 29.97):  # 0 was taken for 24
+        with pytest.raises(InputError, match="fps"):
+            turntable(model, tmp_path / "y.mp4", frames=2, size=32, fps=fps)
     assert not (tmp_path / "y.mp4").exists()
 
 

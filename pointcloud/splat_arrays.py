@@ -39,6 +39,18 @@ def as_arrays(model: GaussianModel) -> dict[str, np.ndarray]:
     return arrays
 
 
+def deviations(scales: np.ndarray) -> np.ndarray:
+    """Standard deviations as float32 of their logarithms; `InputError` where that cannot hold them."""
+    with np.errstate(over="ignore"):
+        found = np.exp(scales.astype(np.float64)).astype(np.float32)
+    if not np.isfinite(found).all():
+        raise InputError(
+            f"scales reach {scales.max():g}, the logarithm of more than this format holds; remove those Gaussians with `select` "
+            "first, or use .ply."
+        )
+    return found
+
+
 def sigmoid(x: np.ndarray) -> np.ndarray:
     """1 / (1 + exp(-x))."""
     return 1 / (1 + np.exp(-x.astype(np.float64)))

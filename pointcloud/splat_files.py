@@ -22,7 +22,7 @@ import numpy as np
 from mmkit.errors import InputError, nearest
 from mmkit.ops.gaussian.harmonics import C0
 from mmkit.pointcloud.gaussians import GaussianModel
-from mmkit.pointcloud.splat_arrays import as_arrays, as_model, check_count, logit, sigmoid, to_bytes
+from mmkit.pointcloud.splat_arrays import as_arrays, as_model, check_count, deviations, logit, sigmoid, to_bytes
 from mmkit.storage import atomic_write
 from mmkit.storage.files import check_writable, expanded
 
@@ -165,8 +165,12 @@ def write_ply(model: GaussianModel, labels: np.ndarray | None = None) -> bytes:
         return "\n".join([*header, "end_header", ""]).encode() + floats.tobytes()
     if np.shape(labels) != (n,):
         raise InputError(f"labels must be ({n},), one a Gaussian; got {np.shape(labels)}.")
+    with np.errstate(invalid="ignore"):
+        whole = np.asarray(labels).astype("<i4")
+    if not np.array_equal(whole, labels):
+        raise InputError("labels must be whole numbers of 32 bits.")
     rows = np.empty(n, [("floats", "<f4", floats.shape[1]), ("label", "<i4")])
-    rows["floats"], rows["label"] = floats, labels
+    rows["floats"], rows["label"] = floats, whole
     return "\n".join([*header, "property int label", "end_header", ""]).encode() + rows.tobytes()
 
 
@@ -235,7 +239,7 @@ def write_splat(model: GaussianModel) -> bytes:
     """32 bytes each, largest and most opaque first, so that viewers can show a part of the file."""
     arrays = as_arrays(model)
     rows = np.empty(len(model), _SPLAT)
-    rows["means"], rows["scales"] = arrays["means"], np.exp(arrays["scales"])
+    rows["means"], rows["scales"] = arrays["means"], deviations(arrays["scales"])
     rows["color"][:, :3] = to_bytes(255 * (0.5 + C0 * arrays["sh0"][:, 0]))
     rows["color"][:, 3] = to_bytes(255 * sigmoid(arrays["opacities"]))
     rows["quats"] = to_bytes(128 * arrays["quats"] + 128)

@@ -17,7 +17,7 @@ from torch import Tensor
 from mmkit.errors import InputError
 from mmkit.ops.gaussian.reference import rotation
 from mmkit.pointcloud.gaussians import NAMES, GaussianModel
-from mmkit.pointcloud.splat_arrays import as_arrays, as_model, check_count, logit, sigmoid
+from mmkit.pointcloud.splat_arrays import as_arrays, as_model, check_count, deviations, logit, sigmoid
 
 NAME = "KHR_gaussian_splatting"
 _TURN = [1.0, 0.0, 0.0, 0.0]  # xyzw
@@ -32,7 +32,7 @@ def write(model: GaussianModel) -> bytes:
     alphas = sigmoid(arrays["opacities"])
     values: dict[str, np.ndarray] = {
         "POSITION": arrays["means"], f"{NAME}:ROTATION": np.roll(arrays["quats"], -1, axis=1),
-        f"{NAME}:SCALE": np.exp(arrays["scales"].astype(np.float64)), f"{NAME}:OPACITY": alphas[:, None],
+        f"{NAME}:SCALE": deviations(arrays["scales"]), f"{NAME}:OPACITY": alphas[:, None],
         f"{NAME}:SH_DEGREE_0_COEF_0": arrays["sh0"][:, 0],
     }  # fmt: skip
     values |= {_coefficient(i): arrays["shN"][:, i - 1] for i in range(1, (model.sh_degree + 1) ** 2)}

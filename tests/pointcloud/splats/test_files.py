@@ -306,3 +306,18 @@ def test_other_bad_input(tmp_path) -> None:
         model.means[0, 0] = 1e9
     with pytest.raises(InputError, match="scale the scene down"):
         save_splats(model, tmp_path / "x.spz")
+
+
+@pytest.mark.parametrize("suffix", [".glb", ".splat"])
+def test_sizes_that_a_format_cannot_hold_are_refused(tmp_path, suffix) -> None:
+    model = scene()
+    model.scales.data[3, 1] = 100.0
+    with pytest.raises(InputError, match="scales reach 100"):
+        save_splats(model, tmp_path / f"a{suffix}")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("wrong", [2**40, 0.5, np.nan])
+def test_labels_that_a_file_cannot_hold_are_refused(tmp_path, wrong) -> None:
+    with pytest.raises(InputError, match="32 bits"):
+        save_splats(scene(3), tmp_path / "a.ply", labels=np.array([0, 1, wrong]))

@@ -51,6 +51,7 @@ def write_video(
     if not isinstance(frames, Iterable):
         raise InputError(f"frames are an array (T, H, W, 3) or several of (H, W, 3), not {type(frames).__name__}.")
     check_fps(fps)
+    fps = float(fps)
     rate = Fraction(fps).limit_denominator(1001) if fps >= 1 else 1 / Fraction(1 / fps).limit_denominator(1001)
     with atomic_write(path) as temporary:
         try:

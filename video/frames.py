@@ -19,7 +19,7 @@ class VideoDecodeError(InputError):
 
 def check_fps(fps: object) -> None:
     """Raise `InputError` unless `fps` is a frame rate that video files can hold."""
-    if not isinstance(fps, numbers.Real) or not 1e-6 <= fps <= 1e6:
+    if not isinstance(fps, numbers.Real) or not 1e-6 <= float(fps) <= 1e6:
         raise InputError(f"fps must be frames per second, above 0 and at most a million, not {fps!r}.")
 
 
@@ -98,3 +98,10 @@ def resize(frame: np.ndarray[Any, Any], size: tuple[int, int]) -> np.ndarray[Any
     from PIL import Image
 
     return np.asarray(Image.fromarray(frame).resize((size[1], size[0]), Image.Resampling.BOX))
+
+
+def is_cover_art(stream: Any) -> bool:
+    """Whether a stream of a container is the picture of its cover and no video."""
+    import av
+
+    return bool(stream.disposition & av.stream.Disposition.attached_pic)

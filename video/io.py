@@ -23,7 +23,7 @@ from mmkit.data.listing import PathList, list_folder
 from mmkit.errors import InputError
 from mmkit.ops.backends import choose_backend
 from mmkit.storage.files import expanded
-from mmkit.video.frames import Clip, Placement, VideoDecodeError, check_fps, resize, to_rgb
+from mmkit.video.frames import Clip, Placement, VideoDecodeError, check_fps, is_cover_art, resize, to_rgb
 
 logger = logging.getLogger("mmkit.video")
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".flv", ".wmv", ".ogv", ".3gp")
@@ -140,15 +140,13 @@ class VideoReader:
 
     def _picture_size(self) -> tuple[int, int]:
         """(width, height) of the first picture that can be read; of the first alone where no damage is tolerated."""
-        failed: InputError | None = None
-        for path in self._pictures:
+        failed = []
+        for path in self._pictures if self.tolerance else self._pictures[:1]:
             try:
                 return load_image(path).size
             except InputError as error:
-                failed = failed or error
-                if not self.tolerance:
-                    break
-        raise VideoDecodeError(str(failed)) from failed
+                failed.append(error)
+        raise VideoDecodeError(str(failed[0])) from failed[0]
 
     def _open_file(self) -> None:
         import av
@@ -169,7 +167,7 @@ class VideoReader:
             raise
 
     def _read_header(self) -> None:
-        streams = [s for s in self._container.streams.video if not _is_cover_art(s)]
+        streams = [s for s in self._container.streams.video if not is_cover_art(s)]
         if not streams:
             raise VideoDecodeError(f"{self.path} has no video stream (audio only).")
         self._stream = streams[0]
@@ -428,27 +426,23 @@ class VideoReader:
         self, wanted: list[int], size: tuple[int, int]
     ) -> Iterator[tuple[int, np.ndarray[Any, Any], str]]:
         last: np.ndarray[Any, Any] | None = None
-        waiting: list[int] = []  # damaged, before the first that can be read
-        failed: InputError | None = None
+        waiting: dict[int, InputError] = {}  # damaged, before the first that can be read
         for index in wanted:
             try:
                 picture = load_image(self._pictures[index])
             except InputError as error:
-                failed = failed or error
                 if last is None:
-                    waiting.append(index)
+                    waiting[index] = error
                 else:
                     yield index, last, "replaced"
                 continue
-            if picture.size != (size[1], size[0]):
-                picture = picture.resize((size[1], size[0]))
-            last = np.asarray(picture)
+            last = np.asarray(picture if picture.size == size[::-1] else picture.resize(size[::-1]))
             for earlier in waiting:
                 yield earlier, last, "replaced"
             waiting.clear()
             yield index, last, "ok"
-        if waiting:
-            raise VideoDecodeError(str(failed)) from failed
+        for error in waiting.values():
+            raise VideoDecodeError(str(error)) from error
 
     def _pass_torchcodec(
         self, wanted: list[int], size: tuple[int, int]
@@ -503,9 +497,3 @@ def read_frames(
 def _reason(error: BaseException) -> str:
     text = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
     return str(text).splitlines()[0]
-
-
-def _is_cover_art(stream: Any) -> bool:
-    import av
-
-    return bool(stream.disposition & av.stream.Disposition.attached_pic)

@@ -441,8 +441,8 @@ class VideoReader:
                 yield earlier, last, "replaced"
             waiting.clear()
             yield index, last, "ok"
-        for error in waiting.values():
-            raise VideoDecodeError(str(error)) from error
+        for problem in waiting.values():
+            raise VideoDecodeError(str(problem)) from problem
 
     def _pass_torchcodec(
         self, wanted: list[int], size: tuple[int, int]

@@ -58,7 +58,7 @@ class CloudDataset(Dataset[Any]):
             table = read_point_cloud(cloud)
             points, parts = table.xyz, table.labels
         else:
-            points, parts = columns(cloud)[:, :3], None
+            points, parts = columns(cloud)[:, :3].astype(np.float32), None
         points, parts = points[: self.num_points], None if parts is None else parts[: self.num_points]
         if self.unit:
             points = unit_sphere(points)

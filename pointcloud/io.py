@@ -128,9 +128,9 @@ def rounding_offset(xyz: np.ndarray) -> list[float] | None:
 
 
 def columns(points: Any) -> np.ndarray:
-    """Numbers in memory as an array of float32. Raises `InputError` for anything else."""
+    """Numbers in memory, a tensor of any device among them, as an array of float64. Raises `InputError` for anything else."""
     try:
-        return np.asarray(points, np.float32)
+        return np.asarray(points.detach().cpu().double() if hasattr(points, "detach") else points, np.float64)
     except (TypeError, ValueError) as error:
         raise InputError(
             f"A cloud is a file, a PointCloud or an array (N, 3) of numbers, not {type(points).__name__} ({str(error)[:80]})."
@@ -143,7 +143,7 @@ def write_point_cloud(cloud: PointCloud | np.ndarray, path: str | os.PathLike[st
     Raises `InputError` for another suffix, or arrays of other shapes than those of `PointCloud`.
     """
     path = expanded(path)
-    cloud = cloud if isinstance(cloud, PointCloud) else PointCloud(columns(cloud))
+    cloud = cloud if isinstance(cloud, PointCloud) else PointCloud(columns(cloud).astype(np.float32))
     writer = _WRITERS.get(path.suffix.lower())
     if writer is None:
         raise InputError(f"{path.name}: clouds are written as {', '.join(sorted(_WRITERS))}.")

@@ -33,15 +33,13 @@ def load_cloud(source: CloudLike) -> np.ndarray:
     """
     if isinstance(source, str | os.PathLike):
         return read_point_cloud(source).xyz
-    given = source.xyz if isinstance(source, PointCloud) else source
-    xyz = columns(given)
+    xyz = columns(source.xyz if isinstance(source, PointCloud) else source)
     if xyz.ndim != 2 or xyz.shape[1] < 3 or not len(xyz):
         raise InputError(f"A cloud is an array (N, 3) with N >= 1, not {xyz.shape}.")
-    if not np.isfinite(xyz[:, :3]).all():
+    xyz = xyz[:, :3]
+    if not (np.abs(xyz) <= np.finfo(np.float32).max).all():
         raise InputError("The cloud has NaN or infinite coordinates; remove those points first.")
-    exact = np.asarray(given, np.float64)[:, :3]
-    offset = rounding_offset(exact)
-    return np.ascontiguousarray(xyz[:, :3] if offset is None else exact - offset, np.float32)
+    return np.ascontiguousarray(xyz - (rounding_offset(xyz) or 0.0), np.float32)
 
 
 class _CloudPipeline(Pipeline):

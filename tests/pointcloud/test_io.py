@@ -354,3 +354,11 @@ def test_survey_coordinates_in_memory_keep_their_detail():
     for far in (near + FAR, torch.from_numpy(near + FAR)):
         assert np.allclose(load_cloud(far), near - near.min(0), atol=1e-6)
     assert np.array_equal(load_cloud(near), near.astype(np.float32))
+
+
+def test_tensors_of_any_kind_are_clouds_and_no_coordinate_becomes_infinite():
+    points = torch.tensor([[0.0, 1, 2], [3, 4, 5]], requires_grad=True)
+    for cloud in (points, points.to(torch.bfloat16)):
+        assert np.array_equal(load_cloud(cloud), points.detach().numpy())
+    with pytest.raises(InputError, match="infinite"):
+        load_cloud([[0.0, 0, 0], [1e300, 0, 0]])

@@ -110,6 +110,15 @@ def test_the_table_says_what_the_scripts_measured() -> None:
             assert found["video_motion", f"clips: {key}"] == pytest.approx(score, abs=0.01)
 
 
+def test_every_command_of_the_manifest_was_run_a_second_time() -> None:
+    found = results("reproduce")
+    assert set(found) == set(list_weights())
+    for name, row in found.items():
+        assert row["score of the bundled file"] == weight_entry(name).score, name
+        assert row["same"] == (row["difference"] == 0), name
+        assert set(row["score of the bundled file"]) <= set(row["score"]), name
+
+
 def test_every_license_that_is_not_apache_is_said_in_the_readme_and_all_in_the_list() -> None:
     told = readme().split("## License")[1]
     licenses = {name: weight_entry(name).license for name in list_weights()}

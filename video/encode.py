@@ -60,9 +60,7 @@ def write_video(
             with av.open(os.fspath(temporary), "w", format=kind, options=extra) as container:
                 try:
                     stream: Any = container.add_stream(codec, rate=rate, options=_encoder(codec, options))
-                except (
-                    ValueError
-                ) as error:  # PyAV's, for a codec that does not exist or does not go into this container
+                except ValueError as error:  # no such codec, or none for this container
                     raise InputError(f"{path} cannot be written with codec {codec!r}: {error}.") from error
                 shape = None
                 for frame in frames:

@@ -187,8 +187,7 @@ class MaskedAttention(hooks.Action):
                 factor = matrix if factor is None else factor * matrix
         if factor is None:
             return type(m).forward(m, x, attn_mask=attn_mask)
-        B, N, _ = x.shape
-        q, k, v = m.qkv(x).reshape(B, N, 3, m.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = m.qkv(x).unflatten(-1, (3, m.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         dropout = m.attn_drop.p if m.training else 0.0
         out = masked_attention(
             m.q_norm(q),
@@ -200,7 +199,7 @@ class MaskedAttention(hooks.Action):
             dropout_p=dropout,
             backend=self.backend,
         )
-        out = out.transpose(1, 2).reshape(B, N, -1)
+        out = out.transpose(1, 2).flatten(2)
         out = m.norm(out) if getattr(m, "norm", None) is not None else out
         if getattr(m, "gate", None) is not None:
             out = out * m.gate(x).sigmoid()

@@ -137,3 +137,11 @@ def test_half_precision_and_compiled_models():
         torch.testing.assert_close(compiled(images), expected.detach(), atol=1e-5, rtol=1e-5)
     half = model.to(torch.bfloat16)
     assert half(images.to(torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_an_empty_batch_passes_as_it_does_without_the_adapter():
+    model = small_vit()
+    empty = torch.zeros(0, 3, 64, 64)
+    assert model(empty).shape == (0, 7)
+    apply_adapter(model, "gmm")
+    assert model(empty).shape == (0, 7)

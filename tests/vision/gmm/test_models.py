@@ -118,3 +118,10 @@ def test_digits_from_scratch_learn_faster_with_the_mask():
     )
     assert masked >= 0.85
     assert masked >= plain + 0.2
+
+
+@pytest.mark.parametrize("name", ["gmm_vit", "gmm_cait", "gmm_pit", "gmm_t2t"])  # timm's Swin takes no empty batch
+def test_an_empty_batch_gives_an_empty_answer(name):
+    model = create_model(name, num_classes=3).eval()
+    with torch.no_grad():
+        assert model(torch.zeros(0, 3, 32, 32)).shape == (0, 3)

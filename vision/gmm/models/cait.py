@@ -29,16 +29,15 @@ class TalkingHeadsAttention(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """`(B, N, dim)`, context `(B, M, dim)` -> `(B, N, dim)`."""
-        B, N, _ = x.shape
         source = x if context is None else context
-        q = self.q(x).reshape(B, N, self.num_heads, -1).transpose(1, 2)
-        k, v = self.kv(source).reshape(B, source.shape[1], 2, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        q = self.q(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        k, v = self.kv(source).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         logits = (q * self.scale) @ k.transpose(-2, -1)
         if self.mask is not None:
             logits = self.mask(logits)
         weights = torch.einsum("bhij,hg->bgij", logits, self.mix_pre.to(logits.dtype)).softmax(-1)
         weights = torch.einsum("bhij,hg->bgij", weights, self.mix_post.to(weights.dtype)).to(v.dtype)
-        return self.proj((weights @ v).transpose(1, 2).reshape(B, N, -1))
+        return self.proj((weights @ v).transpose(1, 2).flatten(2))
 
 
 class CaiTBlock(Block):

@@ -71,10 +71,9 @@ class MaskedAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(B, N, dim)` -> `(B, N, dim)`."""
-        B, N, _ = x.shape
-        q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         out = masked_attention(q, k, v, self.mask)
-        return self.proj(out.transpose(1, 2).reshape(B, N, -1))
+        return self.proj(out.transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):

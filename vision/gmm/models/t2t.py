@@ -33,10 +33,9 @@ class T2TAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(B, N, dim)` -> `(B, N, inner_dim)`."""
-        B, N, _ = x.shape
-        q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         out = masked_attention(q, k, v, self.mask, scale=self.scale)
-        out = self.proj(out.transpose(1, 2).reshape(B, N, -1))
+        out = self.proj(out.transpose(1, 2).flatten(2))
         return out + (v.squeeze(1) if self.num_heads == 1 else x)
 
 

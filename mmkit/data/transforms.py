@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
+import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -192,3 +194,14 @@ class PadEnd:
         canvas = Image.new(image.mode, self.size[::-1], self.fill if len(self.fill) > 1 else self.fill[0])
         canvas.paste(image, (0, 0))
         return canvas
+
+
+def resized(x: Tensor, **options: Any) -> Tensor:
+    """`F.interpolate`, bilinear, of maps (B, C, H, W) in any precision: on the CPU torch has none that antialiases half precision.
+
+    Args:
+        x: of a floating type, which the answer has too.
+        options: `size` or `scale_factor`, and `antialias`.
+    """
+    work = x.to(torch.promote_types(x.dtype, torch.float32))
+    return F.interpolate(work, mode="bilinear", **options).to(x.dtype)

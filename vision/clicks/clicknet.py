@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmkit.backbones.model import Model
+from mmkit.data.transforms import resized
 from mmkit.errors import InputError
 from mmkit.vision.clicks.geodesic import click_maps
 from mmkit.vision.clicks.prompts import BOX_A, BOX_B, NEGATIVE, PADDING, POSITIVE, check_prompts
@@ -188,7 +189,7 @@ class ClickNet(Model):
     def preprocess(self, images: Tensor) -> Tensor:
         """RGB `(B, 3, H, W)` in 0..1 to `(B, 4, S, S)`: the picture in -1..1 and 0 in the padding, and where it is."""
         h, w = self.scaled_size(*images.shape[2:])
-        x = F.interpolate(images, (h, w), mode="bilinear", antialias=True) * 2 - 1
+        x = resized(images, size=(h, w), antialias=True) * 2 - 1
         x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
         return F.pad(x, (0, self.img_size - w, 0, self.img_size - h))
 
@@ -287,7 +288,7 @@ class ClickNet(Model):
         for kind in (positive, negative):
             share = (kind.float() / kind.sum(1, keepdim=True).clamp(min=1))[:, None]
             seen += [(at_points(x, spots) * share).sum(dim=2) for x in view.features[2:]]
-        context = self.clicked(torch.cat(seen, dim=1))
+        context = self.clicked(torch.cat(seen, dim=1).to(next(self.clicked.parameters())))
         pyramid = [maps]
         for _ in range(4):
             pyramid.append(F.avg_pool2d(pyramid[-1], 2))
@@ -317,14 +318,15 @@ class ClickNet(Model):
         known = maps[:, 8].float().mean(dim=(1, 2))[:, None, None].expand_as(area)
         kind = self.mask_kind.expand(low.shape[0], -1, -1)
         parts = [within, around, context[:, None].expand(-1, low.shape[1], -1), kind, area.sqrt(), sure, soft, known]
-        return self.rate(torch.cat([p.float() for p in parts], dim=2))[..., 0].sigmoid()
+        told = torch.cat([p.float() for p in parts], dim=2)
+        return self.rate(told.to(next(self.rate.parameters())))[..., 0].sigmoid()
 
     def upscale(self, low: Tensor, size: tuple[int, int]) -> Tensor:
         """Logits `(N, M, s, s)` of the square to the picture's `size`."""
         h, w = self.scaled_size(*size)
         if (h, w) != (self.img_size, self.img_size):
             low = F.interpolate(low, (self.img_size, self.img_size), mode="bilinear")[..., :h, :w]
-        return F.interpolate(low, size, mode="bilinear", antialias=size[0] < low.shape[2])
+        return resized(low, size=size, antialias=size[0] < low.shape[2])
 
     def forward(
         self, images: Tensor, points: Tensor, labels: Tensor, previous: Tensor | None = None

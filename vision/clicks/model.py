@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmkit.backbones.model import Model
+from mmkit.data.transforms import resized
 from mmkit.errors import InputError
 from mmkit.vision.clicks.geodesic import click_maps
 from mmkit.vision.clicks.layers import (
@@ -158,7 +159,7 @@ class SqueezeSAM(Model):
     def preprocess(self, images: Tensor) -> Tensor:
         """RGB `(B, 3, H, W)` in 0..1 to normalised `(B, 3, S, S)`; padding, if any, is zero after normalisation."""
         h, w = self.scaled_size(*images.shape[2:])
-        x = F.interpolate(images, (h, w), mode="bilinear", antialias=self.antialias)
+        x = resized(images, size=(h, w), antialias=self.antialias)
         x = (x - self.pixel_mean) / self.pixel_std
         return F.pad(x, (0, self.img_size - w, 0, self.img_size - h)) if (h, w) != (self.img_size,) * 2 else x
 

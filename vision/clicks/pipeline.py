@@ -33,7 +33,7 @@ from mmkit.vision.clicks.clicknet import ClickNet
 from mmkit.vision.clicks.engines import CallableEngine, ClickNetEngine, Engine, SamEngine, SqueezeSAMEngine
 from mmkit.vision.clicks.model import SqueezeSAM
 from mmkit.vision.clicks.predictor import Offer, Predictor
-from mmkit.vision.clicks.prompts import NEGATIVE, POSITIVE, Box, Prompt, read_box, read_prompt
+from mmkit.vision.clicks.prompts import NEGATIVE, POINTS, POSITIVE, Box, Prompt, numbers, read_box, read_prompt
 from mmkit.vision.clicks.rating import Rating
 from mmkit.vision.clicks.result import Mask
 from mmkit.vision.clicks.saliency import InitialPrompt, initial_prompt, random_walker, saliency_map
@@ -277,10 +277,11 @@ class InteractiveSegmenter(Pipeline):
             InputError: an unreadable picture, points outside it, or other labels.
         """
         self.set_image(image)
-        if (points is None or not len(points)) and box is None:
+        spots = numbers(() if points is None else points, (2,), POINTS)
+        if not len(spots) and box is None:
             self.propose()
         else:
-            self._run(self._prompt(() if points is None else points, labels, box), None)
+            self._run(self._prompt(spots, labels, box), None)
         assert self.mask is not None
         return self.masks if multimask_output else self.mask
 

@@ -15,6 +15,9 @@ from mmkit.errors import InputError
 NEGATIVE, POSITIVE, BOX_A, BOX_B, PADDING = 0, 1, 2, 3, -1
 """Point labels: negative click, positive click, the two corners of a box, and padding."""
 
+POINTS = "points must be pairs (x, y) in pixels"
+"""How the refusal of other points begins."""
+
 Box = tuple[float, float, float, float]
 """x0, y0, x1, y1 in pixels, low before high."""
 
@@ -47,7 +50,7 @@ def read_prompt(points: Any, labels: Any, box: Any, size: tuple[int, int]) -> Pr
     Raises:
         InputError: nothing to predict from, other shapes or labels, a point outside the picture, two boxes, an empty box.
     """
-    xy = numbers(points, (2,), "points must be pairs (x, y) in pixels")
+    xy = numbers(points, (2,), POINTS)
     kinds = np.ones(len(xy)) if labels is None else numbers(labels, (), "labels must be one number per point")
     if len(kinds) != len(xy):
         raise InputError(f"{len(xy)} points but {len(kinds)} labels; give one label per point.")

@@ -26,6 +26,7 @@ from torchvision.ops import Permute
 from mmkit.backbones import ImageBackboneInfo, image_info
 from mmkit.backbones.builder import attach_info
 from mmkit.backbones.model import Model
+from mmkit.data.transforms import resized
 from mmkit.errors import InputError
 from mmkit.vision.piip.branches import Family, Tokens, build_branch
 from mmkit.vision.piip.config import BranchConfig, PIIPConfig
@@ -263,9 +264,7 @@ class Pyramid(Model):
         if fit == "floor":
             if branch.img_size < last:
                 scale = branch.img_size / last
-                x = F.interpolate(
-                    x, scale_factor=scale, mode="bilinear", align_corners=False, antialias=self.pyramid.antialias
-                )
+                x = resized(x, scale_factor=scale, antialias=self.pyramid.antialias)
             size = [side // stride * stride for side in x.shape[-2:]]
             x = x[..., : size[0], : size[1]]
             if min(size) < 1:
@@ -284,7 +283,7 @@ class Pyramid(Model):
                 )
             if [int(side) for side in wanted] != [height, width]:
                 shape = (int(wanted[0]), int(wanted[1]))
-                x = F.interpolate(x, size=shape, mode="bilinear", align_corners=False, antialias=self.pyramid.antialias)
+                x = resized(x, size=shape, antialias=self.pyramid.antialias)
         return x
 
     def _too_small(self, height: int, width: int) -> InputError:

@@ -71,7 +71,7 @@ class PIIPFeaturePyramid(Pyramid):
             for i, times in ((0, 2), (1, 1))
         )
         self.fpn3: nn.Module = nn.Identity()
-        self.fpn4: nn.Module = nn.Identity() if shrinks else nn.MaxPool2d(2)
+        self.fpn4: nn.Module = nn.Identity() if shrinks else Halved()
         reductions: list[float] = [*strides, self.strides()[-1][-1]]
         if not shrinks:
             reductions = [s * f for s, f in zip(reductions, (0.25, 0.5, 1, 2), strict=True)]
@@ -130,6 +130,14 @@ class PIIPFeaturePyramid(Pyramid):
             )
         taken = [maps[i] if output_fmt == "NCHW" else maps[i].flatten(2).transpose(1, 2) for i in numbers]
         return taken if intermediates_only else (maps[-1], taken)
+
+
+class Halved(nn.Module):
+    """Half the size, by the largest of each 2 x 2; a single row or column, as strips have it, stays."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, max(H // 2, 1), max(W // 2, 1))."""
+        return F.max_pool2d(x, [min(2, side) for side in x.shape[-2:]])
 
 
 def _up(channels: int, times: int, groups: int) -> nn.Sequential:

@@ -257,3 +257,28 @@ def test_a_running_minimum_is_the_same_in_words_that_onnx_knows(monkeypatch) -> 
         with monkeypatch.context() as patch:
             patch.setattr(torch.compiler, "is_exporting", lambda: True)
             assert torch.equal(_running_minimum(x, dim), wanted)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_session_in_half_precision_answers_as_in_single(model, dtype) -> None:
+    masks = {}
+    for kind in ("float32", dtype):
+        session = InteractiveSegmenter(model, dtype=kind)
+        session.set_image(picture())
+        session.add_click(60, 40)
+        session.add_click(10, 10, positive=False)
+        session.set_box(20, 20, 90, 70)
+        masks[kind] = session.add_click(50, 40).binary
+    assert 0 < masks["float32"].mean() < 1
+    assert (masks["float32"] == masks[dtype]).mean() > 0.95
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_pictures_in_half_precision_are_made_smaller_too(model, dtype) -> None:
+    half = ClickNet(**TINY).eval().to(dtype)
+    images, points = torch.rand(1, 3, 80, 120).to(dtype), torch.tensor([[[[60.0, 40.0]]]])
+    with torch.no_grad():
+        low, iou = half(images, points, torch.ones(1, 1, 1, dtype=torch.long))
+    assert low.shape[-2:] == (80, 120)
+    assert low.isfinite().all()
+    assert iou.isfinite().all()

@@ -141,3 +141,9 @@ def test_rotated_and_broken_files(session, tmp_path):
 def test_the_task_is_listed(session):
     assert "interactive-segmentation" in mmkit.list_tasks()
     assert isinstance(mmkit.pipeline("interactive-segmentation", session.predictor.engine)(PICTURE, [(5, 5)]), Mask)
+
+
+@pytest.mark.parametrize("points", [5, True])
+def test_points_that_are_no_list_are_told(session, points):
+    with pytest.raises(InputError, match="points must be pairs"):
+        session(PICTURE, points)

@@ -190,3 +190,17 @@ def _top(array: np.ndarray[Any, Any]) -> int:
         f"The picture holds whole numbers in {low}..{high}, which is neither 8-bit (0..255) nor 16-bit (up to 65535); "
         "scale them to 0..255 first."
     )
+
+
+def check_channels(channels: int) -> None:
+    """Raise `InputError` for a network that takes other pictures than grey and RGB ones."""
+    if channels not in (1, 3):
+        raise InputError(f"The network takes {channels} channels; pictures have 1 (grey) or 3 (RGB).")
+
+
+def check_mask_classes(count: int) -> None:
+    """Raise `InputError` for more classes, background included, than the 8 bits of a mask can tell apart."""
+    if count > 256:
+        raise InputError(
+            f"The network has {count} classes; a mask of 8 bits numbers 256. Call the network itself, or give it fewer classes."
+        )

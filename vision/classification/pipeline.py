@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -106,10 +107,11 @@ class ImageClassificationPipeline(Pipeline):
             One `ImageClassification`, or a list in the order of the input.
 
         Raises:
-            InputError: an unreadable picture, or `top_k < 1`.
+            InputError: an unreadable picture, `top_k` or `batch_size` below 1, or a model that answers with NaN or infinite values.
         """
-        if top_k < 1:
-            raise InputError(f"top_k must be at least 1, not {top_k}.")
+        for name, value in {"top_k": top_k, "batch_size": batch_size}.items():
+            if not isinstance(value, Integral) or value < 1:
+                raise InputError(f"{name} must be a whole number of at least 1, not {value!r}.")
         one = isinstance(images, (str, bytes, os.PathLike, Image.Image, Mapping)) or hasattr(images, "__array__")
         single = one or not isinstance(images, Iterable)
         batch: Any = [images] if single else images
@@ -118,7 +120,12 @@ class ImageClassificationPipeline(Pipeline):
         for start in range(0, len(pictures), batch_size):
             chunk = pictures[start : start + batch_size]
             tensors = torch.stack([self.transform(p) for p in chunk]).to(self.device, self.dtype)
-            scores, order = self.model(tensors).float().softmax(-1).sort(-1, descending=True)
+            logits = self.model(tensors).float()
+            if not logits.isfinite().all():
+                raise InputError(
+                    "The model answers with NaN or infinite values: its weights are damaged, or float32 is needed."
+                )
+            scores, order = logits.softmax(-1).sort(-1, descending=True)
             for picture, s, o in zip(chunk, scores[:, :top_k].tolist(), order[:, :top_k].tolist(), strict=True):
                 results.append(ImageClassification([self._name(k) for k in o], s, picture))
         return results[0] if single else results

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mmkit.backbones import load_weights
-from mmkit.data.images import ImageLike, load_image
+from mmkit.data.images import ImageLike, check_channels, load_image
 from mmkit.errors import InputError
 from mmkit.pipelines import Pipeline
 from mmkit.storage.files import expanded
@@ -63,6 +63,7 @@ class MaskExplorer(Pipeline):
                 f"mask-explorer needs a GMMViT with mask='gmm' and mean pooling, not a {type(self.model).__name__}."
             )
         config = self.model.config
+        check_channels(config["in_chans"])
         self.size, self.grid = pair(config["img_size"]), self._mask(self.model, 0).grid
         self.class_names = (
             class_names or self._extra.get("class_names") or [str(i) for i in range(config["num_classes"])]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from mmkit.backbones.model import Model, open_model
-from mmkit.data.images import ImageLike, load_image
+from mmkit.data.images import ImageLike, check_channels, check_mask_classes, load_image
 from mmkit.errors import CheckpointError, InputError
 from mmkit.pipelines import Pipeline
 from mmkit.storage import new_folder, read_json, write_json
@@ -82,6 +82,7 @@ class MedicalSegmentationPipeline(Pipeline):
             )
         self.dims, self.channels = int(self.model.spatial_dims), int(self.model.in_chans)  # type: ignore[arg-type]
         count = int(self.model.num_classes)  # type: ignore[arg-type]
+        check_mask_classes(count)
         self.class_names = self.class_names or ("background", *(f"class {i}" for i in range(1, count)))
         if len(self.class_names) != count:
             raise InputError(f"The network has {count} classes, but {len(self.class_names)} names were given.")
@@ -178,9 +179,9 @@ class MedicalSegmentationPipeline(Pipeline):
                 return self.model(batch)
             axes = range(2, batch.dim())
             flips = [c for n in range(self.dims + 1) for c in itertools.combinations(axes, n)]
-            return (
-                torch.stack([self.model(batch.flip(f)).flip(f).softmax(1) for f in flips]).mean(0).clamp(min=1e-8).log()
-            )
+            # in single precision, which a network in half precision does not answer in: 1e-8 would be 0 there
+            each = [self.model(batch.flip(f)).flip(f).float().softmax(1) for f in flips]
+            return torch.stack(each).mean(0).clamp(min=1e-8).log()
 
         options: dict[str, Any] = {"overlap": overlap, "batch_size": batch_size}
         found = sliding_window(run, x, window, progress=progress, on_progress=on_progress, **options)
@@ -225,8 +226,7 @@ class MedicalSegmentationPipeline(Pipeline):
             return volume.data, self._to_input(tensor), volume.spacing, volume.affine
         if is_volume(image):
             raise InputError("This network segments pictures; for a volume choose a network with spatial_dims=3.")
-        if self.channels not in (1, 3):
-            raise InputError(f"The network takes {self.channels} channels; pictures have 1 (grey) or 3 (RGB).")
+        check_channels(self.channels)
         picture = load_image(image)
         array = np.array(picture if self.channels == 3 else picture.convert("L"))
         tensor = torch.from_numpy(array).float().reshape(*array.shape[:2], self.channels).permute(2, 0, 1)

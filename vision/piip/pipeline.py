@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mmkit.backbones.model import open_model
-from mmkit.data.images import ImageLike, load_image
+from mmkit.data.images import ImageLike, check_channels, check_mask_classes, load_image
 from mmkit.errors import InputError
 from mmkit.ops.deformable_attention import located
 from mmkit.pipelines import Pipeline
@@ -45,6 +45,8 @@ class _PyramidPipeline(Pipeline):
     def _require(self, fits: bool, wanted: str) -> None:
         if not fits:
             raise InputError(f"{type(self).__name__} takes {wanted}, not a {type(self.model).__name__}.")
+        info: Any = self.model.backbone_info
+        check_channels(info.input_size[0])
 
     def _prepare(
         self, image: ImageLike, size: int | None, model: Any = None
@@ -192,6 +194,7 @@ class SemanticSegmentationPipeline(_PyramidPipeline):
         loaded: Any = self.model
         fits = all(hasattr(loaded, k) for k in ("num_classes", "multiple", "backbone_info"))
         self._require(fits and not isinstance(loaded, PIIP), "a model that gives every pixel a class")
+        check_mask_classes(loaded.num_classes)
         names = (
             class_names
             or getattr(loaded, "class_names", ())

@@ -274,3 +274,24 @@ def test_a_whole_model_takes_no_other_backbone(tmp_path: Path, photos: Path) -> 
 
 def test_the_version_is_an_option_too() -> None:
     assert CliRunner().invoke(app, ["--version"]).output == f"mmkit {__version__}\n"
+
+
+# --- what cannot be answered
+
+
+@pytest.mark.parametrize("batch_size", [0, -1, 1.5])
+def test_a_batch_of_no_pictures_is_told(batch_size) -> None:
+    answer = mmkit.pipeline("image-classification", create_backbone("tiny_vit", num_classes=2))
+    for images in (picture(), [picture(), picture()]):
+        with pytest.raises(InputError, match="batch_size must be a whole number of at least 1"):
+            answer(images, batch_size=batch_size)
+    with pytest.raises(InputError, match="top_k must be a whole number of at least 1"):
+        answer(picture(), top_k=1.5)
+
+
+def test_answers_that_are_no_numbers_are_no_answers() -> None:
+    model = create_backbone("tiny_vit", num_classes=2).eval()
+    with torch.no_grad():
+        list(model.parameters())[-1].fill_(float("nan"))
+    with pytest.raises(InputError, match="answers with NaN or infinite values"):
+        mmkit.pipeline("image-classification", model)(picture())

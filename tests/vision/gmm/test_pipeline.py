@@ -74,3 +74,9 @@ def test_models_without_masks_are_refused():
         MaskExplorer(create_model("gmm_vit", **SMALL, mask="none"))
     with pytest.raises(InputError, match="one entry per output"):
         MaskExplorer(create_model("gmm_vit", **SMALL), class_names=["a"])
+
+
+@pytest.mark.parametrize("channels", [2, 4])
+def test_a_model_of_other_channels_than_a_picture_has_is_refused(channels):
+    with pytest.raises(InputError, match=rf"takes {channels} channels; pictures have 1 \(grey\) or 3 \(RGB\)"):
+        MaskExplorer(create_model("gmm_vit", **SMALL, in_chans=channels))

@@ -247,3 +247,19 @@ def test_bundled_volumes_are_predicted_in_windows_of_the_training_patches() -> N
     assert mmkit.pipeline("medical-segmentation", "lightm_unet_blobs", window=20).window == [20, 20, 20]
     with pytest.raises(InputError, match="window"):
         mmkit.pipeline("medical-segmentation", "lightm_unet_blobs", window=(32, 32))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_sure_network_may_be_mirrored_in_half_precision(dtype: str) -> None:
+    picture = np.zeros((16, 16, 3), np.uint8)
+    picture[4:12, 4:12] = 255
+    pipeline = mmkit.pipeline("medical-segmentation", Threshold(), dtype=dtype)
+    plain, mirrored = pipeline(picture), pipeline(picture, tta=True)
+    assert np.array_equal(mirrored.mask, plain.mask)
+    assert plain.mask.sum() == 64
+
+
+def test_more_classes_than_a_mask_can_number_are_refused() -> None:
+    with pytest.raises(InputError, match=r"300 classes; a mask of 8 bits numbers 256"):
+        mmkit.pipeline("medical-segmentation", Threshold(classes=300))
+    mmkit.pipeline("medical-segmentation", Threshold(classes=256))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -111,3 +113,32 @@ def test_principal_directions_show_what_differs() -> None:
     assert shown.shape == (4, 6, 3)
     assert np.ptp(shown[:, :3], axis=(0, 1)).max() == 0
     assert abs(int(shown[0, 0, 0]) - int(shown[0, 5, 0])) == 255
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_an_antialiased_pyramid_answers_in_half_precision(dtype) -> None:
+    model = shaken(PIIPFeaturePyramid(pyramid(antialias=True)))
+    wanted = mmkit.pipeline("dense-features", model)(picture(), size=48).features["merged"]
+    found = mmkit.pipeline("dense-features", model, dtype=dtype)(picture(), size=48).features["merged"]
+    assert np.corrcoef(wanted.ravel(), found.ravel())[0, 1] > 0.99
+
+
+@pytest.mark.parametrize("size", [(300, 1), (1, 300)])
+def test_a_strip_of_one_row_of_cells_is_segmented(size) -> None:
+    model = shaken(PIIPSegmenter(pyramid(grid_fit="nearest"), 2, hidden=32))
+    result = mmkit.pipeline("semantic-segmentation", model)(picture(*size), size=24)
+    assert result.mask.shape == size[::-1]
+
+
+def test_more_classes_than_a_mask_can_number_are_refused() -> None:
+    with pytest.raises(InputError, match=r"300 classes; a mask of 8 bits numbers 256"):
+        mmkit.pipeline("semantic-segmentation", PIIPSegmenter(pyramid(), 300))
+
+
+@pytest.mark.parametrize("channels", [2, 4])
+def test_a_model_of_other_channels_than_a_picture_has_is_refused(channels) -> None:
+    model = PIIPSegmenter(pyramid(), 2)
+    model.backbone_info = dataclasses.replace(model.backbone_info, input_size=(channels, 24, 24))
+    for task in ("semantic-segmentation", "dense-features", "pyramid-explorer"):
+        with pytest.raises(InputError, match=rf"takes {channels} channels; pictures have 1 \(grey\) or 3 \(RGB\)"):
+            mmkit.pipeline(task, model)

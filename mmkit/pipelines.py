@@ -8,12 +8,22 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mmkit.devices import resolve_device, resolve_dtype
 from mmkit.errors import InputError
 from mmkit.registry import TASKS
 from mmkit.storage.files import expanded
+
+
+def finite(answer: Tensor, what: str = "answer") -> Tensor:
+    """A model's `answer` in float32. Raises `InputError` for NaN and infinite values, of which softmax would make scores."""
+    answer = answer.float()
+    if not answer.isfinite().all():
+        raise InputError(
+            f"The model's {what} holds NaN or infinite values: its weights are damaged, or float32 is needed."
+        )
+    return answer
 
 
 def list_tasks(pattern: str = "") -> list[str]:

@@ -130,7 +130,11 @@ def rounding_offset(xyz: np.ndarray) -> list[float] | None:
 def columns(points: Any) -> np.ndarray:
     """Numbers in memory, a tensor of any device among them, as an array of float64. Raises `InputError` for anything else."""
     try:
-        return np.asarray(points.detach().cpu().double() if hasattr(points, "detach") else points, np.float64)
+        if hasattr(points, "detach"):
+            points = (points if points.is_complex() else points.double()).detach().cpu().numpy()
+        if np.iscomplexobj(points):
+            raise TypeError("its numbers are complex")
+        return np.asarray(points, np.float64)
     except (TypeError, ValueError) as error:
         raise InputError(
             f"A cloud is a file, a PointCloud or an array (N, 3) of numbers, not {type(points).__name__} ({str(error)[:80]})."

@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import mmkit
-from mmkit.errors import MMKitError
+from mmkit.errors import InputError, MMKitError
 from mmkit.results import Result
+from mmkit.video import write_video
 
 ODD: dict[str, Any] = {
     "none": None, "whole": 3, "number": -1.5, "object": object(), "class": Path, "missing": "missing.png", "null": "a\0b",
@@ -77,3 +79,24 @@ def test_a_list_is_answered_in_its_order(task: str) -> None:
     assert [type(s) for s in several] == [type(pipeline(given[0]))] * 2
     assert isinstance(several[0], Result)
     assert [s.label for s in several] == [pipeline(g).label for g in given]
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        "dense-features", "image-classification", "mask-explorer", "medical-segmentation", "point-cloud-classification",
+        "point-cloud-segmentation", "semantic-segmentation", "video-classification",
+    ],
+)  # fmt: skip
+def test_a_model_of_damaged_weights_gives_no_answer(task, tmp_path):
+    given: Any = np.zeros((32, 32, 3), np.uint8)
+    if "cloud" in task:
+        given = np.random.default_rng(0).random((200, 3))
+    elif "video" in task:
+        given = write_video(tmp_path / "clip.mp4", np.zeros((8, 32, 32, 3), np.uint8))
+    pipe = mmkit.pipeline(task)
+    with torch.no_grad():
+        for weight in pipe.model.parameters():
+            weight.fill_(float("nan"))
+    with pytest.raises(InputError, match=r"NaN or infinite values|is not finite"):
+        pipe(given)

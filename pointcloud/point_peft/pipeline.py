@@ -15,7 +15,7 @@ from mmkit.backbones.bundled import load_weights
 from mmkit.backbones.model import open_model
 from mmkit.errors import InputError
 from mmkit.ops.points import gather_points, knn_indices
-from mmkit.pipelines import Pipeline
+from mmkit.pipelines import Pipeline, finite
 from mmkit.pointcloud.io import PointCloud, columns, read_point_cloud, rounding_offset
 from mmkit.pointcloud.point_peft.adapter import PointPEFT
 from mmkit.pointcloud.point_peft.result import CloudClassification, CloudSegmentation
@@ -123,7 +123,7 @@ class PointCloudClassificationPipeline(_CloudPipeline):
         Returns:
             One `CloudClassification`, or a list in the order of the input.
 
-        Raises `InputError` for what `load_cloud` and `prepare` refuse.
+        Raises `InputError` for what `load_cloud` and `prepare` refuse, and a model that answers with NaN or infinite values.
         """
         return [self._one(c) for c in clouds] if isinstance(clouds, list | tuple) else self._one(clouds)
 
@@ -133,7 +133,7 @@ class PointCloudClassificationPipeline(_CloudPipeline):
         seen: list[Tensor] = []
         handle = model.blocks[-1].attn.register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
         try:
-            probabilities = model(points).float().softmax(-1)[0]
+            probabilities = finite(model(points)).softmax(-1)[0]
         finally:
             handle.remove()
         center = model.group(points)[1]
@@ -184,7 +184,7 @@ class PointCloudSegmentationPipeline(_CloudPipeline):
         """
         xyz, index, points = self.prepare(cloud)
         kind = None if object_class is None else torch.tensor([object_class], device=self.device)
-        probabilities = self.model(points, kind).float().softmax(1)[0].cpu()
+        probabilities = finite(self.model(points, kind)).softmax(1)[0].cpu()
         probability, labels = probabilities.max(0)
         near = knn_indices(torch.from_numpy(xyz[index])[None], torch.from_numpy(xyz)[None], 1)[..., 0]
         columns = torch.stack([labels.double(), probability.double()], -1)[None]

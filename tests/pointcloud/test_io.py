@@ -362,3 +362,5 @@ def test_tensors_of_any_kind_are_clouds_and_no_coordinate_becomes_infinite():
         assert np.array_equal(load_cloud(cloud), points.detach().numpy())
     with pytest.raises(InputError, match="infinite"):
         load_cloud([[0.0, 0, 0], [1e300, 0, 0]])
+    with pytest.raises(InputError, match="complex"):
+        load_cloud(np.zeros((4, 3), complex))

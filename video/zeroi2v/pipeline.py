@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from mmkit.backbones import load_weights
 from mmkit.errors import InputError
-from mmkit.pipelines import Pipeline
+from mmkit.pipelines import Pipeline, finite
 from mmkit.video.frames import Clip
 from mmkit.video.io import VideoReader
 from mmkit.video.samplers import DenseSampler, UniformSampler, window_starts
@@ -88,7 +88,7 @@ class VideoClassificationPipeline(Pipeline):
 
         Raises:
             VideoDecodeError: the file cannot be read.
-            InputError: another argument is out of range.
+            InputError: another argument is out of range, or a model that answers with NaN or infinite values.
         """
         model = self.model
         if not isinstance(model, VideoClassifier):
@@ -111,7 +111,7 @@ class VideoClassificationPipeline(Pipeline):
                     strip = frames if not windows else strip
                     views = prepare(torch.from_numpy(frames.copy()).permute(0, 3, 1, 2))[0]
                     logits = model(_batch(views).to(self.device, self.dtype))
-                    scores = logits.float().softmax(-1).mean(0).cpu().numpy()
+                    scores = finite(logits).softmax(-1).mean(0).cpu().numpy()
                     windows.append(Window(*_times(reader, first, last), scores))
                     bar.update()
                     if on_progress is not None:

@@ -14,7 +14,7 @@ from torch import nn
 
 from mmkit.data.images import ImageLike, load_image
 from mmkit.errors import InputError
-from mmkit.pipelines import Pipeline
+from mmkit.pipelines import Pipeline, finite
 from mmkit.storage.files import expanded
 from mmkit.vision.classification.result import ImageClassification
 
@@ -120,12 +120,7 @@ class ImageClassificationPipeline(Pipeline):
         for start in range(0, len(pictures), batch_size):
             chunk = pictures[start : start + batch_size]
             tensors = torch.stack([self.transform(p) for p in chunk]).to(self.device, self.dtype)
-            logits = self.model(tensors).float()
-            if not logits.isfinite().all():
-                raise InputError(
-                    "The model answers with NaN or infinite values: its weights are damaged, or float32 is needed."
-                )
-            scores, order = logits.softmax(-1).sort(-1, descending=True)
+            scores, order = finite(self.model(tensors)).softmax(-1).sort(-1, descending=True)
             for picture, s, o in zip(chunk, scores[:, :top_k].tolist(), order[:, :top_k].tolist(), strict=True):
                 results.append(ImageClassification([self._name(k) for k in o], s, picture))
         return results[0] if single else results

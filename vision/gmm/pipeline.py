@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mmkit.backbones import load_weights
 from mmkit.data.images import ImageLike, check_channels, load_image
 from mmkit.errors import InputError
-from mmkit.pipelines import Pipeline
+from mmkit.pipelines import Pipeline, finite
 from mmkit.storage.files import expanded
 from mmkit.vision.gmm.masks import GaussianMixtureMask
 from mmkit.vision.gmm.models.layers import pair
@@ -144,7 +144,7 @@ class MaskExplorer(Pipeline):
             distances.cpu().numpy(),
             profile[head].float().cpu().numpy(),
             trained_profile[head].float().cpu().numpy(),
-            {k: dict(zip(self.class_names, v[0].float().softmax(-1).tolist(), strict=True)) for k, v in logits.items()},
+            {k: dict(zip(self.class_names, finite(v[0]).softmax(-1).tolist(), strict=True)) for k, v in logits.items()},
         )
 
     def _pixels(self, picture: Image.Image) -> Tensor:

@@ -17,7 +17,7 @@ from mmkit.backbones.model import open_model
 from mmkit.data.images import ImageLike, check_channels, check_mask_classes, load_image
 from mmkit.errors import InputError
 from mmkit.ops.deformable_attention import located
-from mmkit.pipelines import Pipeline
+from mmkit.pipelines import Pipeline, finite
 from mmkit.storage.files import expanded
 from mmkit.vision.piip.branches import Tokens
 from mmkit.vision.piip.cost import compare
@@ -167,11 +167,7 @@ class DenseFeaturesPipeline(_PyramidPipeline):
             rows, columns = (
                 max(-(-n * s // t), 1) for n, s, t in zip((height, width), found.shape[-2:], x.shape[-2:], strict=True)
             )
-            features[name] = found[0, :, :rows, :columns].permute(1, 2, 0).float().cpu().numpy()
-            if not np.isfinite(features[name]).all():
-                raise InputError(
-                    f"The model's {name} holds NaN or infinite values: its weights are damaged, or float32 is needed."
-                )
+            features[name] = finite(found[0, :, :rows, :columns], name).permute(1, 2, 0).cpu().numpy()
         return DenseFeatures(features, picture, (height, width))
 
 
@@ -214,11 +210,7 @@ class SemanticSegmentationPipeline(_PyramidPipeline):
         Raises `InputError` for an unreadable picture or size, or a model that answers with NaN or infinite values.
         """
         picture, x, (height, width) = self._prepare(image, size)
-        logits = self.model(x)[..., :height, :width].float()
-        if not logits.isfinite().all():
-            raise InputError(
-                "The model answers with NaN or infinite values: its weights are damaged, or float32 is needed."
-            )
+        logits = finite(self.model(x)[..., :height, :width])
         logits = F.interpolate(logits, size=picture.size[::-1], mode="bilinear", antialias=True)
         best, number = logits.softmax(1)[0].max(0)
         return SegmentedPicture(number.to(torch.uint8).cpu().numpy(), best.cpu().numpy(), picture, self.class_names)

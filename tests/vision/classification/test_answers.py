@@ -293,5 +293,5 @@ def test_answers_that_are_no_numbers_are_no_answers() -> None:
     model = create_backbone("tiny_vit", num_classes=2).eval()
     with torch.no_grad():
         list(model.parameters())[-1].fill_(float("nan"))
-    with pytest.raises(InputError, match="answers with NaN or infinite values"):
+    with pytest.raises(InputError, match="answer holds NaN or infinite values"):
         mmkit.pipeline("image-classification", model)(picture())

@@ -107,7 +107,10 @@ def _checked(cloud: PointCloud, path: Path, num_points: int | None, seed: int) -
         cloud.xyz = np.ascontiguousarray(xyz, np.float32)
     cloud.rgb = None if cloud.rgb is None else _bytes(cloud.rgb)
     cloud.normals = None if cloud.normals is None else np.asarray(cloud.normals, np.float32)
-    cloud.labels = None if cloud.labels is None else _whole(cloud.labels)
+    if cloud.labels is not None:
+        cloud.labels = _whole(cloud.labels)
+        if cloud.labels is None:
+            logger.warning("a column in the place of labels holds other than whole numbers and is left out")
     cloud.meta["format"] = path.suffix.lower()
     if dropped := int((~finite).sum()):
         logger.warning(
@@ -166,6 +169,8 @@ def _writable(cloud: PointCloud) -> PointCloud:
         value = getattr(cloud, name)
         if value is not None and np.shape(value) != shape:
             raise InputError(f"{name} must be {shape}, one for each point, not {np.shape(value)}.")
+    if cloud.labels is not None and _whole(cloud.labels) is None:
+        raise InputError("labels must be whole numbers.")
     return PointCloud(
         xyz, None if cloud.rgb is None else _bytes(cloud.rgb), cloud.normals, cloud.labels, dict(cloud.meta)
     )
@@ -188,7 +193,6 @@ def _whole(labels: Any) -> np.ndarray | None:
     """Labels as int64; None where they are not whole numbers, such as intensities."""
     labels = np.asarray(labels)
     if labels.dtype.kind == "f" and not (np.isfinite(labels) & (labels == np.rint(labels))).all():
-        logger.warning("a column in the place of labels holds other than whole numbers and is left out")
         return None
     return labels.astype(np.int64)
 

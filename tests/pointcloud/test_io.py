@@ -333,6 +333,8 @@ def test_colors_of_every_type_become_bytes(tmp_path):
         PointCloud(XYZ, labels=np.arange(3)),
         PointCloud(XYZ, rgb=np.zeros((40, 4), np.uint8)),
         PointCloud(XYZ, labels=np.full(40, 2**40)),
+        PointCloud(XYZ, labels=np.full(40, 0.5)),
+        PointCloud(XYZ, labels=np.full(40, np.nan)),
     ],
 )
 def test_what_a_file_cannot_hold_is_refused_before_it_is_written(tmp_path, cloud):
